@@ -1,0 +1,32 @@
+# Two commands on a fresh machine with Python >= 3.10, a compiler and make: `make train` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint clean
+
+help:           ## Show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## Create .venv and install hpkernels with what training and tests need
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --editable ".[training,test]"
+	touch $@
+
+train: install  ## Train the quickstart preset on built-in images and write runs/quickstart/report.html
+	$(RUN) -m training.train --config training/configs/quickstart.yaml
+
+test: install   ## Run all tests and the doctests
+	$(RUN) -m pytest
+
+lint: install   ## Check style
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:          ## Remove what the commands above made, except runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,109 @@
+"""Which implementation of an op runs: the registry of backends and the choice made for each call.
+
+A backend of an op is a module ``hpkernels/ops/<op>/<backend>.py`` that has the op's kernels and a function
+``supports(device_type, dtype) -> Availability``. The op's ``registration.py`` enters it here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend, in the order in which ``auto`` prefers them."""
+
+ENVIRONMENT_VARIABLE = "HPKERNELS_BACKEND"
+
+_modules: dict[tuple[str, str], ModuleType] = {}
+_context: ContextVar[str | None] = ContextVar("hpkernels_backend", default=None)
+
+
+class Availability(NamedTuple):
+    """Whether a backend can run an op, and if not, the reason in one sentence."""
+
+    ok: bool
+    reason: str
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run this call."""
+
+
+def register(op: str, backend: str, module: ModuleType) -> None:
+    """Enter `module` as the implementation of `op` on `backend`."""
+    _modules[op, backend] = module
+
+
+def registered_ops() -> list[str]:
+    """The names of all ops that have at least one backend."""
+    return sorted({op for op, _ in _modules})
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of `op` on `backend`; `select` has made sure that there is one."""
+    return _modules[op, backend]
+
+
+def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
+    """Whether `backend` can run `op` on tensors of this device type and dtype, or the reason why not."""
+    if (op, backend) not in _modules:
+        return Availability(False, f"{op} has no {backend} kernels in this version; use backend='reference'")
+    return _modules[op, backend].supports(device_type, dtype)
+
+
+def select(op: str, backend: str, tensor: torch.Tensor) -> str:
+    """The backend that runs this call of `op`, whose inputs have the device and dtype of `tensor`.
+
+    The request is the call's own `backend`, else that of the innermost `use_backend`, else that of the environment
+    variable ``HPKERNELS_BACKEND``. ``auto`` takes the first of `BACKENDS` that can run the call.
+
+    Raises:
+        ValueError: the request is not a known backend.
+        BackendUnavailableError: the requested backend cannot run this call; the message says why.
+    """
+    source = f"{op}: `backend`"
+    if backend == "auto" and _context.get() is not None:
+        backend, source = _context.get(), "use_backend: `backend`"
+    if backend == "auto":
+        backend, source = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+    _check_name(backend, source)
+    if backend != "auto":
+        ok, reason = availability(op, backend, tensor.device.type, tensor.dtype)
+        if not ok:
+            raise BackendUnavailableError(f"{op}: backend '{backend}' is not available: {reason}")
+        return backend
+    for candidate in BACKENDS:
+        if availability(op, candidate, tensor.device.type, tensor.dtype).ok:
+            return candidate
+    raise BackendUnavailableError(f"{op}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op inside the ``with`` block whose own `backend` is ``"auto"`` on `backend`.
+
+    Example:
+        >>> import hpkernels, torch
+        >>> with hpkernels.use_backend("reference"):
+        ...     values, indices = hpkernels.masked_topk(torch.eye(3), torch.eye(3))
+        >>> indices.flatten().tolist()
+        [0, 1, 2]
+    """
+    _check_name(backend, "use_backend: `backend`")
+    token = _context.set(backend)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _check_name(backend: str, source: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        known = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{source} must be one of {known}, got {backend!r}")

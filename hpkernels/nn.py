@@ -1,0 +1,148 @@
+"""Thin modules over the ops, for models built from modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpkernels.ops import _checks as check
+from hpkernels.ops.ghp_contrastive import ghp_contrastive
+from hpkernels.ops.local_propagation import local_propagation
+
+__all__ = ["HiddenPositiveLoss", "LocalPropagation", "ReferencePool"]
+
+
+class ReferencePool(nn.Module):
+    """M L2-normalised reference vectors, saved with the model but not trained.
+
+    Args:
+        size: M.
+        dim: D.
+
+    Attributes:
+        vectors: (size, dim) float32 buffer, zero until `fill`.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        check.integer("ReferencePool", "size", size, 1)
+        check.integer("ReferencePool", "dim", dim, 1)
+        self.register_buffer("vectors", torch.zeros(size, dim))
+
+    @torch.no_grad()
+    def fill(self, vectors: Tensor) -> None:
+        """Replace the pool by `vectors` (size, dim), which are L2-normalised here.
+
+        Raises:
+            TypeError, ValueError: another shape or dtype, or a vector that is not finite.
+        """
+        check.tensor("ReferencePool.fill", "vectors", vectors, tuple(self.vectors.shape))
+        check.finite("ReferencePool.fill", "vectors", vectors)
+        self.vectors.copy_(F.normalize(vectors.to(self.vectors), dim=1))
+
+    def forward(self) -> Tensor:
+        """The vectors (size, dim)."""
+        return self.vectors
+
+    def extra_repr(self) -> str:
+        """The size, for ``print``."""
+        return f"size={self.vectors.shape[0]}, dim={self.vectors.shape[1]}"
+
+
+class HiddenPositiveLoss(nn.Module):
+    """`hpkernels.ghp_contrastive` with its settings kept; `forward` takes the tensors of one step.
+
+    Args:
+        anchors_per_image, temperature, base_temperature, negative_rate, variant, reweight, keep_specific_only,
+            backend: see `hpkernels.ghp_contrastive`.
+    """
+
+    def __init__(
+        self,
+        anchors_per_image: int,
+        *,
+        temperature: float = 0.6,
+        base_temperature: float | None = 0.07,
+        negative_rate: float = 0.02,
+        variant: str = "joint",
+        reweight: bool = True,
+        keep_specific_only: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            "anchors_per_image": anchors_per_image,
+            "temperature": temperature,
+            "base_temperature": base_temperature,
+            "negative_rate": negative_rate,
+            "variant": variant,
+            "reweight": reweight,
+            "keep_specific_only": keep_specific_only,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        z: Tensor,
+        features: Tensor,
+        pool: Tensor,
+        *,
+        specific: Tensor | None = None,
+        specific_pool: Tensor | None = None,
+        specific_weight: float | Tensor = 0.0,
+        z_mixed: Tensor | None = None,
+        negatives: Tensor | None = None,
+        seed: int | Tensor | None = None,
+    ) -> Tensor:
+        """The 0-d loss; arguments as those of `hpkernels.ghp_contrastive`."""
+        return ghp_contrastive(
+            z,
+            features,
+            pool,
+            specific=specific,
+            specific_pool=specific_pool,
+            specific_weight=specific_weight,
+            z_mixed=z_mixed,
+            negatives=negatives,
+            seed=seed,
+            **self.settings,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class LocalPropagation(nn.Module):
+    """`hpkernels.local_propagation` with its settings kept.
+
+    Args:
+        sigma, quantiles, window, prefix_tokens, backend: see `hpkernels.local_propagation`.
+    """
+
+    def __init__(
+        self,
+        *,
+        sigma: float = 28.0,
+        quantiles: tuple[float, float] = (0.1, 0.9),
+        window: int = 3,
+        prefix_tokens: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            "sigma": sigma,
+            "quantiles": quantiles,
+            "window": window,
+            "prefix_tokens": prefix_tokens,
+            "backend": backend,
+        }
+
+    def forward(self, code: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The mixed codes (B, D, H, W); arguments as those of `hpkernels.local_propagation`."""
+        return local_propagation(code, query, key, **self.settings)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -1,0 +1,129 @@
+"""The drop-in op: hidden-positive discovery and the multi-positive contrastive loss of both branches in one call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.ops import _checks as check
+from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
+from hpkernels.ops.masked_topk import masked_topk
+from hpkernels.ops.multi_positive_contrastive import contrastive_branch
+from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
+
+
+def ghp_contrastive(
+    z: Tensor,
+    features: Tensor,
+    pool: Tensor,
+    *,
+    specific: Tensor | None = None,
+    specific_pool: Tensor | None = None,
+    specific_weight: float | Tensor = 0.0,
+    z_mixed: Tensor | None = None,
+    anchors_per_image: int,
+    temperature: float = 0.6,
+    base_temperature: float | None = 0.07,
+    negative_rate: float = 0.02,
+    negatives: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    variant: str = "joint",
+    reweight: bool = True,
+    keep_specific_only: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute the global-hidden-positive loss of HP (CVPR 2023): thresholds, positives and both branches.
+
+    Thresholds ``r_i = max_m <features_i, pool_m>``; positives A of `features` and S of `specific`
+    (see `hidden_positives`); the loss (see `multi_positive_contrastive`) of `z`, and of `z_mixed` if given, with the
+    same positives and negatives; the mean of the branches.
+
+    Args:
+        z: (N, D) floating-point projections, L2-normalised rows, ordered image by image.
+        features: (N, Df) frozen backbone features, L2-normalised, no gradient.
+        pool: (M, Df) task-agnostic reference pool, L2-normalised, dtype of `features`.
+        specific: (N, Ds) outputs of the EMA head, L2-normalised, no gradient. Needs `specific_pool`.
+        specific_pool: (Ms, Ds) task-specific reference pool.
+        specific_weight: lambda >= 0, a float or a 0-d tensor. The float 0.0 skips task-specific discovery.
+        z_mixed: (N, D) projections of the locally propagated codes, dtype of `z`.
+        anchors_per_image, temperature, base_temperature, negative_rate, negatives, seed, variant, reweight,
+            keep_specific_only, backend: see `multi_positive_contrastive`.
+
+    Returns:
+        The 0-d loss, float32 (float64 for float64 `z`); gradients reach `z` and `z_mixed`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
+            ``torch.compile``, non-finite inputs are a ValueError; elsewhere the loss is NaN.
+
+    Notes:
+        Similarities are compared in float32 whatever the dtypes. Deterministic for a given seed. Memory: two packed
+        masks of N²/8 bytes; the reference builds (N, N) temporaries besides.
+
+    Example:
+        >>> import torch, hpkernels
+        >>> from torch.nn.functional import normalize
+        >>> rows = normalize(torch.eye(8)[:, :4] + torch.eye(8)[:, 4:] + 0.2)
+        >>> z = rows.clone().requires_grad_()
+        >>> loss = hpkernels.ghp_contrastive(z, rows, rows[:1], anchors_per_image=4, seed=0)
+        >>> loss.backward()
+        >>> z.grad.shape
+        torch.Size([8, 4])
+    """
+    op = "ghp_contrastive"
+    check.tensor(op, "z", z, ("N", "D"))
+    anchors = z.shape[0]
+    _check_source(op, z, "features", features, "pool", pool)
+    if (specific is None) != (specific_pool is None):
+        given, missing = ("specific", "specific_pool") if specific_pool is None else ("specific_pool", "specific")
+        raise ValueError(f"{op}: `{missing}` must be given together with `{given}`, got None")
+    if specific is not None:
+        _check_source(op, z, "specific", specific, "specific_pool", specific_pool)
+    if z_mixed is not None:
+        check.tensor(op, "z_mixed", z_mixed, (anchors, z.shape[1]))
+        check.same(op, "z_mixed", z_mixed, "z", z)
+        check.finite(op, "z_mixed", z_mixed)
+    check.finite(op, "z", z)
+    options = check_options(
+        op,
+        z,
+        ContrastiveOptions(
+            specific_weight=specific_weight,
+            anchors_per_image=anchors_per_image,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            negative_rate=negative_rate,
+            negatives=negatives,
+            seed=seed,
+            variant=variant,
+            reweight=reweight,
+            keep_specific_only=keep_specific_only,
+        ),
+        has_specific=specific is not None,
+    )
+    threshold, positives = _discover(features, pool, backend)
+    # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
+    poison = (threshold * 0).sum()
+    specific_positives = None
+    if specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0):
+        specific_threshold, specific_positives = _discover(specific, specific_pool, backend)
+        poison = poison + (specific_threshold * 0).sum()
+    branch_backend = backends.select("multi_positive_contrastive", backend, z)
+    branches = [z] if z_mixed is None else [z, z_mixed]
+    losses = [contrastive_branch(branch, positives, specific_positives, options, branch_backend) for branch in branches]
+    return sum(losses) / len(losses) + poison.to(losses[0].dtype)
+
+
+def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: str, pool: Tensor) -> None:
+    check.tensor(op, name, features, (z.shape[0], "D"))
+    check.tensor(op, pool_name, pool, ("M", features.shape[1]))
+    check.same(op, name, features, "z", z, dtype=False)
+    check.same(op, pool_name, pool, name, features)
+    for argument, value in ((name, features), (pool_name, pool)):
+        check.constant(op, argument, value)
+        check.finite(op, argument, value)
+
+
+def _discover(features: Tensor, pool: Tensor, backend: str) -> tuple[Tensor, PositiveMask]:
+    threshold = masked_topk(features, pool, backend=backend).values[:, 0]
+    return threshold, hidden_positives(features, threshold, backend=backend)

@@ -1,0 +1,54 @@
+"""Discovery of global hidden positives: pairs of anchors more similar than their references."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.ops import _checks as check
+from hpkernels.ops.hidden_positives import registration
+from hpkernels.ops.hidden_positives.positive_mask import PositiveMask
+
+__all__ = ["PositiveMask", "hidden_positives"]
+
+
+def hidden_positives(features: Tensor, threshold: Tensor, *, backend: str = "auto") -> PositiveMask:
+    """Find the pairs of anchors that are more similar to each other than one of them is to the reference pool.
+
+    ``P_ij = i != j and <features_i, features_j> > min(threshold_i, threshold_j)`` (HP, CVPR 2023, section 3.2). The
+    relation is symmetric.
+
+    Args:
+        features: (N, D) floating-point anchors, L2-normalised for cosine similarity, any strides.
+        threshold: (N,) float32 (float64 with float64 features): usually
+            ``hpkernels.masked_topk(features, pool).values[:, 0]``.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A bit-packed `PositiveMask` of N x N pairs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described or asks for a gradient: a comparison has none. On the
+            CPU, outside ``torch.compile``, non-finite features and NaN thresholds are a ValueError; elsewhere a pair
+            with NaN is no positive.
+
+    Notes:
+        Products are accumulated, and compared with the thresholds, in float32 (float64). Deterministic. Memory: the
+        mask takes N²/8 bytes; the reference holds the (N, N) products besides.
+
+    Example:
+        >>> import torch, hpkernels
+        >>> features = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
+        >>> hpkernels.hidden_positives(features, torch.full((3,), 0.5)).count().tolist()
+        [1, 1, 0]
+    """
+    op = "hidden_positives"
+    check.tensor(op, "features", features, ("N", "D"))
+    check.tensor(op, "threshold", threshold, (features.shape[0],), check.accumulation(features.dtype))
+    check.same(op, "threshold", threshold, "features", features, dtype=False)
+    check.constant(op, "features", features)
+    check.constant(op, "threshold", threshold)
+    check.finite(op, "features", features)
+    check.finite(op, "threshold", threshold, infinity=True)
+    backend = backends.select(op, backend, features)
+    return PositiveMask(registration.hidden_positives(features, threshold, backend), features.shape[0])

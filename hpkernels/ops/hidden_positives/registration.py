@@ -1,0 +1,28 @@
+"""`hidden_positives` as a PyTorch custom op: schema, dispatch to a backend, meta implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from hpkernels import backends
+from hpkernels.ops._kernels import full_precision
+from hpkernels.ops.hidden_positives import reference
+from hpkernels.ops.hidden_positives.bits import words_per_row
+
+backends.register("hidden_positives", "reference", reference)
+
+
+@torch.library.custom_op(
+    "hpkernels::hidden_positives",
+    mutates_args=(),
+    schema="(Tensor features, Tensor threshold, str backend) -> Tensor bits",
+)
+@full_precision
+def hidden_positives(features, threshold, backend):
+    return backends.implementation("hidden_positives", backend).forward(features, threshold)
+
+
+@hidden_positives.register_fake
+def _(features, threshold, backend):
+    anchors = features.shape[0]
+    return features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)

@@ -1,0 +1,139 @@
+"""The multi-positive contrastive loss: SupCon with weighted positives, sampled negatives and per-image means."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.ops import _checks as check
+from hpkernels.ops.hidden_positives import PositiveMask
+from hpkernels.ops.multi_positive_contrastive import registration
+from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
+
+
+def multi_positive_contrastive(
+    z: Tensor,
+    positives: PositiveMask,
+    *,
+    specific: PositiveMask | None = None,
+    specific_weight: float | Tensor = 0.0,
+    anchors_per_image: int | None = None,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    negative_rate: float = 1.0,
+    negatives: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    variant: str = "joint",
+    reweight: bool = False,
+    keep_specific_only: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute the multi-positive contrastive loss of N anchors without keeping any N x N tensor for backward.
+
+    With ``l_ij = <z_i, z_j> / temperature``, positives A, specific positives S and negatives R:
+    ``logp_ij = l_ij - log sum_{k != i, A_ik or R_ik} exp(l_ik)``, ``w_ij = A_ij + specific_weight * S_ij``,
+    ``n_i = sum_j w_ij``. The loss of an image is the mean of ``-sum_j w_ij logp_ij / n_i`` over its anchors that have
+    an A-positive, and the loss is the mean over the images that have such an anchor (HP, CVPR 2023, equations 3-6).
+    With positives from labels and the defaults it is SupCon (Khosla et al., NeurIPS 2020, L_out).
+
+    Args:
+        z: (N, D) floating-point anchors, ordered image by image; usually L2-normalised, but any finite rows are safe.
+        positives: task-agnostic positives A.
+        specific: task-specific positives S, or None.
+        specific_weight: lambda >= 0, a float or a 0-d tensor; a positive one needs `specific`.
+        anchors_per_image: G, a divisor of N. None: all anchors are one image.
+        temperature: > 0.
+        base_temperature: the loss is multiplied by temperature / base_temperature. None: no scaling.
+        negative_rate: probability in [0, 1] that a (patch position, anchor) pair is drawn as a negative.
+        negatives: (G, N) bool mask to use instead of a draw: row = patch position, column = anchor.
+        seed: of the draw, an int or a 0-d int64 tensor on the device of `z`. None: one is drawn from PyTorch's
+            generator of that device, so that ``torch.manual_seed`` governs it.
+        variant: "joint" (the published training recipe) or "separate" (the paper's equation: an A term over anchors
+            with A-positives plus lambda times an S term over anchors with S-positives, each normalised by itself).
+        reweight: weight each anchor of an image by n_i over the image's mean n, which makes the loss of an image one
+            weighted mean over its positive pairs.
+        keep_specific_only: in "joint", also keep anchors whose only positives are task-specific; the published code
+            drops them.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The 0-d loss, float32 (float64 for float64 `z`). Anchors with nothing to contribute, and images without any
+        anchor left, are left out of the means; if nothing is left the loss is 0 with zero gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
+            ``torch.compile``, a non-finite `z` or `specific_weight` is a ValueError; elsewhere the loss is NaN.
+
+    Notes:
+        Logits and sums are float32 (float64) whatever the dtype of `z`. Negatives are drawn by a counter-based
+        generator, the same bits on every backend, and redrawn in backward. Gradients reach `z` only; double backward
+        is refused. Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; the reference
+        builds (N, N) temporaries inside forward and backward.
+
+    Example:
+        >>> import torch, hpkernels
+        >>> z = torch.nn.functional.normalize(torch.eye(4) + 0.1).requires_grad_()
+        >>> positives = hpkernels.PositiveMask.from_labels(torch.tensor([0, 0, 1, 1]))
+        >>> loss = hpkernels.multi_positive_contrastive(z, positives, temperature=0.5)
+        >>> loss.backward()
+        >>> f"{loss.item():.4f}"
+        '1.0986'
+    """
+    op = "multi_positive_contrastive"
+    check.tensor(op, "z", z, ("N", "D"))
+    anchors = z.shape[0]
+    check_mask(op, "positives", positives, z)
+    if specific is not None:
+        check_mask(op, "specific", specific, z)
+    options = check_options(
+        op,
+        z,
+        ContrastiveOptions(
+            specific_weight=specific_weight,
+            anchors_per_image=anchors if anchors_per_image is None else anchors_per_image,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            negative_rate=negative_rate,
+            negatives=negatives,
+            seed=seed,
+            variant=variant,
+            reweight=reweight,
+            keep_specific_only=keep_specific_only,
+        ),
+        has_specific=specific is not None,
+    )
+    check.finite(op, "z", z)
+    backend = backends.select(op, backend, z)
+    return contrastive_branch(z, positives, specific, options, backend)
+
+
+def contrastive_branch(
+    z: Tensor, positives: PositiveMask, specific: PositiveMask | None, options: ContrastiveOptions, backend: str
+) -> Tensor:
+    """The loss of one branch for arguments that have been checked; `ghp_contrastive` calls it once a branch."""
+    loss, _ = registration.multi_positive_contrastive(
+        z,
+        positives.bits,
+        None if specific is None else specific.bits,
+        options.specific_weight,
+        options.negatives,
+        options.seed,
+        options.anchors_per_image,
+        options.temperature,
+        options.scale,
+        options.negative_rate,
+        options.variant,
+        options.reweight,
+        options.keep_specific_only,
+        backend,
+    )
+    return loss
+
+
+def check_mask(op: str, name: str, mask: PositiveMask, z: Tensor) -> None:
+    """Check that `mask` is a PositiveMask of the anchors `z`."""
+    if not isinstance(mask, PositiveMask):
+        raise TypeError(f"{op}: `{name}` must be a PositiveMask (see its from_dense), got {type(mask).__name__}")
+    if mask.anchors != z.shape[0]:
+        raise ValueError(f"{op}: `{name}` must be a mask of N = {z.shape[0]} anchors, got one of {mask.anchors}")
+    check.same(op, name, mask.bits, "z", z, dtype=False)

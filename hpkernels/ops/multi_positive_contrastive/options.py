@@ -1,0 +1,91 @@
+"""The keyword arguments that `multi_positive_contrastive` and `ghp_contrastive` share, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hpkernels.ops import _checks as check
+
+VARIANTS = ("joint", "separate")
+
+
+@dataclass
+class ContrastiveOptions:
+    """How the loss of one branch is computed; the ops' docstrings explain each field."""
+
+    specific_weight: float | Tensor
+    anchors_per_image: int
+    temperature: float
+    base_temperature: float | None
+    negative_rate: float
+    negatives: Tensor | None
+    seed: int | Tensor | None
+    variant: str
+    reweight: bool
+    keep_specific_only: bool
+
+    @property
+    def scale(self) -> float:
+        """temperature / base_temperature."""
+        return 1.0 if self.base_temperature is None else self.temperature / self.base_temperature
+
+
+def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific: bool) -> ContrastiveOptions:
+    """Check `options` for the anchors `z`; the result has lambda and the seed as tensors on the device of `z`."""
+    anchors = z.shape[0]
+    group = check.integer(op, "anchors_per_image", options.anchors_per_image, 1)
+    if anchors % group:
+        raise ValueError(f"{op}: `anchors_per_image` must divide the number of anchors N = {anchors}, got {group}")
+    temperature = check.real(op, "temperature", options.temperature, 0, open_minimum=True)
+    base_temperature = options.base_temperature
+    if base_temperature is not None:
+        base_temperature = check.real(op, "base_temperature", base_temperature, 0, open_minimum=True)
+    if options.negatives is not None:
+        check.tensor(op, "negatives", options.negatives, (group, anchors), check.BOOLEAN)
+        check.same(op, "negatives", options.negatives, "z", z, dtype=False)
+    check.choice(op, "variant", options.variant, VARIANTS)
+    check.flag(op, "reweight", options.reweight)
+    check.flag(op, "keep_specific_only", options.keep_specific_only)
+    return replace(
+        options,
+        specific_weight=_specific_weight(op, z, options.specific_weight, has_specific),
+        anchors_per_image=group,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        negative_rate=check.real(op, "negative_rate", options.negative_rate, 0, 1),
+        seed=_seed(op, z, options.seed),
+    )
+
+
+def _specific_weight(op: str, z: Tensor, weight: float | Tensor, has_specific: bool) -> Tensor:
+    name = "specific_weight"
+    (accumulate,) = check.accumulation(z.dtype)
+    if not isinstance(weight, Tensor):
+        weight = check.real(op, name, weight, 0)
+        if weight > 0 and not has_specific:
+            raise ValueError(f"{op}: `{name}` must be 0 without `specific`, got {weight:g}")
+        return torch.full((), weight, dtype=accumulate, device=z.device)
+    check.tensor(op, name, weight, ())
+    check.same(op, name, weight, "z", z, dtype=False)
+    check.constant(op, name, weight)
+    if not has_specific:
+        raise ValueError(f"{op}: `{name}` must be the float 0.0 without `specific`, got a tensor")
+    check.finite(op, name, weight)
+    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and weight < 0:
+        raise ValueError(f"{op}: `{name}` must be a finite number of at least 0, got {weight.item():g}")
+    weight = weight.detach().to(accumulate)
+    return weight.where(weight >= 0, torch.nan)  # where values cannot be read, a bad one shows in the loss
+
+
+def _seed(op: str, z: Tensor, seed: int | Tensor | None) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=z.device)
+    if not isinstance(seed, Tensor):
+        check.integer(op, "seed", seed, -(2**63), 2**63 - 1)
+        return torch.full((), seed, dtype=torch.int64, device=z.device)
+    check.tensor(op, "seed", seed, (), check.INTEGER)
+    check.same(op, "seed", seed, "z", z, dtype=False)
+    return seed
