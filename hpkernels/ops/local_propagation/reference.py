@@ -89,5 +89,5 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
     (batch, dim, height, width), cells = grad.shape, weights.shape[1]
     window = math.isqrt(cells)
-    neighbours = (grad.to(accumulate)[:, :, None] * weights[:, None].to(accumulate)).view(batch, dim * cells, -1)
-    return F.fold(neighbours, (height, width), window, padding=window // 2).to(grad.dtype)
+    neighbours = grad.to(accumulate)[:, :, None] * weights[:, None].to(accumulate)  # (B, D, window², H, W)
+    return F.fold(neighbours.reshape(batch, dim * cells, height * width), (height, width), window, padding=window // 2).to(grad.dtype)

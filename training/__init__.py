@@ -1,0 +1,1 @@
+"""The slim training loop of Hidden Positives: run from the checkout, not installed."""

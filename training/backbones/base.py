@@ -1,0 +1,45 @@
+"""What the training loop asks of a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class PatchFeatures(NamedTuple):
+    """What a backbone returns for B images of H x W patches."""
+
+    tokens: Tensor  # (B, H*W, Df), patch tokens after the final LayerNorm, not L2-normalised
+    query: Tensor  # (B, heads, prefix_tokens + H*W, d) of the last block
+    key: Tensor  # (B, heads, prefix_tokens + H*W, d)
+
+
+class Backbone(nn.Module):
+    """A frozen feature extractor: patch tokens and the last block's query and key.
+
+    Attributes:
+        features_dim: Df.
+        patch_size: pixels a side of one patch.
+        prefix_tokens: class and register tokens in front of the patches in `query` and `key`.
+    """
+
+    features_dim: int
+    patch_size: int
+    prefix_tokens: int
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (H, W) grid of patches for an image of `size` pixels."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def fit(self, images: Iterable[Tensor]) -> None:
+        """Learn from unlabelled training images (3, h, w) in [0, 1]; most backbones need nothing."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, h, w) in [0, 1] to what `forward` takes."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> PatchFeatures:
+        """Patch features of normalised images (B, 3, h, w)."""
+        raise NotImplementedError

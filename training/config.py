@@ -1,0 +1,133 @@
+"""The typed configuration of a run: every key, its type, its default and its bounds stand here and nowhere else.
+
+``config_file.py`` reads it from ``configs/*.yaml`` and ``key=value``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def bounded(default: float | None, low: float, high: float = float("inf")) -> Any:
+    """A number with `default` that must lie in [low, high]."""
+    return field(default=default, metadata={"bounds": (low, high)})
+
+
+def choice(default: str, *allowed: str) -> Any:
+    """A string with `default` that must be one of `allowed`."""
+    return field(default=default, metadata={"choices": allowed})
+
+
+@dataclass
+class DataConfig:
+    """Which photographs, at which size."""
+
+    name: str = choice("folder", "folder", "procedural")  # imgs/{train,val}, labels/{train,val}; or made on the spot
+    root: str | None = None  # folder: where imgs/ is
+    size: tuple[int, int] = (224, 224)  # height and width in pixels that images and labels are resized to
+    classes: tuple[str, ...] = ()  # names in label order; label values from len(classes) on are ignored (void)
+    clusters: int | None = bounded(None, 2)  # how many to find; None: as many as there are classes
+    train_images: int | None = bounded(None, 1)  # how many to use (procedural: to make); None: all there are
+    val_images: int | None = bounded(None, 1)
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen feature extractor."""
+
+    name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
+    pretrained: bool = False  # timm: download the weights
+    weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
+    class_token: bool = True  # timm: SelfPatch weights come without one
+    patch_size: int = bounded(8, 2)  # patch_dictionary: pixels a side of one patch
+    features_dim: int = bounded(192, 1)  # patch_dictionary: Df
+    cache: bool = False  # keep the features of the un-augmented view in memory
+    views: int = bounded(0, 0)  # photometric views of each image to keep in memory; 0: a new one every time
+
+
+@dataclass
+class HeadConfig:
+    """The segmentation head and its exponential-moving-average copy."""
+
+    dim: int = bounded(512, 1)  # D
+    dropout: float = bounded(0.1, 0, 1)  # channel dropout on the head's input
+    ema: float = bounded(0.99, 0, 1)  # momentum of the EMA head
+
+
+@dataclass
+class LossConfig:
+    """The multi-positive contrastive loss (see `hpkernels.ghp_contrastive`) and the consistency term."""
+
+    temperature: float = bounded(0.6, 1e-6)
+    base_temperature: float = bounded(0.07, 1e-6)
+    negative_rate: float = bounded(0.02, 0, 1)
+    variant: str = choice("joint", "joint", "separate")
+    reweight: bool = True
+    specific: bool = True  # task-specific positives
+    local: bool = True  # the branch of local hidden positives
+    consistency: float = bounded(0.05, 0)  # alpha
+
+
+@dataclass
+class PoolConfig:
+    """The reference pools."""
+
+    size: int = bounded(2048, 1)  # M
+    renew_every: int = bounded(100, 1)  # steps between refills of the task-specific pool
+
+
+@dataclass
+class OptimConfig:
+    """Learning rates and limits: AdamW for the head, Adam for the rest."""
+
+    head_lr: float = bounded(5e-4, 0)
+    head_weight_decay: float = bounded(0.1, 0)
+    projection_lr: float = bounded(5e-4, 0)
+    linear_probe_lr: float = bounded(1e-3, 0)
+    cluster_probe_lr: float = bounded(5e-3, 0)
+    clip_grad_norm: float = bounded(10.0, 0)
+
+
+@dataclass
+class QuirksConfig:
+    """Behaviour of the published code that departs from the paper: the preset sets all, each can be set by itself."""
+
+    preset: str = choice("corrected", "corrected", "published")  # all off, all on
+    dropout_on_frozen: bool | None = None  # channel dropout also on the frozen features and the pools
+    jitter_after_normalization: bool | None = None  # colour jitter on normalised images
+    skip_renewal_at_epoch_start: bool | None = None  # no pool renewal at the first step of an epoch
+    select_on_labels: bool | None = None  # keep the checkpoint that is best on the labelled validation set
+    drop_specific_only_anchors: bool | None = None  # drop anchors whose only positives are task-specific
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None:
+                setattr(self, name, self.preset == "published")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = bounded(0, 0)
+    output: str = "runs/unnamed"  # the folder that receives checkpoint, metrics, log and report
+    device: str = "auto"  # "auto": a GPU where there is one
+    backend: str = choice("auto", "auto", "cuda", "triton", "cpu", "reference")  # of the hpkernels ops
+    epochs: int | None = bounded(None, 1)  # length of the run: give this ...
+    steps: int | None = bounded(None, 1)  # ... or this
+    warmup: int = bounded(100, 0)  # steps with lambda = 0
+    batch_size: int = bounded(64, 1)
+    log_every: int = bounded(10, 1)  # steps
+    checkpoint_every: int = bounded(100, 1)  # steps
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    quirks: QuirksConfig = field(default_factory=QuirksConfig)
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"config: give one of `epochs` and `steps`, got {self.epochs} and {self.steps}")

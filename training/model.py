@@ -1,0 +1,71 @@
+"""What is trained: the segmentation head, its moving average, and the projection of the contrastive loss."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SegmentationHead(nn.Module):
+    """``s = W1 drop(f) + W3 relu(W2 drop(f))`` (HP, CVPR 2023; the head of STEGO).
+
+    Args:
+        features_dim: Df of the frozen features.
+        dim: D of the code.
+        dropout: probability of channel dropout on the input, drawn for each of the two paths.
+    """
+
+    def __init__(self, features_dim: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.w1 = nn.Linear(features_dim, dim)
+        self.w2 = nn.Linear(features_dim, features_dim)
+        self.w3 = nn.Linear(features_dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Codes (B, G, D) of frozen features (B, G, Df)."""
+        linear = self.w1(channel_dropout(features, self.dropout, self.training))
+        nonlinear = self.w3(F.relu(self.w2(channel_dropout(features, self.dropout, self.training))))
+        return linear + nonlinear
+
+
+class Projection(nn.Module):
+    """``z = normalize(Linear(s))``: where the contrastive and the consistency loss act."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """L2-normalised rows (..., D) of codes (..., D)."""
+        return F.normalize(self.linear(code), dim=-1)
+
+
+def channel_dropout(features: Tensor, rate: float, training: bool = True) -> Tensor:
+    """Drop whole channels of an image, the same for all its patches; features are (B, G, Df)."""
+    return F.dropout1d(features.mT, rate, training).mT
+
+
+def ema_copy(head: SegmentationHead) -> SegmentationHead:
+    """A copy of `head` that takes no gradient and drops nothing: the start of the moving average."""
+    return copy.deepcopy(head).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, momentum: float) -> None:
+    """``ema = momentum * ema + (1 - momentum) * model``, parameter by parameter."""
+    for average, current in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(current.detach(), 1 - momentum)
+
+
+def to_map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Rows of patches (B, H*W, D) as a map (B, D, H, W)."""
+    return rows.mT.unflatten(2, grid)
+
+
+def to_rows(code_map: Tensor) -> Tensor:
+    """A map (B, D, H, W) as rows of patches (B, H*W, D)."""
+    return code_map.flatten(2).mT

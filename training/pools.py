@@ -1,0 +1,50 @@
+"""The reference pools: one random patch of each of M training images, of frozen features and of EMA-head codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hpkernels
+from training.features import FeatureBank
+from training.model import SegmentationHead, channel_dropout
+
+
+def draw_patches(images: int, patches: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw `size` images of `images`, each as often as any other but for one, and a patch position of each.
+
+    Returns:
+        image indices (size,) and positions (size,), int64.
+    """
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-size // images))]
+    return torch.cat(rounds)[:size], torch.randint(patches, (size,), generator=generator)
+
+
+class Pools:
+    """The task-agnostic pool, filled once, and the task-specific pool, renewed from the EMA head.
+
+    Args:
+        size: M.
+        features_dim: Df.
+        dim: D.
+        dropout: channel-dropout rate on the frozen features: 0, or that of the head as the published code has it.
+    """
+
+    def __init__(self, size: int, features_dim: int, dim: int, dropout: float) -> None:
+        self.size = size
+        self.dropout = dropout
+        self.agnostic = hpkernels.nn.ReferencePool(size, features_dim)
+        self.specific = hpkernels.nn.ReferencePool(size, dim)
+
+    def fill_agnostic(self, bank: FeatureBank, generator: torch.Generator) -> None:
+        """Fill the task-agnostic pool with features f."""
+        self.agnostic.fill(self._draw(bank, generator))
+
+    @torch.no_grad()
+    def renew_specific(self, bank: FeatureBank, ema_head: SegmentationHead, generator: torch.Generator) -> None:
+        """Refill the task-specific pool with codes s' of newly drawn patches."""
+        self.specific.fill(ema_head(self._draw(bank, generator)[:, None])[:, 0])
+
+    def _draw(self, bank: FeatureBank, generator: torch.Generator) -> Tensor:
+        images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
+        return channel_dropout(bank.patches(images, positions)[:, None], self.dropout)[:, 0]

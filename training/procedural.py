@@ -1,0 +1,86 @@
+"""Images with ground truth that are made on the spot, so that training can be tried without a download.
+
+Every image is a mosaic of regions. The class of a region is its texture; its colours are drawn from the same
+distribution whatever the class, so that colour alone does not separate the classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CLASSES = ("vertical stripes", "horizontal stripes", "checks", "dots", "grain", "plain")
+
+_CELLS = 7  # regions of an image
+
+
+class ProceduralData:
+    """Mosaics of textures.
+
+    Args:
+        images: how many.
+        size: height and width in pixels.
+        seed: image i depends on (seed, i) only.
+    """
+
+    classes = CLASSES
+
+    def __init__(self, images: int, size: tuple[int, int], seed: int) -> None:
+        made = [_mosaic(np.random.default_rng((seed, index)), size) for index in range(images)]
+        self._images = [torch.from_numpy(image) for image, _ in made]
+        self._labels = [torch.from_numpy(label) for _, label in made]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """A file name without extension."""
+        return f"mosaic_{index:04d}"
+
+    def image(self, index: int) -> Tensor:
+        """(3, h, w) uint8."""
+        return self._images[index]
+
+    def label(self, index: int) -> Tensor:
+        """(h, w) int64."""
+        return self._labels[index]
+
+
+def _mosaic(random: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """An image (3, h, w) uint8 and its label (h, w) int64."""
+    height, width = size
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    centres = random.uniform(0, 1, (_CELLS, 2)) * size
+    # Nearest centre, with a wavy metric so that borders are not straight lines.
+    waves = 0.04 * (height + width) * np.sin(x / width * random.uniform(4, 12) + y / height * random.uniform(4, 12))
+    distance = np.hypot(y[None] - centres[:, :1, None] + waves, x[None] - centres[:, 1:, None] - waves)
+    cells = distance.argmin(axis=0)
+
+    classes = random.integers(len(CLASSES), size=_CELLS)
+    image = np.empty((3, height, width), np.float32)
+    for cell, kind in enumerate(classes):
+        inside = cells == cell
+        first, second = random.uniform(0.1, 0.9, (2, 3, 1))
+        mix = _texture(CLASSES[kind], y, x, random)[inside]
+        image[:, inside] = first * mix + second * (1 - mix)
+    image += random.normal(0, 0.02, image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8), classes[cells].astype(np.int64)
+
+
+def _texture(kind: str, y: np.ndarray, x: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """How much of the first of two colours each pixel has, in [0, 1]."""
+    period, shift_y, shift_x = random.uniform(5, 7), *random.uniform(0, 2 * np.pi, 2)
+    along_x = np.sin(2 * np.pi * x / period + shift_x)
+    along_y = np.sin(2 * np.pi * y / period + shift_y)
+    if kind == "vertical stripes":
+        return (along_x > 0).astype(np.float32)
+    if kind == "horizontal stripes":
+        return (along_y > 0).astype(np.float32)
+    if kind == "checks":
+        return (along_x * along_y > 0).astype(np.float32)
+    if kind == "dots":
+        return (along_x + along_y > 1.2).astype(np.float32)
+    if kind == "grain":
+        return random.uniform(0, 1, y.shape).astype(np.float32)
+    return np.ones_like(y)

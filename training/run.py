@@ -1,0 +1,180 @@
+"""A run put together from its configuration: data, frozen backbone, feature banks and training state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training import checkpoint
+from training.backbones import Backbone, build_backbone
+from training.config import Config
+from training.config_file import config_from_dict
+from training.data import SegmentationData, open_data, steps_per_epoch
+from training.features import FeatureBank
+from training.schedule import seed_step
+from training.state import TrainingState
+
+_PLACE = ("output", "device", "log_every", "checkpoint_every")  # keys that may differ between a run and its resumption
+
+
+@dataclass
+class Run:
+    """What training and evaluation work on."""
+
+    config: Config
+    device: torch.device
+    backbone: Backbone
+    train_bank: FeatureBank
+    val_bank: FeatureBank
+    state: TrainingState
+    steps: int
+    steps_per_epoch: int
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the newest state is kept."""
+        return checkpoint_path(self.config)
+
+    @property
+    def best_path(self) -> Path:
+        """Where the state is kept that was best on labels, if the run chooses by them."""
+        return self.checkpoint_path.with_name("best.pt")
+
+    def save(self, path: Path | None = None) -> None:
+        """Write everything that resume, evaluation and prediction need, atomically."""
+        contents = {
+            "config": asdict(self.config),
+            "backbone": self.backbone.state_dict(),
+            "state": self.state.state_dict(),
+        }
+        checkpoint.save(path or self.checkpoint_path, contents)
+
+
+def checkpoint_path(config: Config) -> Path:
+    """The checkpoint in the output folder of a run."""
+    return Path(config.output) / "checkpoint.pt"
+
+
+def open_run(config: Config, *, fresh: bool = False) -> Run:
+    """Start a run, or go on with the one in its output folder if there is one.
+
+    Args:
+        config: checked configuration.
+        fresh: start anew even if the output folder holds a run.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or the data does not fit.
+    """
+    found = checkpoint_path(config).is_file() and not fresh
+    saved = checkpoint.load(checkpoint_path(config)) if found else None
+    if saved is not None:
+        _check_same(config, saved["config"])
+    device = resolve_device(config.device)
+    train_data = open_data(config, "train")
+    every = steps_per_epoch(len(train_data), config.batch_size)
+    steps = config.steps or config.epochs * every
+    if config.warmup >= steps:
+        raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
+
+    backbone = build_backbone(config.backbone, config.seed, device)
+    if saved is None:
+        backbone.fit(_images(train_data, config.seed))
+    else:
+        backbone.load_state_dict(saved["backbone"])
+    train_bank = open_bank(config, backbone, train_data, device, views=config.backbone.views)
+    torch.manual_seed(config.seed)
+    state = TrainingState(config, backbone.features_dim, clusters(train_data, config), device)
+    if saved is None:
+        state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
+    else:
+        state.load_state_dict(saved["state"])
+    val_bank = open_bank(config, backbone, open_data(config, "val"), device)
+    return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
+
+
+def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbone, TrainingState]:
+    """The configuration, backbone and state in a checkpoint, without the images they were trained on."""
+    saved = checkpoint.load(path)
+    config = config_from_dict(saved["config"])
+    where = resolve_device(device)
+    # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
+    config.backbone.pretrained = False
+    config.backbone.weights = None
+    backbone = build_backbone(config.backbone, config.seed, where)
+    backbone.load_state_dict(saved["backbone"])
+    state = TrainingState(config, backbone.features_dim, len(saved["state"]["modules"]["linear_probe"]["bias"]), where)
+    state.load_modules(saved["state"])
+    state.step = saved["state"]["step"]
+    return config, backbone, state
+
+
+def open_bank(
+    config: Config, backbone: Backbone, data: SegmentationData, device: torch.device, views: int = 0
+) -> FeatureBank:
+    """The features of a data set as the configuration wants them kept."""
+    return FeatureBank(
+        data,
+        backbone,
+        config.data.size,
+        cache=config.backbone.cache,
+        views=views,
+        jitter_after_normalization=config.quirks.jitter_after_normalization,
+        seed=config.seed,
+        device=device,
+        backend=config.backend,
+    )
+
+
+def clusters(data: SegmentationData, config: Config) -> int:
+    """How many clusters to find: as many as there are classes, unless the configuration says otherwise."""
+    number = config.data.clusters or len(data.classes)
+    if number < 2:
+        raise ValueError("config: without `data.classes`, `data.clusters` must say how many clusters to find")
+    return number
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"config: `device` {name!r} cannot be used here: {error}") from error
+    return torch.device(name)
+
+
+def _check_same(config: Config, saved: dict[str, Any]) -> None:
+    own = _flat(asdict(config))
+    differing = [key for key, value in _flat(saved).items() if key not in _PLACE and own.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"{config.output} holds a run whose {', '.join(differing)} differ; choose another `output`, or start anew"
+            " with --fresh"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _images(data: SegmentationData, seed: int) -> Iterator[Tensor]:
+    """All training images (3, h, w) in [0, 1], in random order, for backbones that learn from them."""
+    order = list(range(len(data)))
+    random.Random(seed).shuffle(order)
+    for index in tqdm(order, desc="fit backbone", unit="image", leave=False):
+        yield data.image(index).float() / 255

@@ -1,0 +1,97 @@
+"""Everything of a run that changes while it trains, in one place: what a checkpoint holds and what resume restores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.clusterings import Clusterings
+from training.config import Config
+from training.model import Projection, SegmentationHead, ema_copy
+from training.pools import Pools
+from training.probes import ClusterProbe, LinearProbe
+
+
+class TrainingState:
+    """The modules, optimizers and history of a run, initialised from the global random generator.
+
+    Args:
+        config: of the run.
+        features_dim: Df of the backbone.
+        clusters: how many clusters and classes there are.
+        device: where the modules are.
+
+    Attributes:
+        step: steps done so far.
+        history: the figures of each logged step, for the curves of the report.
+        seconds: time spent in training steps so far.
+        best_accuracy: the best validation accuracy so far, where the checkpoint is chosen by labels.
+    """
+
+    def __init__(self, config: Config, features_dim: int, clusters: int, device: torch.device) -> None:
+        head, optim = config.head, config.optim
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.best_accuracy = 0.0
+        self.head = SegmentationHead(features_dim, head.dim, head.dropout)
+        self.ema_head = ema_copy(self.head)
+        self.projection = Projection(head.dim)
+        self.linear_probe = LinearProbe(head.dim, clusters)
+        self.cluster_probe = ClusterProbe(head.dim, clusters)
+        pool_dropout = head.dropout if config.quirks.dropout_on_frozen else 0.0
+        self.pools = Pools(config.pool.size, features_dim, head.dim, pool_dropout)
+        self.clusterings = Clusterings(features_dim, head.dim, clusters)
+        for module in self.modules.values():
+            module.to(device)
+
+        adam, adamw = torch.optim.Adam, torch.optim.AdamW
+        self.optimizers = {
+            "head": adamw(self.head.parameters(), lr=optim.head_lr, weight_decay=optim.head_weight_decay),
+            "projection": adam(self.projection.parameters(), lr=optim.projection_lr),
+            "linear_probe": adam(self.linear_probe.parameters(), lr=optim.linear_probe_lr),
+            "cluster_probe": adam(self.cluster_probe.parameters(), lr=optim.cluster_probe_lr),
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with parameters or buffers, by its name in the checkpoint."""
+        return {
+            "head": self.head,
+            "ema_head": self.ema_head,
+            "projection": self.projection,
+            "linear_probe": self.linear_probe,
+            "cluster_probe": self.cluster_probe,
+            "agnostic_pool": self.pools.agnostic,
+            "specific_pool": self.pools.specific,
+            "clusterings": self.clusterings,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that it loads with ``weights_only=True``."""
+        return {
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds,
+            "best_accuracy": self.best_accuracy,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        for name in ("step", "history", "seconds", "best_accuracy"):
+            setattr(self, name, state[name])
+        self.load_modules(state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def load_modules(self, state: dict[str, Any]) -> None:
+        """Take the modules alone from `state`."""
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])

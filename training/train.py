@@ -1,0 +1,230 @@
+"""Train Hidden Positives: read `train_step` beside the paper, then `train` for what surrounds it.
+
+python -m training.train --config training/configs/camvid.yaml data.root=DIR output=runs/camvid
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import hpkernels
+from training.config_file import load_config
+from training.data import batch_of_step
+from training.evaluate import evaluate, metrics_table
+from training.model import channel_dropout, to_map, to_rows, update_ema
+from training.results import write_results
+from training.run import Run, open_run
+from training.schedule import renewal_due, seed_step, specific_weight
+
+
+class Views(NamedTuple):
+    """Frozen features of a batch of B images."""
+
+    tokens: Tensor  # (B, G, Df), f before normalisation
+    weights: Tensor  # (B, 9, H, W), local-propagation weights
+    photometric: Tensor | None  # (B, G, Df), f of the photometric view; None without the consistency term
+
+
+class Codes(NamedTuple):
+    """What head and projection make of them."""
+
+    code: Tensor  # (B, G, D), s
+    ema: Tensor  # (B, G, D), s', no gradient
+    z: Tensor  # (B, G, D), unit rows
+    z_mixed: Tensor | None  # (B, G, D), unit rows of the locally propagated codes
+    z_photometric: Tensor | None  # (B, G, D), unit rows of the photometric view
+
+
+def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
+    """One step of Hidden Positives on the images with these indices (B,); returns the terms of the loss."""
+    config, state, bank = run.config, run.state, run.train_bank
+    generator = seed_step(config.seed, state.step)
+    if renewal_due(state.step, config, run.steps_per_epoch):
+        state.pools.renew_specific(bank, state.ema_head, generator)
+
+    views = load_views(run, images, generator)
+    codes = encode(run, views)
+    terms = {"contrastive": contrastive_term(run, views, codes)}
+    if codes.z_photometric is not None:
+        terms["consistency"] = config.loss.consistency * (codes.z - codes.z_photometric).norm(dim=-1).mean()
+    terms |= probe_terms(run, codes, images)
+
+    optimize(run, sum(terms.values()))
+    update_ema(state.ema_head, state.head, config.head.ema)
+    state.step += 1
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def load_views(run: Run, images: Tensor, generator: torch.Generator) -> Views:
+    """Frozen features of the images and of a photometric view of them."""
+    config, bank = run.config, run.train_bank
+    tokens, weights = bank.get(images)
+    photometric = bank.photometric_tokens(images, generator) if config.loss.consistency else None
+    if config.quirks.dropout_on_frozen:
+        tokens = channel_dropout(tokens, config.head.dropout)
+    return Views(tokens, weights, photometric)
+
+
+def encode(run: Run, views: Views) -> Codes:
+    """Codes and projections, in half precision where there is a GPU; results float32."""
+    state, bank = run.state, run.train_bank
+    state.head.train()
+    z_mixed = z_photometric = None
+    with torch.autocast(run.device.type, torch.float16, enabled=run.device.type == "cuda"):
+        code = state.head(views.tokens)
+        z = state.projection(code)
+        if run.config.loss.local:
+            code_map = to_map(code, bank.grid)
+            mixed = hpkernels.apply_local_propagation(
+                code_map, views.weights.to(code.dtype), backend=run.config.backend
+            )
+            z_mixed = state.projection(to_rows(mixed)).float()
+        if views.photometric is not None:
+            z_photometric = state.projection(state.head(views.photometric)).float()
+        with torch.no_grad():
+            ema = state.ema_head(views.tokens).float()
+    return Codes(code.float(), ema, z.float(), z_mixed, z_photometric)
+
+
+def contrastive_term(run: Run, views: Views, codes: Codes) -> Tensor:
+    """Global hidden positives and the contrastive loss of both branches."""
+    loss, pools = run.config.loss, run.state.pools
+    lam = current_lambda(run)
+    specific = loss.specific and lam > 0
+    return hpkernels.ghp_contrastive(
+        codes.z.flatten(0, 1),
+        F.normalize(views.tokens, dim=-1).flatten(0, 1),
+        pools.agnostic(),
+        specific=F.normalize(codes.ema, dim=-1).flatten(0, 1) if specific else None,
+        specific_pool=pools.specific() if specific else None,
+        specific_weight=lam if specific else 0.0,
+        z_mixed=None if codes.z_mixed is None else codes.z_mixed.flatten(0, 1),
+        anchors_per_image=run.train_bank.anchors_per_image,
+        temperature=loss.temperature,
+        base_temperature=loss.base_temperature,
+        negative_rate=loss.negative_rate,
+        variant=loss.variant,
+        reweight=loss.reweight,
+        keep_specific_only=not run.config.quirks.drop_specific_only_anchors,
+        backend=run.config.backend,
+    )
+
+
+def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
+    """The losses of the probes, which learn on detached codes."""
+    detached = to_map(codes.code.detach(), run.train_bank.grid)
+    terms = {"cluster_probe": run.state.cluster_probe(detached)[0]}
+    labels = run.train_bank.labels(images)
+    if labels is not None:
+        terms["linear_probe"] = run.state.linear_probe.loss(detached, labels)
+    return terms
+
+
+def optimize(run: Run, loss: Tensor) -> None:
+    """One step of all optimizers, gradients of head and projection clipped."""
+    state = run.state
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    for optimizer in state.optimizers.values():
+        state.scaler.unscale_(optimizer)
+    trained = [*state.head.parameters(), *state.projection.parameters()]
+    nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
+    for optimizer in state.optimizers.values():
+        state.scaler.step(optimizer)
+    state.scaler.update()
+
+
+def current_lambda(run: Run) -> float:
+    """The weight of task-specific positives at this step."""
+    return specific_weight(run.state.step, run.config.warmup, run.steps)
+
+
+@torch.no_grad()
+def positives_per_anchor(run: Run, images: Tensor) -> float:
+    """Mean number of task-agnostic positives of the anchors of a batch."""
+    features = F.normalize(run.train_bank.get(images).tokens, dim=-1).flatten(0, 1)
+    threshold = hpkernels.masked_topk(features, run.state.pools.agnostic(), backend=run.config.backend).values[:, 0]
+    positives = hpkernels.hidden_positives(features, threshold, backend=run.config.backend)
+    return positives.count().double().mean().item()
+
+
+def train(run: Run) -> None:
+    """Take the steps that are left, logging and saving as configured."""
+    config, state = run.config, run.state
+    anchors = config.batch_size * run.train_bank.anchors_per_image
+    writer = SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step)
+    bar = tqdm(total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train")
+    started = time.perf_counter() - state.seconds
+    while state.step < run.steps:
+        step, lam = state.step, current_lambda(run)
+        images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
+        terms = train_step(run, images)
+        bar.update(anchors)
+        if step % config.log_every == 0 or state.step == run.steps:
+            figures = {name: term.item() for name, term in terms.items()}
+            figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
+            figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+            bar.set_postfix(
+                loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
+            )
+            state.history.append({"step": step} | figures)
+        if state.step % config.checkpoint_every == 0 or state.step == run.steps:
+            state.seconds = time.perf_counter() - started
+            if config.quirks.select_on_labels:
+                keep_best(run)
+            run.save()
+    bar.close()
+    writer.close()
+
+
+def keep_best(run: Run) -> None:
+    """Keep this state in ``best.pt`` if its cluster probe is the most accurate so far on the labelled validation set."""
+    scores = evaluate(run.state, run.val_bank, only=["cluster_probe"])
+    if scores is not None and scores["cluster_probe"]["accuracy"] > run.state.best_accuracy:
+        run.state.best_accuracy = scores["cluster_probe"]["accuracy"]
+        run.save(run.best_path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a YAML file, for example training/configs/camvid.yaml")
+    parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="edits of the configuration, e.g. loss.local=false"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
+    except (ValueError, TypeError) as error:
+        sys.exit(f"train: {error}")
+    announce(run)
+    train(run)
+    report, metrics = write_results(run)
+    print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
+
+
+def announce(run: Run) -> None:
+    """Say what is about to happen."""
+    state, grid = run.state, run.train_bank.grid
+    begin = f"resuming at step {state.step} of" if state.step else "training for"
+    print(
+        f"{begin} {run.steps} steps of {run.config.batch_size} images ({grid[0]}x{grid[1]} patches) from"
+        f" {len(run.train_bank)}, on {run.device}, into {run.config.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The photometric view of the consistency term: colours change, geometry does not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+# Strengths of the published recipe, each image drawn by itself.
+_JITTER = v2.Compose(
+    [
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(kernel_size=5)], p=0.5),
+    ]
+)
+
+
+def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A randomly recoloured, perhaps blurred copy of images (B, 3, h, w) in [0, 1].
+
+    Values outside [0, 1] are clipped, which is what becomes of normalised images in the published code.
+    """
+    # torchvision draws from the global generator only; `fork_rng` leaves that as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([_JITTER(image) for image in images.clamp(0, 1)])
