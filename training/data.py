@@ -38,7 +38,7 @@ class SegmentationData(Protocol):
 
 
 class FolderData:
-    """Photographs in ``root/imgs/split`` and, where there are any, label PNGs of the same stems in ``root/labels/split``.
+    """Photographs in ``root/imgs/split`` and, if there are any, label PNGs of the same stems in ``root/labels/split``.
 
     Args:
         root: the folder.
@@ -117,6 +117,8 @@ def open_data(config: Config, split: str) -> SegmentationData:
         return ProceduralData(limit or 64, data.size, seed=0 if split == "train" else 1)
     if data.root is None:
         raise ValueError("config: `data.root` must be the folder that holds imgs/, got None")
+    if split == "val" and not (Path(data.root) / "imgs" / "val").is_dir():
+        split = "train"  # with no images set aside, the training images are segmented
     return FolderData(data.root, split, data.size, data.classes, limit)
 
 
@@ -127,9 +129,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
         ValueError: there are fewer images than one batch takes.
     """
     if images < batch_size:
-        raise ValueError(
-            f"config: `batch_size` must be at most the number of training images {images}, got {batch_size}"
-        )
+        raise ValueError(f"config: `batch_size` must be at most the {images} training images, got {batch_size}")
     return images // batch_size
 
 

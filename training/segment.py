@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.kmeans import assign
+from training.kmeans import closeness
 from training.model import to_map
 from training.state import TrainingState
 
@@ -22,24 +22,27 @@ SEGMENTATIONS = (*CLUSTERED, "linear")
 def segment(state: TrainingState, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
     """Segment images, at `size` pixels, each way of `SEGMENTATIONS`.
 
+    Every patch gets a score for each cluster or class; a pixel takes the greatest of the scores interpolated to it. For
+    both probes that is the published evaluation, which interpolates codes to pixels first: their scores are linear in
+    the code, up to its length, which does not change the order.
+
     Args:
         tokens: (B, G, Df) frozen features.
         grid: (H, W) of the patches.
-        size: (h, w) of the result; features and codes are interpolated to it, as the published evaluation does.
+        size: (h, w) of the result.
 
     Returns:
         cluster maps (B, h, w) int64; for "linear" class maps.
     """
-    features = to_map(tokens, grid)
-    codes = to_map(state.head.eval()(tokens), grid)
-    linear = upsample(state.linear_probe(codes), size).argmax(dim=1)  # interpolating logits or codes is the same
-    codes = upsample(codes, size)
-    return {
-        "baseline": _nearest(upsample(features, size), state.clusterings.features),
-        "kmeans": _nearest(codes, state.clusterings.codes),
-        "cluster_probe": state.cluster_probe.similarity(codes).argmax(dim=1),
-        "linear": linear,
+    codes = state.head.eval()(tokens)
+    code_map = to_map(codes, grid)
+    scores = {
+        "baseline": to_map(closeness(tokens, state.clusterings.features), grid),
+        "kmeans": to_map(closeness(codes, state.clusterings.codes), grid),
+        "cluster_probe": state.cluster_probe.similarity(code_map) * code_map.norm(dim=1, keepdim=True),
+        "linear": state.linear_probe(code_map),
     }
+    return {name: upsample(score, size).argmax(dim=1) for name, score in scores.items()}
 
 
 def to_classes(state: TrainingState, segmentations: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,7 +56,3 @@ def to_classes(state: TrainingState, segmentations: dict[str, Tensor]) -> dict[s
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of maps (B, C, H, W) to `size`."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def _nearest(maps: Tensor, centres: Tensor) -> Tensor:
-    return assign(maps.movedim(1, -1).flatten(0, 2), centres).unflatten(0, (len(maps), *maps.shape[2:]))

@@ -190,7 +190,7 @@ def train(run: Run) -> None:
 
 
 def keep_best(run: Run) -> None:
-    """Keep this state in ``best.pt`` if its cluster probe is the most accurate so far on the labelled validation set."""
+    """Keep this state in ``best.pt`` if its cluster probe is the most accurate so far on the labelled images."""
     scores = evaluate(run.state, run.val_bank, only=["cluster_probe"])
     if scores is not None and scores["cluster_probe"]["accuracy"] > run.state.best_accuracy:
         run.state.best_accuracy = scores["cluster_probe"]["accuracy"]

@@ -25,16 +25,14 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype]:
 
 def tensor(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
     """Check that `value` is a tensor of one of `dtypes` and of `shape`, with no empty dimension."""
-    wanted = f"be a {_dtype_names(dtypes)} tensor of shape {_shape_text(shape)}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: `{name}` must {wanted}, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{op}: `{name}` must {wanted}, got {_describe(value)}")
+    # The messages are built only when they are needed: Dynamo cannot print the symbolic sizes of dynamic shapes.
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        raise TypeError(_tensor_text(op, name, value, shape, dtypes))
     sizes_fit = value.dim() == len(shape) and all(
         size == actual for size, actual in zip(shape, value.shape, strict=True) if not isinstance(size, str)
     )
     if not sizes_fit:
-        raise ValueError(f"{op}: `{name}` must {wanted}, got {_describe(value)}")
+        raise ValueError(_tensor_text(op, name, value, shape, dtypes))
     if any(size == 0 for size in value.shape):
         raise ValueError(f"{op}: `{name}` must not be empty, got {_describe(value)}")
 
@@ -85,11 +83,10 @@ def real(
 
 def integer(op: str, name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """Check that `value` is an integer within [`minimum`, `maximum`] and return it."""
-    wanted = f" of at least {minimum}" if maximum is None else f" from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
-        raise TypeError(f"{op}: `{name}` must be an integer{wanted}, got {_kind(value)}")
+        raise TypeError(f"{op}: `{name}` must be an integer{_span_text(minimum, maximum)}, got {_kind(value)}")
     if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{op}: `{name}` must be an integer{wanted}, got {value}")
+        raise ValueError(f"{op}: `{name}` must be an integer{_span_text(minimum, maximum)}, got {value}")
     return value
 
 
@@ -103,6 +100,15 @@ def flag(op: str, name: str, value: Any) -> None:
     """Check that `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: `{name}` must be True or False, got {_kind(value)}")
+
+
+def _tensor_text(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequence[torch.dtype]) -> str:
+    wanted = f"{_dtype_names(dtypes)} tensor of shape {_shape_text(shape)}"
+    return f"{op}: `{name}` must be a {wanted}, got {_describe(value)}"
+
+
+def _span_text(minimum: int, maximum: int | None) -> str:
+    return f" of at least {minimum}" if maximum is None else f" from {minimum} to {maximum}"
 
 
 def _range_text(minimum: float, maximum: float, open_minimum: bool) -> str:
@@ -125,7 +131,9 @@ def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return "floating-point" if tuple(dtypes) == FLOATING else " or ".join(map(_name, dtypes))
 
 
-def _describe(value: Tensor) -> str:
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
     return f"{_name(value.dtype)} of shape {_shape_text(value.shape)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ _CONTEXT = (1, 3, 7)  # sides, in patches, of the neighbourhoods that descriptor
 _CONTRAST_FLOOR = 4e-4  # added to a window's variance, so that noise in flat windows is not amplified
 _WHITENING_FLOOR = 0.1  # added to the eigenvalues of windows of unit variance
 _WHITENING = 0.5  # exponent of the final PCA whitening: 0 keeps the variances, 1 makes them equal
-_ATTENTION_SCALE = 4.0  # logit of a patch with itself
-_LEARNING_IMAGES = 384  # images kept in memory to learn from
+_ATTENTION_SCALE = 8.0  # logit of a patch with itself
+_LEARNING_IMAGES = 160  # images to learn from, drawn from all
 _LEARNING_WINDOWS = 40_000  # windows to learn a dictionary from
+_LEARNING_STRIDE = 5  # pixels between them; odd, so that they meet patches at every offset
 _KMEANS_ROUNDS = 12
 _CHUNK = 16  # images coded at a time while learning
 
@@ -69,12 +70,9 @@ class PatchDictionary(Backbone):
         images = torch.stack(_reservoir(images, _LEARNING_IMAGES, random.Random(self.seed))).to(self.mean.device)
         generator = torch.Generator().manual_seed(self.seed)
         for scale, dictionary in zip(_SCALES, self.dictionaries, strict=True):
-            a_chunk = -(-_LEARNING_WINDOWS * _CHUNK // len(images))
-            windows = [
-                _draw_rows(dictionary.windows(_shrink(some, scale), 1), a_chunk, generator) for some in _chunks(images)
-            ]
-            dictionary.fit(torch.cat(windows), generator)
-        self._fit_projection(torch.cat([self._descriptors(some).flatten(0, 1) for some in _chunks(images)]))
+            windows = dictionary.windows(_shrink(images, scale), _LEARNING_STRIDE).flatten(0, 1)
+            dictionary.fit(_draw_rows(windows, _LEARNING_WINDOWS, generator), generator)
+        self._fit_projection(torch.cat([self._descriptors(some).flatten(0, 1) for some in images.split(_CHUNK)]))
 
     def forward(self, images: Tensor) -> PatchFeatures:
         """Patch features of images (B, 3, h, w) in [0, 1]; the attention is that of similar descriptors."""
@@ -165,12 +163,7 @@ def _shrink(images: Tensor, scale: int) -> Tensor:
     return images if scale == 1 else F.avg_pool2d(images, scale)
 
 
-def _chunks(images: Tensor) -> Iterator[Tensor]:
-    return iter(images.split(_CHUNK))
-
-
 def _draw_rows(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    rows = rows.flatten(0, 1)
     return rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
 
 

@@ -36,9 +36,11 @@ class TimmViT(Backbone):
             nearest = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5]) or "see timm.list_models('vit*')"
             raise ValueError(f"backbone: timm has no model {name!r}; near it: {nearest}")
         options = {} if class_token else {"class_token": False, "global_pool": "avg"}
-        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **options)
-        if not hasattr(self.vit, "blocks") or not hasattr(self.vit.blocks[-1].attn, "qkv"):
-            raise ValueError(f"backbone: {name!r} is not a plain ViT with blocks[-1].attn.qkv")
+        try:
+            self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **options)
+            self.vit.blocks[-1].attn.qkv  # noqa: B018
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"backbone: {name!r} is not a plain ViT: {error}") from error
         if not class_token:
             # timm moves the final LayerNorm behind the average when there is no class token.
             self.vit.norm, self.vit.fc_norm = nn.LayerNorm(self.vit.embed_dim, eps=1e-6), nn.Identity()

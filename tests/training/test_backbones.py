@@ -1,0 +1,168 @@
+"""Backbones: patch tokens, query and key, and weights from every layout."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from training.backbones import build_backbone
+from training.backbones.patch_dictionary import PatchDictionary
+from training.backbones.timm_vit import TimmViT
+from training.config import BackboneConfig
+from training.procedural import ProceduralData
+
+VIT = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return TimmViT(VIT)
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    data = ProceduralData(8, (32, 40), seed=0)
+    images = [data.image(index).float() / 255 for index in range(8)]
+    backbone = PatchDictionary(features_dim=24, patch_size=8, seed=0)
+    backbone.fit(images)
+    return backbone, torch.stack(images)
+
+
+def test_vit_tokens_are_those_of_timm_without_prefix(vit):
+    images = torch.rand(2, 3, 32, 48)
+    tokens, query, key = vit(vit.normalize(images))
+    assert vit.grid((32, 48)) == (2, 3)
+    assert tokens.shape == (2, 6, vit.features_dim) == (2, 6, 192)
+    assert query.shape == key.shape == (2, 3, 1 + 6, 64)
+    assert torch.equal(tokens, vit.vit.forward_features(vit.normalize(images))[:, 1:])
+
+
+def test_vit_query_and_key_give_the_attention_of_the_last_block(vit):
+    images = vit.normalize(torch.rand(1, 3, 32, 48))
+    attention = vit.vit.blocks[-1].attn
+    seen = []
+    hook = attention.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    _, query, key = vit(images)
+    hook.remove()
+    inputs, output = seen[0]
+    value = attention.qkv(inputs).unflatten(2, (3, attention.num_heads, -1))[:, :, 2].transpose(1, 2)
+    weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
+    expected = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_vit_is_frozen(vit):
+    assert not any(parameter.requires_grad for parameter in vit.parameters())
+    assert not vit.training
+
+
+def test_vit_normalises_as_timm_says(vit):
+    grey = torch.full((1, 3, 16, 16), 0.5)
+    mean, std = torch.tensor(vit.vit.pretrained_cfg["mean"]), torch.tensor(vit.vit.pretrained_cfg["std"])
+    torch.testing.assert_close(vit.normalize(grey)[0, :, 0, 0], (0.5 - mean) / std)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"teacher": {f"module.backbone.{name}": value for name, value in state.items()}, "epoch": 3},
+        lambda state: {"teacher": {f"backbone.{name}": value for name, value in state.items()}},
+    ],
+    ids=["plain", "timm", "dino distributed", "dino"],
+)
+def test_vit_weight_layouts(vit, tmp_path, wrap):
+    state = {name: value + 0.25 for name, value in vit.vit.state_dict().items()}
+    head = {"head.mlp.0.weight": torch.zeros(2, 2)}  # of the self-supervised training, left out
+    torch.save(wrap(state | head), tmp_path / "weights.pth")
+    loaded = TimmViT(VIT, weights=str(tmp_path / "weights.pth"))
+    assert all(torch.equal(value, state[name]) for name, value in loaded.vit.state_dict().items())
+
+
+def test_vit_selfpatch_layout(tmp_path):
+    donor = timm.create_model(VIT, num_classes=0, class_token=False, global_pool="avg")
+    blocks = {name: value for name, value in donor.state_dict().items() if not name.startswith("fc_norm")}
+    state = {f"module.backbone.{name}": value + 0.01 for name, value in blocks.items()}
+    torch.save({"teacher": state}, tmp_path / "selfpatch.pth")
+    loaded = TimmViT(VIT, weights=str(tmp_path / "selfpatch.pth"), class_token=False)
+    tokens, query, _ = loaded(torch.rand(1, 3, 32, 32))
+    assert loaded.prefix_tokens == 0
+    assert tokens.shape == (1, 4, 192) and query.shape == (1, 3, 4, 64)
+    assert torch.equal(loaded.vit.blocks[0].attn.qkv.weight, state["module.backbone.blocks.0.attn.qkv.weight"])
+    # The final LayerNorm acts, without scale and shift.
+    torch.testing.assert_close(tokens.mean(dim=-1), torch.zeros(1, 4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(tokens.std(dim=-1, correction=0), torch.ones(1, 4), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="lacks cls_token .*`backbone.class_token=false`"):
+        TimmViT(VIT, weights=str(tmp_path / "selfpatch.pth"))
+
+
+def test_vit_errors(vit, tmp_path):
+    with pytest.raises(ValueError, match="timm has no model 'vit_smal_patch8_224.dino'"):
+        TimmViT("vit_smal_patch8_224.dino")
+    with pytest.raises(ValueError, match="'resnet18' is not a plain ViT"):
+        TimmViT("resnet18")
+    with pytest.raises(ValueError, match="there is no weight file"):
+        TimmViT(VIT, weights=str(tmp_path / "nothing.pth"))
+    state = vit.vit.state_dict()
+    torch.save({name: value for name, value in state.items() if name != "norm.bias"}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="does not fit the ViT: it lacks norm.bias"):
+        TimmViT(VIT, weights=str(tmp_path / "part.pth"))
+    torch.save(state | {"norm.bias": torch.zeros(3)}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match=r"it has norm.bias of shape \(3,\), expected \(192,\)"):
+        TimmViT(VIT, weights=str(tmp_path / "shape.pth"))
+    torch.save({"note": "no tensors"}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        TimmViT(VIT, weights=str(tmp_path / "none.pth"))
+
+
+def test_dictionary_shapes(dictionary):
+    backbone, images = dictionary
+    tokens, query, key = backbone(images)
+    assert tokens.shape == (8, 20, 24) and query.shape == key.shape == (8, 1, 20, 24)
+    assert backbone.prefix_tokens == 0
+    assert tokens.isfinite().all() and tokens.std() > 0.1
+
+
+def test_dictionary_is_reproducible_and_saved_whole(dictionary):
+    backbone, images = dictionary
+    again = PatchDictionary(features_dim=24, patch_size=8, seed=0)
+    again.fit(images)
+    assert torch.equal(again(images).tokens, backbone(images).tokens)
+    restored = PatchDictionary(features_dim=24, patch_size=8, seed=1)
+    restored.load_state_dict(backbone.state_dict())
+    assert torch.equal(restored(images).tokens, backbone(images).tokens)
+
+
+def test_dictionary_treats_images_by_themselves(dictionary):
+    backbone, images = dictionary
+    torch.testing.assert_close(backbone(images[2:3]).tokens, backbone(images).tokens[2:3], atol=1e-4, rtol=1e-4)
+
+
+def test_dictionary_attends_to_similar_patches(dictionary):
+    backbone, images = dictionary
+    tokens, query, key = backbone(images)
+    logits = (query @ key.mT)[:, 0]
+    cosine = torch.nn.functional.normalize(tokens, dim=-1)
+    cosine = cosine @ cosine.mT
+    correlation = torch.corrcoef(torch.stack((logits.flatten(), cosine.flatten())))[0, 1]
+    assert correlation > 0.99
+
+
+def test_dictionary_takes_flat_images(dictionary):
+    backbone, _ = dictionary
+    assert backbone(torch.zeros(1, 3, 32, 40)).tokens.isfinite().all()
+
+
+def test_dictionary_errors():
+    with pytest.raises(ValueError, match="`features_dim` must be in"):
+        PatchDictionary(features_dim=100_000, patch_size=8)
+
+
+def test_build_backbone_follows_the_configuration():
+    device = torch.device("cpu")
+    built = build_backbone(BackboneConfig(name="patch_dictionary", features_dim=12, patch_size=8), 0, device)
+    assert isinstance(built, PatchDictionary) and built.features_dim == 12
+    assert isinstance(build_backbone(BackboneConfig(name=VIT), 0, device), TimmViT)

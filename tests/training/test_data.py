@@ -1,0 +1,111 @@
+"""Images, labels and batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.cluster import KMeans
+
+from training.data import FolderData, batch_of_step, load_image, open_data
+from training.metrics import SegmentationMetrics
+from training.procedural import CLASSES, ProceduralData
+
+
+def test_folder_reads_images_and_labels(photo_folder):
+    data = FolderData(photo_folder(), "train", (24, 32), CLASSES)
+    assert len(data) == 6
+    assert data.name(0) == "mosaic_0000"
+    assert data.image(0).shape == (3, 24, 32) and data.image(0).dtype == torch.uint8
+    label = data.label(0)
+    assert label.shape == (24, 32) and label.dtype == torch.int64
+    assert (label[:2] == -1).all(), "void pixels are ignored"
+    assert label[2:].min() >= 0 and label.max() < len(CLASSES)
+
+
+def test_folder_keeps_size_and_values(photo_folder):
+    root = photo_folder()
+    with Image.open(root / "imgs" / "val" / "mosaic_0003.png") as image:
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(FolderData(root, "val", (48, 64), CLASSES).image(3), expected)
+
+
+def test_folder_without_labels(photo_folder):
+    data = FolderData(photo_folder(labels=False), "val", (24, 32), ())
+    assert data.label(0) is None
+
+
+def test_folder_limit(photo_folder):
+    assert len(FolderData(photo_folder(), "train", (24, 32), CLASSES, limit=2)) == 2
+
+
+def test_folder_errors(photo_folder, tmp_path):
+    with pytest.raises(ValueError, match="there are no .jpg .jpeg .png files in"):
+        FolderData(tmp_path / "nowhere", "train", (24, 32), CLASSES)
+    with pytest.raises(ValueError, match="`data.classes` must name their classes"):
+        FolderData(photo_folder(), "train", (24, 32), ())
+    partly = photo_folder(name="partly")
+    (partly / "labels" / "train" / "mosaic_0001.png").unlink()
+    with pytest.raises(ValueError, match="1 of 6 images have no label, for example .*mosaic_0001"):
+        FolderData(partly, "train", (24, 32), CLASSES)
+    coloured = photo_folder(name="coloured")
+    Image.new("RGB", (64, 48)).save(coloured / "labels" / "train" / "mosaic_0000.png")
+    with pytest.raises(ValueError, match="must have one byte a pixel, got mode RGB"):
+        FolderData(coloured, "train", (24, 32), CLASSES).label(0)
+
+
+def test_load_image_takes_grey_and_transparent_files(tmp_path):
+    for mode in ("L", "RGBA", "P"):
+        file = tmp_path / f"{mode}.png"
+        Image.new(mode, (10, 6)).save(file)
+        assert load_image(file, (6, 10)).shape == (3, 6, 10)
+
+
+def test_open_data_needs_a_root(tiny_config):
+    with pytest.raises(ValueError, match="`data.root` must be the folder that holds imgs/, got None"):
+        open_data(tiny_config(data={"name": "folder"}), "train")
+
+
+def test_missing_val_folder_falls_back_to_training_images(tiny_config, photo_folder):
+    root = photo_folder(labels=False)
+    for file in (root / "imgs" / "val").iterdir():
+        file.unlink()
+    (root / "imgs" / "val").rmdir()
+    config = tiny_config(data={"name": "folder", "root": str(root), "size": [32, 40], "clusters": 4})
+    assert len(open_data(config, "val")) == 6
+
+
+def test_batches_cover_each_epoch_without_repeats():
+    batches = [batch_of_step(step, images=11, batch_size=4, seed=0) for step in range(4)]
+    assert all(len(batch) == 4 for batch in batches)
+    for epoch in (batches[:2], batches[2:]):
+        assert len(set(torch.cat(epoch).tolist())) == 8
+    assert not torch.equal(torch.cat(batches[:2]), torch.cat(batches[2:]))
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    assert torch.equal(batch_of_step(7, 11, 4, seed=3), batch_of_step(7, 11, 4, seed=3))
+    assert not torch.equal(batch_of_step(7, 11, 4, seed=3), batch_of_step(7, 11, 4, seed=4))
+
+
+def test_too_few_images_for_a_batch():
+    with pytest.raises(ValueError, match="`batch_size` must be at most the 3 training images, got 4"):
+        batch_of_step(0, 3, 4, seed=0)
+
+
+def test_procedural_is_reproducible_and_has_every_class():
+    first, second = ProceduralData(12, (32, 40), seed=5), ProceduralData(12, (32, 40), seed=5)
+    assert all(torch.equal(first.image(i), second.image(i)) for i in range(12))
+    assert all(torch.equal(first.label(i), second.label(i)) for i in range(12))
+    assert not torch.equal(first.image(0), ProceduralData(1, (32, 40), seed=6).image(0))
+    assert torch.stack([first.label(i) for i in range(12)]).unique().tolist() == list(range(len(CLASSES)))
+
+
+def test_procedural_classes_are_not_separable_by_colour():
+    data = ProceduralData(24, (56, 56), seed=0)
+    pixels = torch.stack([data.image(i) for i in range(24)]).permute(0, 2, 3, 1).reshape(-1, 3).float()
+    labels = torch.stack([data.label(i) for i in range(24)]).flatten()
+    clusters = KMeans(len(CLASSES), n_init=1, random_state=0).fit_predict(pixels.numpy()[::7])
+    metrics = SegmentationMetrics(len(CLASSES), match=True)
+    metrics.update(torch.from_numpy(clusters), labels[::7])
+    frequent = labels.bincount().max().item() / len(labels)
+    assert metrics.scores()["accuracy"] < 100 * frequent + 12

@@ -1,0 +1,85 @@
+"""The published checkpoint layout, there and back."""
+
+import pytest
+import torch
+
+from training.backbones import build_backbone
+from training.published import export_state, import_state, main
+from training.state import TrainingState
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(tiny_config):
+    config = tiny_config(backbone={"name": "vit_tiny_patch16_224"})
+    torch.manual_seed(3)
+    backbone = build_backbone(config.backbone, 0, CPU)
+    state = TrainingState(config, backbone.features_dim, 6, CPU)
+    state.ema_head.w1.weight.data.add_(1)
+    state.step = 12
+    return config, backbone, state
+
+
+def test_layout(trained):
+    _, backbone, state = trained
+    contents = export_state(backbone, state)
+    net = contents["net_model_state_dict"]
+    assert contents["iter"] == 12
+    assert net["cluster1.0.weight"].shape == (16, 192, 1, 1)
+    assert net["cluster2.0.weight"].shape == (192, 192, 1, 1)
+    assert net["cluster2.2.weight"].shape == net["ema_model2.2.weight"].shape == (16, 192, 1, 1)
+    assert torch.equal(net["ema_model1.0.weight"][:, :, 0, 0], state.ema_head.w1.weight)
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.11.mlp.fc2.bias", "norm.weight"):
+        assert f"model.{name}" in net
+    assert contents["linear_model_state_dict"]["weight"].shape == (6, 16, 1, 1)
+    assert contents["cluster_model_state_dict"]["clusters"].shape == (6, 16)
+
+
+def test_round_trip(trained):
+    config, backbone, state = trained
+    _, backbone_again, state_again = import_state(config, export_state(backbone, state))
+    image, tokens = torch.rand(1, 3, 32, 32), torch.rand(2, 4, 192)
+    assert torch.equal(backbone_again(image).tokens, backbone(image).tokens)
+    for name in ("head", "ema_head"):
+        own, again = getattr(state, name).eval(), getattr(state_again, name).eval()
+        assert torch.equal(own(tokens), again(tokens))
+    assert torch.equal(state.cluster_probe.clusters, state_again.cluster_probe.clusters)
+    assert state_again.step == 12
+
+
+def test_published_head_computes_the_same_code(trained):
+    _, backbone, state = trained
+    net = export_state(backbone, state)["net_model_state_dict"]
+    features = torch.rand(2, 192, 3, 5)
+    conv = torch.nn.functional.conv2d
+    hidden = conv(features, net["cluster2.0.weight"], net["cluster2.0.bias"]).relu()
+    code = conv(features, net["cluster1.0.weight"], net["cluster1.0.bias"])
+    code = code + conv(hidden, net["cluster2.2.weight"], net["cluster2.2.bias"])
+    own = state.head.eval()(features.flatten(2).mT).mT.unflatten(2, (3, 5))
+    torch.testing.assert_close(own, code, atol=1e-5, rtol=1e-5)
+
+
+def test_errors(trained, tiny_config):
+    config, backbone, state = trained
+    contents = export_state(backbone, state)
+    with pytest.raises(ValueError, match="has no cluster_model_state_dict"):
+        import_state(config, {key: value for key, value in contents.items() if not key.startswith("cluster_")})
+    with pytest.raises(ValueError, match="does not fit the configuration"):
+        import_state(tiny_config(backbone={"name": "vit_tiny_patch16_224"}, head={"dim": 8}), contents)
+    with pytest.raises(ValueError, match="must be the timm ViT"):
+        import_state(tiny_config(), contents)
+
+
+def test_command_line(trained, tmp_path, capsys):
+    config, backbone, state = trained
+    torch.save(export_state(backbone, state), tmp_path / "published.pth")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("{steps: 3, warmup: 1, head: {dim: 16}, backbone: {name: vit_tiny_patch16_224}}")
+    main(["import", str(tmp_path / "published.pth"), str(tmp_path / "own.pt"), "--config", str(preset)])
+    main(["export", str(tmp_path / "own.pt"), str(tmp_path / "back.pth")])
+    first = torch.load(tmp_path / "published.pth", weights_only=True)["net_model_state_dict"]
+    last = torch.load(tmp_path / "back.pth", weights_only=True)["net_model_state_dict"]
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    with pytest.raises(SystemExit, match="an import needs --config"):
+        main(["import", str(tmp_path / "published.pth"), str(tmp_path / "x.pt")])

@@ -1,0 +1,204 @@
+"""The training step and what surrounds it."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import hpkernels
+from training import train as loop
+from training.data import batch_of_step
+from training.results import write_results
+from training.run import open_run
+from training.train import train, train_step
+
+
+@pytest.fixture
+def tiny_run(tiny_config):
+    """Open a tiny run; arguments replace top-level entries of its configuration."""
+    return lambda **top: open_run(tiny_config(**top))
+
+
+def batch(run, step=0):
+    return batch_of_step(step, len(run.train_bank), run.config.batch_size, run.config.seed)
+
+
+def parameters(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()
+
+
+def test_steps_lower_the_loss_on_a_fixed_batch(tiny_run):
+    run = tiny_run(steps=40, warmup=39, head={"dim": 16, "dropout": 0}, loss={"negative_rate": 1.0})
+    images = batch(run)
+    first, *_, last = [train_step(run, images) for _ in range(20)]
+    for name in ("contrastive", "cluster_probe", "linear_probe"):
+        assert last[name] < first[name], name
+
+
+def test_one_step_moves_everything_that_learns_and_nothing_else(tiny_run):
+    run = tiny_run()
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in run.state.modules.items()}
+    backbone = copy.deepcopy(run.backbone.state_dict())
+    train_step(run, batch(run))
+    moved = {
+        name
+        for name, module in run.state.modules.items()
+        if any(not torch.equal(value, before[name][key]) for key, value in module.state_dict().items())
+    }
+    assert moved == {"head", "ema_head", "projection", "linear_probe", "cluster_probe", "specific_pool"}
+    assert all(torch.equal(value, backbone[name]) for name, value in run.backbone.state_dict().items())
+
+
+def test_probes_do_not_change_the_head(tiny_run):
+    heads = []
+    for rate in (1e-3, 0.5):
+        run = tiny_run(name=f"rate{rate}", optim={"linear_probe_lr": rate, "cluster_probe_lr": rate})
+        for step in range(2):
+            train_step(run, batch(run, step))
+        heads.append(parameters(run.state.head))
+    assert torch.equal(*heads)
+
+
+def test_ema_follows_the_head(tiny_run):
+    run = tiny_run(head={"dim": 16, "ema": 0.75})
+    for step in range(2):
+        average = parameters(run.state.ema_head)
+        train_step(run, batch(run, step))
+        expected = 0.75 * average + 0.25 * parameters(run.state.head)
+        torch.testing.assert_close(parameters(run.state.ema_head), expected)
+
+
+def test_lambda_and_renewals_come_at_the_right_steps(tiny_run, monkeypatch):
+    run = tiny_run(steps=6, warmup=2, pool={"size": 32, "renew_every": 2})
+    weights, renewed = [], []
+    contrastive, renew = hpkernels.ghp_contrastive, run.state.pools.renew_specific
+
+    def watch(*arguments, **keywords):
+        weights.append((keywords["specific_weight"], keywords["specific"] is not None))
+        return contrastive(*arguments, **keywords)
+
+    monkeypatch.setattr(hpkernels, "ghp_contrastive", watch)
+    monkeypatch.setattr(run.state.pools, "renew_specific", lambda *a: (renewed.append(run.state.step), renew(*a)))
+    train(run)
+    assert weights == [(0.0, False), (0.0, False), (0.25, True), (0.5, True), (0.75, True), (1.0, True)]
+    assert renewed == [0, 2, 4]
+
+
+def test_pools_hold_unit_vectors_of_training_patches(tiny_run):
+    run = tiny_run()
+    train_step(run, batch(run))
+    pool = run.state.pools.agnostic()
+    torch.testing.assert_close(pool.norm(dim=1), torch.ones(32))
+    everything = run.train_bank.get(torch.arange(10)).tokens.flatten(0, 1)
+    everything = torch.nn.functional.normalize(everything, dim=1)
+    torch.testing.assert_close((pool @ everything.T).max(dim=1).values, torch.ones(32))
+    torch.testing.assert_close(run.state.pools.specific().norm(dim=1), torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    "switches, branches, consistency",
+    [({}, 2, True), ({"local": False}, 1, True), ({"consistency": 0}, 2, False), ({"specific": False}, 2, True)],
+    ids=["all", "no local", "no consistency", "no specific"],
+)
+def test_ablations_leave_out_what_they_name(tiny_run, monkeypatch, switches, branches, consistency):
+    run = tiny_run(warmup=0, loss=switches)
+    seen = {}
+    contrastive = hpkernels.ghp_contrastive
+    monkeypatch.setattr(hpkernels, "ghp_contrastive", lambda *a, **k: (seen.update(k), contrastive(*a, **k))[1])
+    terms = train_step(run, batch(run))
+    assert 1 + (seen["z_mixed"] is not None) == branches
+    assert ("consistency" in terms) == consistency
+    assert (seen["specific"] is not None) == switches.get("specific", True)
+
+
+def test_gradients_are_clipped(tiny_run, monkeypatch):
+    run = tiny_run(optim={"clip_grad_norm": 0.01})
+    norms = []
+    step = run.state.optimizers["head"].step
+
+    def watch(*arguments, **keywords):
+        trained = [*run.state.head.parameters(), *run.state.projection.parameters()]
+        norms.append(torch.cat([parameter.grad.flatten() for parameter in trained]).norm().item())
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(run.state.optimizers["head"], "step", watch)
+    train_step(run, batch(run))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_published_quirks_train(tiny_run):
+    run = tiny_run(quirks={"preset": "published"})
+    train(run)
+    assert run.best_path.is_file()
+    assert all(math.isfinite(figures["loss"]) for figures in run.state.history)
+
+
+def test_uncached_features_are_the_cached_ones(tiny_run):
+    cached = tiny_run(name="cached")
+    backbone = {"name": "patch_dictionary", "patch_size": 8, "features_dim": 24}
+    fresh = tiny_run(name="fresh", backbone=backbone | {"cache": False, "views": 0})
+    images = batch(cached)
+    for kept, computed in zip(cached.train_bank.get(images), fresh.train_bank.get(images), strict=True):
+        torch.testing.assert_close(kept, computed, atol=1e-4, rtol=1e-4)
+    positions = torch.tensor([0, 5, 19])
+    torch.testing.assert_close(
+        cached.train_bank.patches(images[:3], positions),
+        fresh.train_bank.patches(images[:3], positions),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    train_step(fresh, images)
+
+
+def test_results(tiny_run):
+    run = tiny_run()
+    train(run)
+    report, metrics = write_results(run)
+    written = json.loads((report.parent / "metrics.json").read_text())
+    for figures in (written["baseline"]["unsupervised"], written["hp"]["unsupervised"], written["hp"]["linear"]):
+        assert 0 <= figures["miou"] <= figures["accuracy"] <= 100
+    assert written["config"]["head"]["dim"] == 16
+    assert written["hp"] == metrics["hp"]
+    assert [figures["step"] for figures in run.state.history] == list(range(6))
+    assert list((report.parent / "tensorboard").glob("events.*"))
+
+
+def test_label_free_folder_trains(tiny_config, photo_folder):
+    data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40], "clusters": 4}
+    run = open_run(tiny_config(data=data))
+    train(run)
+    report, metrics = write_results(run)
+    assert metrics["hp"]["unsupervised"] is None
+    assert "linear_probe" not in run.state.history[-1]
+    assert report.is_file()
+
+
+def test_labels_do_not_reach_the_codes(tiny_config, photo_folder):
+    roots = [photo_folder(name="with"), photo_folder(labels=False, name="without")]
+    heads = []
+    for root in roots:
+        classes = ["a", "b", "c", "d", "e", "f"]
+        data = {"name": "folder", "root": str(root), "size": [32, 40], "classes": classes}
+        run = open_run(tiny_config(name=root.name + "run", data=data))
+        train(run)
+        heads.append(parameters(run.state.head))
+    assert torch.equal(*heads)
+
+
+def test_errors_before_training(tiny_config, photo_folder):
+    with pytest.raises(ValueError, match="`warmup` must be less than the 6 steps of the run, got 6"):
+        open_run(tiny_config(warmup=6))
+    with pytest.raises(ValueError, match="`batch_size` must be at most the 10 training images, got 11"):
+        open_run(tiny_config(batch_size=11))
+    with pytest.raises(ValueError, match="`device` 'warp' cannot be used here"):
+        open_run(tiny_config(device="warp"))
+    data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40]}
+    with pytest.raises(ValueError, match="`data.clusters` must say how many clusters"):
+        open_run(tiny_config(data=data))
+
+
+def test_command_line_reports_mistakes_in_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="train: config: unknown key `stepz`; did you mean `steps`?"):
+        loop.main(["--config", "training/configs/quickstart.yaml", f"output={tmp_path}", "stepz=3"])

@@ -1,0 +1,119 @@
+"""Exchange trained heads with the checkpoint layout of the published Hidden Positives code.
+
+python -m training.published import  published.pth runs/imported/checkpoint.pt --config training/configs/coco27.yaml
+python -m training.published export  runs/coco27/checkpoint.pt published.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training import checkpoint
+from training.backbones import Backbone, build_backbone
+from training.backbones.timm_vit import TimmViT, load_weights
+from training.config import Config
+from training.config_file import load_config
+from training.run import open_trained
+from training.state import TrainingState
+
+# Published name -> name in SegmentationHead; 1x1 convolutions there, linear layers here.
+_HEAD = {"cluster1.0": "w1", "cluster2.0": "w2", "cluster2.2": "w3"}
+_EMA_HEAD = {"ema_model1.0": "w1", "ema_model2.0": "w2", "ema_model2.2": "w3"}
+
+
+def export_state(backbone: Backbone, state: TrainingState) -> dict[str, Any]:
+    """A trained run in the published layout, which has no place for the projection of the loss.
+
+    Raises:
+        ValueError: the backbone is not a ViT.
+    """
+    if not isinstance(backbone, TimmViT):
+        raise ValueError("published: the layout has a place for a ViT only, and this run has another backbone")
+    net = {f"model.{name}": value for name, value in backbone.vit.state_dict().items()}
+    for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
+        for published, own in names.items():
+            layer = getattr(head, own)
+            net[f"{published}.weight"] = layer.weight.detach()[:, :, None, None]
+            net[f"{published}.bias"] = layer.bias.detach()
+    return {
+        "epoch": 0,
+        "iter": state.step,
+        "net_model_state_dict": net,
+        "linear_model_state_dict": state.linear_probe.state_dict(),
+        "cluster_model_state_dict": state.cluster_probe.state_dict(),
+    } | dict.fromkeys(("net_optimizer", "cluster_optimizer", "linear_optimizer"))
+
+
+def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Backbone, TrainingState]:
+    """A run from a checkpoint in the published layout.
+
+    Args:
+        config: of the backbone and head that the checkpoint holds; its weights are taken from there.
+        contents: of the file.
+
+    Raises:
+        ValueError: an entry is missing or has another shape.
+    """
+    missing = [f"{part}_model_state_dict" for part in ("net", "linear", "cluster")]
+    missing = [name for name in missing if not isinstance(contents.get(name), dict)]
+    if missing:
+        raise ValueError(f"published: the file has no {missing[0]}")
+    net = contents["net_model_state_dict"]
+    config.backbone.pretrained, config.backbone.weights = False, None
+    backbone = build_backbone(config.backbone, config.seed, torch.device("cpu"))
+    if not isinstance(backbone, TimmViT):
+        raise ValueError("published: `backbone.name` must be the timm ViT of the checkpoint, got patch_dictionary")
+    load_weights(backbone.vit, {name.removeprefix("model."): value for name, value in net.items()}, "the checkpoint")
+
+    clusters = contents["cluster_model_state_dict"].get("clusters", torch.empty(0)).shape[0]
+    state = TrainingState(config, backbone.features_dim, clusters, torch.device("cpu"))
+    try:
+        for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
+            head.load_state_dict(_head_state(net, names))
+        state.linear_probe.load_state_dict(contents["linear_model_state_dict"])
+        state.cluster_probe.load_state_dict(contents["cluster_model_state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"published: the checkpoint does not fit the configuration: {error}") from error
+    state.step = int(contents.get("iter") or 0)
+    return config, backbone, state
+
+
+def _head_state(net: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    weights = {f"{own}.weight": net[f"{published}.weight"].flatten(1) for published, own in names.items()}
+    return weights | {f"{own}.bias": net[f"{published}.bias"] for published, own in names.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.published", description=__doc__.splitlines()[0])
+    parser.add_argument("direction", choices=("import", "export"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--config", help="import: the YAML file that describes the backbone and head")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="import: edits, e.g. head.dim=90")
+    options = parser.parse_args(arguments)
+    try:
+        if options.direction == "export":
+            _, backbone, state = open_trained(options.source, "cpu")
+            torch.save(export_state(backbone, state), options.target)
+        elif options.config is None:
+            raise ValueError("published: an import needs --config")
+        else:
+            config = load_config(options.config, options.overrides)
+            config, backbone, state = import_state(config, checkpoint.load_tensors(options.source))
+            contents = {"config": asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+            checkpoint.save(options.target, contents)
+    except (ValueError, TypeError) as error:
+        sys.exit(f"published: {error}")
+    print(f"{options.target} written")
+
+
+if __name__ == "__main__":
+    main()
