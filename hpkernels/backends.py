@@ -57,8 +57,10 @@ def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.d
     return _modules[op, backend].supports(device_type, dtype)
 
 
-def select(op: str, backend: str, tensor: torch.Tensor) -> str:
+def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = None) -> str:
     """The backend that runs this call of `op`, whose inputs have the device and dtype of `tensor`.
+
+    Errors name `caller`, the public function that was called, if it is not `op` itself.
 
     The request is the call's own `backend`, else that of the innermost `use_backend`, else that of the environment
     variable ``HPKERNELS_BACKEND``. ``auto`` takes the first of `BACKENDS` that can run the call.
@@ -67,7 +69,8 @@ def select(op: str, backend: str, tensor: torch.Tensor) -> str:
         ValueError: the request is not a known backend.
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
     """
-    source = f"{op}: `backend`"
+    caller = caller or op
+    source = f"{caller}: `backend`"
     if backend == "auto" and _context.get() is not None:
         backend, source = _context.get(), "use_backend: `backend`"
     if backend == "auto":
@@ -76,12 +79,12 @@ def select(op: str, backend: str, tensor: torch.Tensor) -> str:
     if backend != "auto":
         ok, reason = availability(op, backend, tensor.device.type, tensor.dtype)
         if not ok:
-            raise BackendUnavailableError(f"{op}: backend '{backend}' is not available: {reason}")
+            raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {reason}")
         return backend
     for candidate in BACKENDS:
         if availability(op, candidate, tensor.device.type, tensor.dtype).ok:
             return candidate
-    raise BackendUnavailableError(f"{op}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
+    raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path
 def write_prediction(file: Path, classes: Tensor, count: int, out: Path) -> None:
     """Write ``<stem>.png`` (class indices with a palette) and ``<stem>_overlay.jpg`` of the photograph `file`."""
     palette = class_palette(count)
-    indexed = Image.fromarray(classes.numpy().astype(np.uint8), mode="P")
+    indexed = Image.fromarray(classes.numpy().astype(np.uint8))
     indexed.putpalette(palette.astype(np.uint8).flatten().tolist())
     indexed.save(out / f"{file.stem}.png")
     with Image.open(file) as image:

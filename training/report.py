@@ -30,8 +30,8 @@ _CURVES = {
     "loss": "Loss",
     "contrastive": "Contrastive loss",
     "consistency": "Consistency loss",
-    "cluster_loss": "Cluster probe loss",
-    "linear_loss": "Linear probe loss",
+    "cluster_probe": "Cluster probe loss",
+    "linear_probe": "Linear probe loss",
     "lambda": "λ, weight of task-specific positives",
     "positives_per_anchor": "Hidden positives per anchor",
 }

@@ -53,7 +53,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "PyTorch": torch.__version__,
             "Python": platform.python_version(),
         },
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "training_seconds": round(run.state.seconds, 1),
         "steps": run.state.step,
     }

@@ -198,7 +198,7 @@ def test_little_to_show(tmp_path):
     page, _ = written(tmp_path, Report("Empty", {}))
     assert page.texts["h2"] == ["Results"] and not page.all("img")
     # One logged step, a value that is not finite, names for some classes only.
-    history = [{"step": 0, "loss": 1.0, "cluster_loss": float("nan")}]
+    history = [{"step": 0, "loss": 1.0, "cluster_probe": float("nan")}]
     page, _ = written(tmp_path, Report("Little", {}, ("sky",), history, [example()]))
     assert page.texts["h3"] == ["Loss"]
     assert {"sky", "class 1", "class 2"} <= set(page.texts["li"])

@@ -101,14 +101,16 @@ def ghp_contrastive(
         ),
         has_specific=specific is not None,
     )
-    threshold, positives = _discover(features, pool, backend)
+    # Before anything runs: a request that one of the steps cannot meet is refused at once.
+    chosen = {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
+    branch_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
+    threshold, positives = _discover(features, pool, chosen)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
     poison = (threshold * 0).sum()
     specific_positives = None
     if specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0):
-        specific_threshold, specific_positives = _discover(specific, specific_pool, backend)
+        specific_threshold, specific_positives = _discover(specific, specific_pool, chosen)
         poison = poison + (specific_threshold * 0).sum()
-    branch_backend = backends.select("multi_positive_contrastive", backend, z)
     branches = [z] if z_mixed is None else [z, z_mixed]
     losses = [contrastive_branch(branch, positives, specific_positives, options, branch_backend) for branch in branches]
     return sum(losses) / len(losses) + poison.to(losses[0].dtype)
@@ -124,6 +126,6 @@ def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: st
         check.finite(op, argument, value)
 
 
-def _discover(features: Tensor, pool: Tensor, backend: str) -> tuple[Tensor, PositiveMask]:
-    threshold = masked_topk(features, pool, backend=backend).values[:, 0]
-    return threshold, hidden_positives(features, threshold, backend=backend)
+def _discover(features: Tensor, pool: Tensor, chosen: dict[str, str]) -> tuple[Tensor, PositiveMask]:
+    threshold = masked_topk(features, pool, backend=chosen["masked_topk"]).values[:, 0]
+    return threshold, hidden_positives(features, threshold, backend=chosen["hidden_positives"])

@@ -53,7 +53,11 @@ def local_propagation(
     """
     op = "local_propagation"
     check.tensor(op, "code", code, ("B", "D", "H", "W"))
-    weights = _weights(op, query, key, tuple(code.shape[2:]), sigma, quantiles, window, prefix_tokens, backend)
+    batch, _, height, width = code.shape
+    query_shape = (batch, "heads", check.integer(op, "prefix_tokens", prefix_tokens, 0) + height * width, "d")
+    check.tensor(op, "query", query, query_shape)
+    check.same(op, "query", query, "code", code, dtype=False)
+    weights = _weights(op, query, key, (height, width), sigma, quantiles, window, prefix_tokens, backend)
     return _apply(op, code, weights, backend)
 
 
@@ -142,7 +146,7 @@ def _weights(op, query, key, grid, sigma, quantiles, window, prefix_tokens, back
     _check_window(op, window)
     check.finite(op, "query", query)
     check.finite(op, "key", key)
-    backend = backends.select("local_propagation", backend, query)
+    backend = backends.select("local_propagation", backend, query, caller=op)
     return registration.local_propagation_weights(
         query, key, height, width, sigma, low, high, window, prefix_tokens, backend
     )
@@ -151,15 +155,15 @@ def _weights(op, query, key, grid, sigma, quantiles, window, prefix_tokens, back
 def _apply(op: str, code: Tensor, weights: Tensor, backend: str) -> Tensor:
     check.tensor(op, "code", code, ("B", "D", "H", "W"))
     batch, _, height, width = code.shape
-    if isinstance(weights, Tensor) and weights.dim() == 4 and round(weights.shape[1] ** 0.5) ** 2 != weights.shape[1]:
-        raise ValueError(f"{op}: `weights` must have window² channels, got {weights.shape[1]}")
     check.tensor(op, "weights", weights, (batch, "window²", height, width))
-    _check_window(op, round(weights.shape[1] ** 0.5))
+    window = round(weights.shape[1] ** 0.5)
+    if window * window != weights.shape[1] or window % 2 == 0:
+        raise ValueError(f"{op}: `weights` must have window² channels of an odd window, got {weights.shape[1]}")
     check.same(op, "weights", weights, "code", code, dtype=False)
     check.constant(op, "weights", weights)
     check.finite(op, "code", code)
     check.finite(op, "weights", weights)
-    backend = backends.select("local_propagation", backend, code)
+    backend = backends.select("local_propagation", backend, code, caller=op)
     return registration.apply_local_propagation(code, weights, backend)
 
 

@@ -1,7 +1,8 @@
 """Plain PyTorch specification of `local_propagation`.
 
 l_ij    = mean over heads of <q_i, k_j> / sqrt(d), clamped to the quantiles of row i
-T_ij    = sigma * softmax_j(l_ij), 0 where below the row's mean (which is sigma / G, as a softmax row sums to 1)
+T_ij    = sigma * softmax_j(l_ij), 0 where below the row's mean (which is sigma / G, as a softmax row sums to 1) by more
+          than rounding, so that a row of equal entries is kept whole
 mixed_i = (1 / c_i) * sum over j in window(i) of T_ij code_j
 """
 
@@ -49,8 +50,8 @@ def _image_weights(
     logits = (query @ key.mT).mean(dim=0) / math.sqrt(query.shape[-1])
     ordered = logits.sort(dim=1).values
     logits = logits.clamp(_quantile(ordered, low), _quantile(ordered, high))
-    attention = sigma * logits.softmax(dim=1)
-    attention = attention.masked_fill(attention < sigma / (height * width), 0)
+    attention = logits.softmax(dim=1) * (height * width)  # in units of the row's mean
+    attention = attention.masked_fill(attention < 1 - 8 * torch.finfo(accumulate).eps, 0) * (sigma / (height * width))
     return _window_cells(attention, height, width, window)
 
 

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# The same few examples on every run: a failure in continuous integration reproduces anywhere.
+settings.register_profile("hpkernels", deadline=None, derandomize=True, database=None, max_examples=12)
+settings.load_profile("hpkernels")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], SimpleNamespace]:
+    """``golden(name)``: the arrays of tests/golden/<name>.npz as tensors, and its `meta` as a dict."""
+
+    def load(name: str) -> SimpleNamespace:
+        with np.load(REPOSITORY / "tests" / "golden" / f"{name}.npz") as arrays:
+            values = {key: torch.from_numpy(arrays[key]) for key in arrays if key != "meta"}
+            meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+        return SimpleNamespace(**values, meta=meta)
+
+    return load
+
+
+@pytest.fixture
+def cuda_graph() -> Callable[..., object]:
+    """``cuda_graph(function)``: capture a call of `function` in a CUDA graph, replay it and return its result."""
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a CUDA device, and PyTorch sees none on this machine")
+
+    def replay(function: Callable[[], object]) -> object:
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+        graph.replay()
+        torch.cuda.synchronize()
+        return result
+
+    return replay

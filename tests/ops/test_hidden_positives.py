@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracles import similar_pairs
+
+import hpkernels
+from hpkernels import PositiveMask, hidden_positives
+from hpkernels.ops.hidden_positives.bits import pack_bits, unpack_bits
+from hpkernels.testing import available_cases, helpful_error, memory_layouts, random_problem, unchanged
+
+OP = "hidden_positives"
+CASES = available_cases(OP, (torch.float64, torch.float32, torch.float16, torch.bfloat16))
+GOLDENS = ("joint_allneg", "joint_medium", "joint_noreweight", "joint_small", "joint_warmup", "separate")
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def inputs(case, anchors=40, dim=24, seed=0):
+    """Features of `anchors` patches and their thresholds, of which some let everything and some nothing through."""
+    problem = random_problem(
+        seed, images=1, height=1, width=anchors, feature_dim=dim, dtype=case.dtype, device=case.device
+    )
+    threshold = hpkernels.masked_topk(problem.features, problem.pool, backend="reference").values[:, 0]
+    threshold[3::17] = float("inf")
+    threshold[5::23] = -float("inf")
+    return problem.features, threshold
+
+
+@each_case
+@given(anchors=st.integers(1, 70), dim=st.integers(1, 33), seed=st.integers(0, 9))
+@example(anchors=1, dim=1, seed=0)
+@example(anchors=33, dim=1, seed=0)
+@example(anchors=64, dim=7, seed=0)
+@example(anchors=65, dim=31, seed=0)
+def test_matches_reference(case, anchors, dim, seed):
+    features, threshold = inputs(case, anchors, dim, seed)
+    found = hidden_positives(features, threshold, backend=case.backend).to_dense().cpu()
+    expected, margin = similar_pairs(features.cpu().double(), threshold.cpu().double())
+    assert torch.equal(found, found.T)
+    # With dim = 1 products are exact and ties the rule; otherwise rounding decides pairs this close to the limit.
+    undecided = (margin.abs() < 1e-6) if dim > 1 and case.dtype != torch.float64 else torch.zeros_like(expected)
+    undecided.fill_diagonal_(False)
+    assert undecided.double().mean() < 1e-3
+    assert torch.equal(found[~undecided], expected[~undecided])
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float64, torch.float32)), ids=str)
+def test_golden(case, name, golden):
+    data = golden(f"ghp_{name}")
+    for features, threshold, count in (
+        (data.features, data.threshold, data.positives_per_anchor),
+        (data.specific, data.threshold_specific, data.positives_specific_per_anchor),
+    ):
+        features, threshold = (value.to(case.device, case.dtype) for value in (features, threshold))
+        mask = hidden_positives(features, threshold, backend=case.backend)
+        assert torch.equal(mask.count().cpu(), count)
+
+
+@each_case
+def test_gradients(case):
+    features, threshold = inputs(case)
+    z = features.clone().requires_grad_()
+    positives = hidden_positives(z.detach(), threshold, backend=case.backend)
+    assert not positives.bits.requires_grad
+    constant = PositiveMask.from_dense(positives.to_dense())
+    grads = []
+    for mask in (positives, constant):
+        loss = hpkernels.multi_positive_contrastive(z, mask, backend="reference")
+        grads.append(torch.autograd.grad(loss, z)[0])
+    assert grads[0].any()
+    assert torch.equal(*grads)
+    with torch.no_grad():  # where nothing is recorded there is no gradient to lose
+        assert torch.equal(hidden_positives(z, threshold, backend=case.backend).bits, positives.bits)
+
+
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float64,)), ids=str)
+def test_gradcheck(case):
+    features, threshold = inputs(case, anchors=9)
+
+    def loss(z):
+        positives = hidden_positives(features, threshold, backend=case.backend)
+        return hpkernels.multi_positive_contrastive(z, positives, temperature=0.5, backend="reference")
+
+    assert torch.autograd.gradcheck(loss, features[:, :4].clone().requires_grad_())
+
+
+@each_case
+def test_opcheck(case):
+    torch.library.opcheck(torch.ops.hpkernels.hidden_positives.default, (*inputs(case), case.backend))
+
+
+@pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])
+@each_case
+def test_layouts(case, layout):
+    features, threshold = inputs(case)
+    expected = hidden_positives(features, threshold, backend=case.backend).bits
+    moved = (memory_layouts(value)[layout] for value in (features, threshold))
+    assert torch.equal(hidden_positives(*moved, backend=case.backend).bits, expected)
+
+    alike = hidden_positives(features[:1].expand(5, -1), threshold[:1].mul(0).expand(5), backend=case.backend)
+    assert alike.count().tolist() == [4] * 5
+    mask = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(PositiveMask.from_dense(memory_layouts(mask)[layout]).bits, PositiveMask.from_dense(mask).bits)
+
+
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
+def test_compile(case):
+    def run(features, threshold):
+        mask = hidden_positives(features, threshold, backend=case.backend)
+        return mask.bits, mask.to_dense(), mask.count()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for anchors in (40, 70):  # the second compiles again, now for any sizes
+        torch.testing.assert_close(compiled(*inputs(case, anchors)), run(*inputs(case, anchors)), rtol=0, atol=0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(*inputs(case, 101)), run(*inputs(case, 101)), rtol=0, atol=0)
+
+
+def test_cuda_graph(cuda_graph):
+    for case in available_cases(OP, (torch.float32, torch.float16)):
+        if case.device == "cuda":
+            features, threshold = inputs(case)
+            expected = hidden_positives(features, threshold, backend=case.backend)
+            replayed = cuda_graph(
+                lambda case=case, given=(features, threshold): hidden_positives(*given, backend=case.backend)
+            )
+            assert torch.equal(replayed.bits, expected.bits)
+
+
+@each_case
+def test_deterministic(case):
+    first, second = (hidden_positives(*inputs(case, 130), backend=case.backend).bits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@each_case
+def test_edge_cases(case):
+    accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
+
+    def find(features, threshold):
+        features = torch.tensor(features, dtype=case.dtype, device=case.device)
+        threshold = torch.tensor(threshold, dtype=accumulate, device=case.device)
+        return hidden_positives(features, threshold, backend=case.backend).to_dense().int().tolist()
+
+    # one anchor: never its own positive, even where everything is allowed
+    assert find([[1.0]], [-1.0]) == [[0]]
+    # all and none
+    assert find([[1.0], [1.0], [-1.0]], [-2.0] * 3) == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
+    assert find([[1.0], [1.0], [-1.0]], [2.0] * 3) == [[0] * 3] * 3
+    # the smaller of the two thresholds counts, and equality is not enough
+    half = [[1.0, 0.0], [0.5, 0.0], [0.25, 0.0]]
+    assert find(half, [0.5, 0.5, 9.0]) == [[0] * 3] * 3
+    assert find(half, [0.25, 9.0, 9.0]) == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert find(half, [9.0, 9.0, 0.125]) == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    # infinite thresholds: nothing by themselves, everything
+    inf = float("inf")
+    assert find(half, [inf] * 3) == [[0] * 3] * 3
+    assert find(half, [inf, inf, -inf]) == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "got", "options"),
+    [
+        pytest.param(TypeError, "features", "NoneType", {"features": None}, id="features-none"),
+        pytest.param(TypeError, "features", "int64", {"features": FEATURES.long()}, id="features-int"),
+        pytest.param(TypeError, "features", "bool", {"features": FEATURES.bool()}, id="features-bool"),
+        pytest.param(ValueError, "features", "shape (3,)", {"features": FEATURES[0]}, id="features-rank-1"),
+        pytest.param(ValueError, "features", "shape (1, 4, 3)", {"features": FEATURES[None]}, id="features-rank-3"),
+        pytest.param(ValueError, "features", "shape (0, 3)", {"features": FEATURES[:0]}, id="features-empty-N"),
+        pytest.param(ValueError, "features", "shape (4, 0)", {"features": FEATURES[:, :0]}, id="features-empty-D"),
+        pytest.param(
+            ValueError,
+            "features",
+            "nan in row 1",
+            {"features": FEATURES.index_fill(0, ROW, torch.nan)},
+            id="features-nan",
+        ),
+        pytest.param(ValueError, "features", "inf in row 0", {"features": FEATURES / 0}, id="features-inf"),
+        pytest.param(
+            ValueError,
+            "features",
+            "requires_grad=True",
+            {"features": FEATURES.clone().requires_grad_()},
+            id="features-grad",
+        ),
+        pytest.param(TypeError, "threshold", "float", {"threshold": 0.5}, id="threshold-float"),
+        pytest.param(TypeError, "threshold", "float64", {"threshold": THRESHOLD.double()}, id="threshold-float64"),
+        pytest.param(TypeError, "threshold", "float16", {"threshold": THRESHOLD.half()}, id="threshold-float16"),
+        pytest.param(TypeError, "threshold", "int64", {"threshold": THRESHOLD.long()}, id="threshold-int"),
+        pytest.param(ValueError, "threshold", "shape (3,)", {"threshold": THRESHOLD[:3]}, id="threshold-length"),
+        pytest.param(ValueError, "threshold", "shape (4, 1)", {"threshold": THRESHOLD[:, None]}, id="threshold-rank-2"),
+        pytest.param(ValueError, "threshold", "shape ()", {"threshold": THRESHOLD[0]}, id="threshold-rank-0"),
+        pytest.param(ValueError, "threshold", "meta", {"threshold": THRESHOLD.to("meta")}, id="threshold-device"),
+        pytest.param(ValueError, "threshold", "nan in row 0", {"threshold": THRESHOLD / 0}, id="threshold-nan"),
+        pytest.param(
+            ValueError,
+            "threshold",
+            "requires_grad=True",
+            {"threshold": THRESHOLD.clone().requires_grad_()},
+            id="threshold-grad",
+        ),
+        pytest.param(ValueError, "backend", "'gpu'", {"backend": "gpu"}, id="backend-unknown"),
+    ],
+)
+def test_errors(error, argument, got, options):
+    with helpful_error(error, OP, argument, got):
+        hidden_positives(**{"features": FEATURES, "threshold": THRESHOLD, **options})
+
+
+@each_case
+def test_inputs_untouched(case):
+    features, threshold = inputs(case)
+    with unchanged(features, threshold):
+        mask = hidden_positives(features, threshold, backend=case.backend)
+    with unchanged(mask.bits):
+        mask.to_dense(), mask.count()
+
+
+@each_case
+def test_autocast(case):
+    features, threshold = inputs(case, 70)
+    expected = hidden_positives(features, threshold, backend=case.backend).bits
+    with torch.autocast(case.device, torch.bfloat16):
+        assert torch.equal(hidden_positives(features, threshold, backend=case.backend).bits, expected)
+
+
+def test_unavailable_backend():
+    with pytest.raises(
+        hpkernels.BackendUnavailableError, match=r"^hidden_positives: backend 'cuda' is not available: \w+"
+    ):
+        hidden_positives(FEATURES, THRESHOLD, backend="cuda")
+
+
+@pytest.mark.parametrize("anchors", [1, 31, 32, 33, 64, 70])
+def test_packing(anchors):
+    dense = torch.rand(anchors, anchors, generator=torch.Generator().manual_seed(anchors)) < 0.5
+    dense.fill_diagonal_(False)
+    mask = PositiveMask.from_dense(dense)
+    words = (anchors + 31) // 32
+    assert mask.bits.shape == (anchors, words) and mask.bits.dtype == torch.int32
+    for i in range(anchors):
+        for j in range(32 * words):  # beyond the last column the bits are 0
+            assert bool(int(mask.bits[i, j // 32]) >> (j % 32) & 1) == (j < anchors and bool(dense[i, j]))
+    assert torch.equal(mask.to_dense(), dense)
+    assert torch.equal(mask.count(), dense.sum(dim=1))
+    assert mask.count().dtype == torch.int64
+    assert mask.nbytes == 4 * anchors * words
+    assert mask.device == dense.device
+    assert torch.equal(mask.to("cpu").bits, mask.bits)
+    assert str(anchors) in repr(mask) and str(mask.nbytes) in repr(mask)
+
+
+def test_packing_of_rectangles():
+    mask = torch.rand(3, 45, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(unpack_bits(pack_bits(mask), 45), mask)
+    assert pack_bits(mask).shape == (3, 2)
+
+
+def test_from_dense_ignores_the_diagonal_and_keeps_asymmetry():
+    dense = torch.tensor([[True, True, False], [False, True, False], [True, True, True]])
+    assert PositiveMask.from_dense(dense).to_dense().int().tolist() == [[0, 1, 0], [0, 0, 0], [1, 1, 0]]
+    assert dense.diagonal().all()
+
+
+@pytest.mark.parametrize("anchors", [1, 45, 1025])  # more rows than from_labels compares at a time
+def test_from_labels(anchors):
+    labels = torch.randint(-2, 4, (anchors,), generator=torch.Generator().manual_seed(0))
+    dense = (labels[:, None] == labels) & (labels >= 0)
+    assert torch.equal(PositiveMask.from_labels(labels).bits, PositiveMask.from_dense(dense).bits)
+    assert not PositiveMask.from_labels(labels).to_dense().diagonal().any()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "argument", "value", "got"),
+    [
+        ("from_dense", TypeError, "mask", [[True]], "list"),
+        ("from_dense", TypeError, "mask", torch.ones(3, 3), "float32 of shape (3, 3)"),
+        ("from_dense", ValueError, "mask", torch.ones(3, 2).bool(), "bool of shape (3, 2)"),
+        ("from_dense", ValueError, "mask", torch.ones(3).bool(), "bool of shape (3,)"),
+        ("from_dense", ValueError, "mask", torch.ones(0, 0).bool(), "bool of shape (0, 0)"),
+        ("from_labels", TypeError, "labels", torch.ones(3), "float32 of shape (3,)"),
+        ("from_labels", TypeError, "labels", torch.ones(3).int(), "int32 of shape (3,)"),
+        ("from_labels", ValueError, "labels", torch.ones(3, 1).long(), "int64 of shape (3, 1)"),
+        ("from_labels", ValueError, "labels", torch.ones(0).long(), "int64 of shape (0,)"),
+        ("from_labels", TypeError, "labels", None, "NoneType"),
+    ],
+)
+def test_positive_mask_errors(make, error, argument, value, got):
+    with helpful_error(error, f"PositiveMask.{make}", argument, got):
+        getattr(PositiveMask, make)(value)
+
+
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
+def test_a_pair_with_nan_is_no_positive_where_values_cannot_be_read(case):
+    find = torch.compile(partial(hidden_positives, backend=case.backend), fullgraph=True, backend="eager")
+    features = torch.ones(4, 2, device=case.device)
+    threshold = torch.zeros(4, device=case.device)
+    features[1, 0] = torch.nan
+    assert find(features, threshold).count().tolist() == [2, 0, 2, 2]
+    threshold[3] = torch.nan
+    assert find(features, threshold).count().tolist() == [1, 0, 1, 0]
