@@ -40,7 +40,7 @@ class BackboneConfig:
     pretrained: bool = False  # timm: download the weights
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
     class_token: bool = True  # timm: SelfPatch weights come without one
-    patch_size: int = bounded(8, 2)  # patch_dictionary: pixels a side of one patch
+    patch_size: int = bounded(8, 4)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
     cache: bool = False  # keep the features of the un-augmented view in memory
     views: int = bounded(0, 0)  # photometric views of each image to keep in memory; 0: a new one every time

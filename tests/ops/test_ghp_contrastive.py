@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bad_options import wrong_options
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from oracles import contrastive, similar_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpkernels
-from hpkernels import ghp_contrastive
+from hpkernels import backends, ghp_contrastive
 from hpkernels.ops._philox import bernoulli
 from hpkernels.testing import (
     Case,
@@ -75,21 +76,25 @@ class Step:
         loss = self.loss(z, z_mixed, **options)
         return loss.detach(), *torch.autograd.grad(loss, (z, z_mixed))
 
-    def oracle(self, dtype, **options):
-        """The loss and gradients with products in `dtype`; positives are always those of float64."""
-        settings = {"base_temperature": 0.07, "reweight": True, **self.settings, **options}
-        constants = {name: value.cpu() for name, value in self.constants.items()}
-        positives = []
+    def positives(self):
+        """Both relations in float64, and whether no pair is so close to its limit that rounding decides about it."""
+        relations, decided = [], True
         for name, pool in (("features", "pool"), ("specific", "specific_pool")):
-            rows, references = constants[name].double(), constants[pool].double()
+            rows, references = self.constants[name].cpu().double(), self.constants[pool].cpu().double()
             threshold = torch.stack([max(row @ reference for reference in references) for row in rows])
             pairs, margin = similar_pairs(rows, threshold)
-            margin.fill_diagonal_(1.0)
-            assert rows.shape[1] == 1 or margin.abs().min() > 1e-7, "the seed makes a pair that rounding decides"
-            positives.append(pairs)
-        lam = settings.pop("specific_weight")
+            relations.append(pairs)
+            # Products of unit vectors with one dimension are exact.
+            decided &= rows.shape[1] == 1 or bool(margin.fill_diagonal_(1.0).abs().min() > 1e-7)
+        return relations, decided
+
+    def oracle(self, dtype, **options):
+        """The loss and gradients with logits in `dtype`; positives are always those of float64."""
+        settings = {"base_temperature": 0.07, "reweight": True, **self.settings, **options}
+        relations, _ = self.positives()
+        lam, negatives = settings.pop("specific_weight"), self.constants["negatives"].cpu()
         branches = [value.detach().cpu().to(dtype).requires_grad_() for value in (self.z, self.z_mixed)]
-        losses = [contrastive(z, *positives, lam, constants["negatives"], **settings) for z in branches]
+        losses = [contrastive(z, *relations, lam, negatives, **settings) for z in branches]
         loss = sum(losses) / 2
         return loss.detach(), *torch.autograd.grad(loss, branches)
 
@@ -125,6 +130,7 @@ class RecordedOps(TorchDispatchMode):
 @example(1, 1, 1, 1, 1, 1, 1.0, True, 0)
 def test_matches_reference(case, variant, images, height, width, dim, feature_dim, pool_size, lam, reweight, seed):
     step = Step(case, images, height, width, dim, feature_dim, pool_size, seed)
+    assume(step.positives()[1])
     options = {"specific_weight": lam, "variant": variant, "reweight": reweight}
     loss, _, _ = step.loss_and_gradients(**options, backend=case.backend)
     exact, *_ = step.oracle(torch.float64, **options)
@@ -172,6 +178,7 @@ def test_golden(case, name, golden):
 @pytest.mark.parametrize("reweight", [False, True], ids=["mean", "reweighted"])
 def test_gradients(case, variant, reweight):
     step = Step(case)
+    assert step.positives()[1]
     options = {"variant": variant, "reweight": reweight}
     _, *actual = step.loss_and_gradients(**options, backend=case.backend)
     _, *exact = step.oracle(torch.float64, **options)
@@ -498,3 +505,35 @@ def test_bad_values_make_the_loss_nan_where_they_cannot_be_read(case, name):
         given[name][-1, 0] *= bad
         loss = run(given["z"], given["z_mixed"], {key: given[key] for key in step.constants})
         assert loss.isfinite() if bad == 1.0 else loss.isnan()
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")], ids="-".join)
+def test_each_source_has_a_backend_that_takes_it(dtypes, monkeypatch):
+    """`auto` falls back for one source alone; a backend asked for by name is refused before anything runs."""
+    step = Step(Case("reference", "cpu", torch.float32))
+    for name, dtype in zip(
+        ("features", "pool", "specific", "specific_pool"), (d for d in dtypes for _ in "ab"), strict=True
+    ):
+        step.constants[name] = step.constants[name].to(getattr(torch, dtype))
+    expected = step.loss(step.z, None, backend="reference")
+
+    ran = []
+
+    def forward(*args):
+        ran.append(args[0].dtype)
+        return backends.implementation("masked_topk", "reference").forward(*args)
+
+    def supports(device_type, dtype):
+        return backends.Availability(dtype == torch.float32, "it takes float32 only")
+
+    monkeypatch.setattr(backends, "_modules", dict(backends._modules))
+    backends.register("masked_topk", "cpu", SimpleNamespace(supports=supports, forward=forward))
+    torch.testing.assert_close(step.loss(step.z, None), expected)
+    assert ran == [torch.float32]
+    for op in ("hidden_positives", "multi_positive_contrastive"):
+        backends.register(op, "cpu", backends.implementation(op, "reference"))
+    ran.clear()
+    pattern = rf"^{OP}: backend 'cpu' is not available: it takes float32 only"
+    with pytest.raises(hpkernels.BackendUnavailableError, match=pattern):
+        step.loss(step.z, None, backend="cpu")
+    assert ran == []

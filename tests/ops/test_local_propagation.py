@@ -190,9 +190,14 @@ def test_layouts(case, layout):
     mixed = apply_local_propagation(moved[0], memory_layouts(weights)[layout], backend=case.backend)
     torch.testing.assert_close(mixed, expected[0], rtol=1e-12, atol=1e-12)
 
-    # One image and one head seen many times, and channels-last codes.
+    # Convolutions give channels-last codes and gradients.
+    last_code, last_cotangent = (value.to(memory_format=torch.channels_last) for value in (code, cotangent))
+    actual = run_with_gradient(last_code, query, key, last_cotangent, backend=case.backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    # One image and one head seen many times.
     repeated = local_propagation(
-        code[:1].expand(3, -1, -1, -1).to(memory_format=torch.channels_last),
+        code[:1].expand(3, -1, -1, -1),
         query[:1, :1].expand(3, 4, -1, -1),
         key[:1, :1].expand(3, 4, -1, -1),
         backend=case.backend,

@@ -43,7 +43,10 @@ def values_dtype(dtype):
 
 
 class Batch:
-    """z and sparse asymmetric masks; anchor 0 has no positives, anchor 1 only a specific one, the last image none."""
+    """z and sparse asymmetric masks; the last image has no positives, and the first three anchors are special.
+
+    Anchor 0 has no positives, anchors 1 and 2 have one specific positive only, and anchor 1 has no negatives either.
+    """
 
     def __init__(self, case, images=3, height=3, width=4, dim=6, density=0.2, rate=0.2, length=1.0, seed=0):
         self.group = height * width
@@ -61,8 +64,9 @@ class Batch:
             positives[0] = False
             if images > 1:
                 positives[-self.group :] = False
+        self.agnostic[1:3], self.task[1:3] = False, torch.arange(size) == 0
         if size > 1:
-            self.agnostic[1], self.task[1], self.negative[1 % self.group] = False, torch.arange(size) == 0, False
+            self.negative[1 % self.group] = False
         self.positives, self.specific = (
             PositiveMask.from_dense(mask.to(case.device)) for mask in (self.agnostic, self.task)
         )
@@ -529,6 +533,10 @@ def test_bad_values_make_the_loss_nan_where_they_cannot_be_read(case):
     torch.testing.assert_close(run(batch.z, lam), batch.loss(batch.z, backend=case.backend))
     for bad in (-lam, lam * math.nan, lam * math.inf):
         assert run(batch.z, bad).isnan()
+    # An anchor that is nobody's positive or negative, and has none.
+    batch.positives = batch.specific = PositiveMask.from_labels(torch.arange(-1, 35, device=case.device) // 2)
+    batch.negatives = torch.zeros_like(batch.negatives)
+    assert run(batch.z, lam).isfinite()
     unused = batch.z.clone()
-    unused[0, 0] = math.nan  # an anchor without positives
+    unused[0, 0] = math.nan
     assert run(unused, lam).isnan()

@@ -102,14 +102,16 @@ def ghp_contrastive(
         has_specific=specific is not None,
     )
     # Before anything runs: a request that one of the steps cannot meet is refused at once.
-    chosen = {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
+    uses_specific = specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0)
+    chosen = _choose(op, backend, features)
+    chosen_specific = _choose(op, backend, specific) if uses_specific else None
     branch_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
     threshold, positives = _discover(features, pool, chosen)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
     poison = (threshold * 0).sum()
     specific_positives = None
-    if specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0):
-        specific_threshold, specific_positives = _discover(specific, specific_pool, chosen)
+    if uses_specific:
+        specific_threshold, specific_positives = _discover(specific, specific_pool, chosen_specific)
         poison = poison + (specific_threshold * 0).sum()
     branches = [z] if z_mixed is None else [z, z_mixed]
     losses = [contrastive_branch(branch, positives, specific_positives, options, branch_backend) for branch in branches]
@@ -124,6 +126,11 @@ def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: st
     for argument, value in ((name, features), (pool_name, pool)):
         check.constant(op, argument, value)
         check.finite(op, argument, value)
+
+
+def _choose(op: str, backend: str, features: Tensor) -> dict[str, str]:
+    """The backend of each step of `_discover`."""
+    return {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
 
 
 def _discover(features: Tensor, pool: Tensor, chosen: dict[str, str]) -> tuple[Tensor, PositiveMask]:

@@ -91,4 +91,6 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
     (batch, dim, height, width), cells = grad.shape, weights.shape[1]
     window = math.isqrt(cells)
     neighbours = grad.to(accumulate)[:, :, None] * weights[:, None].to(accumulate)  # (B, D, window², H, W)
-    return F.fold(neighbours.reshape(batch, dim * cells, height * width), (height, width), window, padding=window // 2).to(grad.dtype)
+    return F.fold(
+        neighbours.reshape(batch, dim * cells, height * width), (height, width), window, padding=window // 2
+    ).to(grad.dtype)

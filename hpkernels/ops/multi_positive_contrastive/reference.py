@@ -51,7 +51,6 @@ def contrastive_loss(
     usable = denominator.any(dim=1)
     # An anchor with an empty denominator contributes nothing; filling its row keeps its gradient free of NaN.
     log_denominator = logits.masked_fill(~denominator & usable[:, None], -torch.inf).logsumexp(dim=1)
-    log_denominator = log_denominator.where(usable, 0)
 
     agnostic = positives.to(logits.dtype)
     task = torch.zeros_like(agnostic) if specific is None else specific.to(logits.dtype)
