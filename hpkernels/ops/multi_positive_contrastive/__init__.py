@@ -37,8 +37,8 @@ def multi_positive_contrastive(
     With positives from labels and the defaults it is SupCon (Khosla et al., NeurIPS 2020, L_out).
 
     Args:
-        z: (N, D) floating-point anchors, ordered image by image; usually L2-normalised, but any rows whose products do not
-            overflow are safe.
+        z: (N, D) floating-point anchors, ordered image by image; usually L2-normalised, but any
+            rows whose products do not overflow are safe.
         positives: task-agnostic positives A.
         specific: task-specific positives S, or None.
         specific_weight: lambda >= 0, a float or a 0-d tensor; a positive one needs `specific`.
