@@ -44,7 +44,7 @@ def test_matches_reference(case, anchors, dim, seed):
     # With dim = 1 products are exact and ties the rule; otherwise rounding decides pairs this close to the limit.
     undecided = (margin.abs() < 1e-6) if dim > 1 and case.dtype != torch.float64 else torch.zeros_like(expected)
     undecided.fill_diagonal_(False)
-    assert undecided.double().mean() < 1e-3
+    assert undecided.double().mean() < 1e-2
     assert torch.equal(found[~undecided], expected[~undecided])
 
 
