@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ class PatchFeatures(NamedTuple):
     key: Tensor  # (B, heads, prefix_tokens + H*W, d)
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen feature extractor: patch tokens and the last block's query and key.
 
     Attributes:
@@ -36,10 +37,10 @@ class Backbone(nn.Module):
     def fit(self, images: Iterable[Tensor]) -> None:
         """Learn from unlabelled training images (3, h, w) in [0, 1]; most backbones need nothing."""
 
+    @abstractmethod
     def normalize(self, images: Tensor) -> Tensor:
         """Map images (B, 3, h, w) in [0, 1] to what `forward` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, images: Tensor) -> PatchFeatures:
         """Patch features of normalised images (B, 3, h, w)."""
-        raise NotImplementedError
