@@ -12,10 +12,10 @@ help:           ## Show the commands
 
 install: $(VENV)/installed  ## Create .venv and install hpkernels with what training and tests need
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --editable ".[training,test]"
+	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" "cmake>=3.24" ninja torch
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --no-build-isolation --editable ".[training,test]"
 	touch $@
 
 train: install  ## Train the quickstart preset on built-in images and write runs/quickstart/report.html
@@ -29,4 +29,4 @@ lint: install   ## Check style
 	$(RUN) -m ruff format --check .
 
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info hpkernels/_C.* .pytest_cache .hypothesis .ruff_cache

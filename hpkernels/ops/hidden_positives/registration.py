@@ -6,9 +6,10 @@ import torch
 
 from hpkernels import backends
 from hpkernels.ops._kernels import full_precision
-from hpkernels.ops.hidden_positives import reference
+from hpkernels.ops.hidden_positives import cpu, reference
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
+backends.register("hidden_positives", "cpu", cpu)
 backends.register("hidden_positives", "reference", reference)
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.masked_topk import reference
+from hpkernels.ops.masked_topk import cpu, reference
 
+backends.register("masked_topk", "cpu", cpu)
 backends.register("masked_topk", "reference", reference)
 
 

@@ -54,20 +54,17 @@ def contrastive_loss(
 
     agnostic = positives.to(logits.dtype)
     task = torch.zeros_like(agnostic) if specific is None else specific.to(logits.dtype)
-    has_agnostic, has_task = positives.any(dim=1), task.any(dim=1)
-
-    def anchor_coefficients(mass: Tensor, kept: Tensor) -> Tensor:
-        return scale * mean_coefficients(mass, kept & usable, anchors_per_image, reweight)
-
-    if variant == "joint":
-        mass = (agnostic + specific_weight * task).sum(dim=1)
-        kept = has_agnostic | (mass > 0) if keep_specific_only else has_agnostic
-        pull = anchor_coefficients(mass, kept)
-        pull_specific = specific_weight * pull
-    else:
-        pull = anchor_coefficients(agnostic.sum(dim=1), has_agnostic)
-        pull_specific = specific_weight * anchor_coefficients(task.sum(dim=1), has_task)
-    push = pull * agnostic.sum(dim=1) + pull_specific * task.sum(dim=1)
+    push, pull, pull_specific = anchor_coefficients(
+        agnostic.sum(dim=1),
+        task.sum(dim=1),
+        usable,
+        specific_weight,
+        anchors_per_image=anchors_per_image,
+        scale=scale,
+        variant=variant,
+        reweight=reweight,
+        keep_specific_only=keep_specific_only,
+    )
 
     pulls = pull[:, None] * agnostic + pull_specific[:, None] * task
     loss = (push * log_denominator).sum() - (pulls * logits).sum()
@@ -84,6 +81,34 @@ def logits_and_denominator(
     own = torch.eye(anchors, dtype=torch.bool, device=z.device)
     shared_by_images = negatives.repeat(anchors // len(negatives), 1)
     return z @ z.T / temperature, (positives | shared_by_images) & ~own
+
+
+def anchor_coefficients(
+    agnostic_count: Tensor,
+    specific_count: Tensor,
+    usable: Tensor,
+    specific_weight: Tensor | float,
+    *,
+    anchors_per_image: int,
+    scale: float,
+    variant: str,
+    reweight: bool,
+    keep_specific_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """push, pull and pull_specific of each anchor (N,), from its numbers of positives and whether Den is not empty."""
+
+    def coefficients(mass: Tensor, kept: Tensor) -> Tensor:
+        return scale * mean_coefficients(mass, kept & usable, anchors_per_image, reweight)
+
+    has_agnostic, has_specific = agnostic_count > 0, specific_count > 0
+    if variant == "joint":
+        mass = agnostic_count + specific_weight * specific_count
+        pull = coefficients(mass, has_agnostic | (mass > 0) if keep_specific_only else has_agnostic)
+        pull_specific = specific_weight * pull
+    else:
+        pull = coefficients(agnostic_count, has_agnostic)
+        pull_specific = specific_weight * coefficients(specific_count, has_specific)
+    return pull * agnostic_count + pull_specific * specific_count, pull, pull_specific
 
 
 def mean_coefficients(mass: Tensor, kept: Tensor, anchors_per_image: int, reweight: bool) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.multi_positive_contrastive import reference
+from hpkernels.ops.multi_positive_contrastive import cpu, reference
 
+backends.register("multi_positive_contrastive", "cpu", cpu)
 backends.register("multi_positive_contrastive", "reference", reference)
 
 

@@ -1,0 +1,208 @@
+// Registers the CPU kernels with PyTorch through its stable ABI. Shapes, dtypes and contiguity are the callers' part
+// (hpkernels/ops/<op>/cpu.py): nothing here is public.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "hidden_positives/hidden_positives.h"
+#include "local_propagation/local_propagation.h"
+#include "masked_topk/masked_topk.h"
+#include "multi_positive_contrastive/multi_positive_contrastive.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+void run(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+// Calls body(T{}) with T the floating-point type of `tensor`.
+template <typename Body>
+void with_type_of(const Tensor& tensor, Body body) {
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Double) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+void masked_topk_select(Tensor products, std::optional<Tensor> mask, std::optional<Tensor> query_group,
+                        std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::masked_topk_select_cpu<T>(run, data<T>(products), data<bool>(mask), data<int64_t>(query_group),
+                                   data<int64_t>(pool_group), products.size(0), products.size(1), values.size(1),
+                                   data<T>(values), data<int64_t>(indices));
+  });
+}
+
+void hidden_positives_pack(Tensor products, Tensor threshold, int64_t first, Tensor bits) {
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::hidden_positives_pack_cpu<T>(run, data<T>(products), data<T>(threshold), first, products.size(0),
+                                      threshold.size(0), data<uint32_t>(bits));
+  });
+}
+
+int64_t count_bits(Tensor bits) { return hpk::count_bits_cpu(run, data<uint32_t>(bits), bits.size(0), bits.size(1)); }
+
+void transpose_bits(Tensor bits, int64_t columns, Tensor transposed) {
+  hpk::transpose_bits_cpu(run, data<uint32_t>(bits), bits.size(0), columns, data<uint32_t>(transposed));
+}
+
+void draw_negatives(int64_t seed, int64_t columns, double rate, Tensor bits) {
+  hpk::draw_negatives_cpu(run, static_cast<uint64_t>(seed), bits.size(0), columns, rate, data<uint32_t>(bits));
+}
+
+hpk::Relations relations_of(int64_t anchors, const Tensor& agnostic, const std::optional<Tensor>& agnostic_t,
+                            const std::optional<Tensor>& specific, const std::optional<Tensor>& specific_t,
+                            const Tensor& negatives, const std::optional<Tensor>& negatives_t) {
+  return {anchors,
+          negatives.size(0),
+          data<uint32_t>(agnostic),
+          data<uint32_t>(agnostic_t),
+          data<uint32_t>(specific),
+          data<uint32_t>(specific_t),
+          data<uint32_t>(negatives),
+          data<uint32_t>(negatives_t)};
+}
+
+template <typename T>
+hpk::AnchorSums<T> sums_of(const Tensor& sums, const Tensor& counts) {
+  const int64_t anchors = sums.size(1);
+  T* real = data<T>(sums);
+  int64_t* whole = data<int64_t>(counts);
+  return {real, real + anchors, real + 2 * anchors, whole, whole + anchors};
+}
+
+template <typename T>
+hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
+  const int64_t anchors = rows.size(1);
+  const T* real = data<T>(rows);
+  return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
+}
+
+void contrastive_sparse_forward(Tensor z, double inverse_temperature, Tensor agnostic, std::optional<Tensor> specific,
+                                Tensor negatives, Tensor sums, Tensor counts) {
+  const auto relations = relations_of(z.size(0), agnostic, {}, specific, {}, negatives, {});
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_sparse_forward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
+                                           sums_of<T>(sums, counts));
+  });
+}
+
+void contrastive_dense_forward(Tensor products, int64_t first, double inverse_temperature, Tensor agnostic,
+                               std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
+  const auto relations = relations_of(products.size(1), agnostic, {}, specific, {}, negatives, {});
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_dense_forward_cpu<T>(run, data<T>(products), first, products.size(0),
+                                          static_cast<T>(inverse_temperature), relations, sums_of<T>(sums, counts));
+  });
+}
+
+void contrastive_sparse_backward(Tensor z, double inverse_temperature, Tensor agnostic, Tensor agnostic_t,
+                                 std::optional<Tensor> specific, std::optional<Tensor> specific_t, Tensor negatives,
+                                 Tensor negatives_t, Tensor rows, Tensor grad_z) {
+  const auto relations = relations_of(z.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_sparse_backward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
+                                            coefficients_of<T>(rows), data<T>(grad_z));
+  });
+}
+
+void contrastive_dense_backward(Tensor products, int64_t first, double inverse_temperature, Tensor agnostic,
+                                Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
+                                Tensor negatives, Tensor negatives_t, Tensor rows) {
+  const auto relations =
+      relations_of(products.size(1), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_dense_backward_cpu<T>(run, data<T>(products), first, products.size(0),
+                                           static_cast<T>(inverse_temperature), relations, coefficients_of<T>(rows));
+  });
+}
+
+void local_propagation_weights(Tensor logits, double sigma, double low, double high, Tensor weights) {
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    int64_t window = 1;
+    while (window * window < weights.size(1)) ++window;
+    hpk::local_propagation_weights_cpu<T>(run, data<T>(logits), weights.size(0), weights.size(2), weights.size(3),
+                                          sigma, low, high, window, data<T>(weights));
+  });
+}
+
+template <bool backward>
+void local_propagation_stencil(Tensor input, Tensor weights, Tensor output) {
+  with_type_of(input, [&](auto zero) {
+    using T = decltype(zero);
+    int64_t window = 1;
+    while (window * window < weights.size(1)) ++window;
+    const auto stencil = backward ? hpk::local_propagation_apply_backward_cpu<T> : hpk::local_propagation_apply_cpu<T>;
+    stencil(run, data<T>(input), data<T>(weights), input.size(0), input.size(1), input.size(2), input.size(3), window,
+            data<T>(output));
+  });
+}
+
+void local_propagation_apply(Tensor code, Tensor weights, Tensor mixed) {
+  local_propagation_stencil<false>(code, weights, mixed);
+}
+
+void local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor grad_code) {
+  local_propagation_stencil<true>(grad_mixed, weights, grad_code);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
+  m.def("masked_topk_select(Tensor(a!) products, Tensor? mask, Tensor? query_group, Tensor? pool_group,"
+        " Tensor(b!) values, Tensor(c!) indices) -> ()");
+  m.def("hidden_positives_pack(Tensor products, Tensor threshold, int first, Tensor(a!) bits) -> ()");
+  m.def("count_bits(Tensor bits) -> int");
+  m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
+  m.def("contrastive_sparse_forward(Tensor z, float inverse_temperature, Tensor agnostic, Tensor? specific,"
+        " Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
+  m.def("contrastive_dense_forward(Tensor(a!) products, int first, float inverse_temperature, Tensor agnostic,"
+        " Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
+  m.def("contrastive_sparse_backward(Tensor z, float inverse_temperature, Tensor agnostic, Tensor agnostic_t,"
+        " Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t, Tensor rows,"
+        " Tensor(a!) grad_z) -> ()");
+  m.def("contrastive_dense_backward(Tensor(a!) products, int first, float inverse_temperature, Tensor agnostic,"
+        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t,"
+        " Tensor rows) -> ()");
+  m.def("draw_negatives(int seed, int columns, float rate, Tensor(a!) bits) -> ()");
+  m.def("local_propagation_weights(Tensor logits, float sigma, float low, float high, Tensor(a!) weights) -> ()");
+  m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
+  m.def("local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor(a!) grad_code) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
+  m.impl("masked_topk_select", TORCH_BOX(&masked_topk_select));
+  m.impl("hidden_positives_pack", TORCH_BOX(&hidden_positives_pack));
+  m.impl("count_bits", TORCH_BOX(&count_bits));
+  m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
+  m.impl("contrastive_sparse_forward", TORCH_BOX(&contrastive_sparse_forward));
+  m.impl("contrastive_dense_forward", TORCH_BOX(&contrastive_dense_forward));
+  m.impl("contrastive_sparse_backward", TORCH_BOX(&contrastive_sparse_backward));
+  m.impl("contrastive_dense_backward", TORCH_BOX(&contrastive_dense_backward));
+  m.impl("draw_negatives", TORCH_BOX(&draw_negatives));
+  m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
+  m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
+  m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
+}

@@ -1,0 +1,50 @@
+// Bit-packed relations: bit j % 32 of word j / 32 of a row says whether column j is in the relation with the row.
+#pragma once
+
+#include "common/portable.h"
+
+namespace hpk {
+
+HPK_HOST_DEVICE int64_t words_per_row(int64_t columns) { return (columns + 31) / 32; }
+
+HPK_HOST_DEVICE bool test_bit(const uint32_t* row, int64_t column) { return row[column >> 5] >> (column & 31) & 1u; }
+
+// The bits of the last word that belong to columns.
+HPK_HOST_DEVICE uint32_t valid_bits(int64_t word, int64_t columns) {
+  const int64_t left = columns - 32 * word;
+  return left >= 32 ? ~0u : (1u << left) - 1u;
+}
+
+// Transpose a 32 x 32 block of bits in place: afterwards bit c of rows[r] is what bit r of rows[c] was.
+// Halves are exchanged at ever smaller scales (Warren, Hacker's Delight, 7-3).
+HPK_HOST_DEVICE void transpose_block(uint32_t rows[32]) {
+  uint32_t mask = 0x0000FFFFu;
+  for (int width = 16; width != 0; width >>= 1, mask ^= mask << width) {
+    for (int low = 0; low < 32; low = (low + width + 1) & ~width) {
+      const uint32_t exchanged = ((rows[low] >> width) ^ rows[low + width]) & mask;
+      rows[low] ^= exchanged << width;
+      rows[low + width] ^= exchanged;
+    }
+  }
+}
+
+// dst, `count` bits long, becomes the first `period` bits of src over and over.
+HPK_HOST_DEVICE void repeat_bits(const uint32_t* src, int64_t period, int64_t count, uint32_t* dst) {
+  int64_t position = 0;  // in src
+  for (int64_t word = 0; word < words_per_row(count); ++word) {
+    uint32_t bits = 0;
+    for (int64_t filled = 0; filled < 32;) {
+      int64_t taken = period - position < 32 - filled ? period - position : 32 - filled;
+      const int64_t within = position & 31;
+      if (taken > 32 - within) taken = 32 - within;
+      const uint32_t part = src[position >> 5] >> within;
+      bits |= (taken == 32 ? part : part & ((1u << taken) - 1u)) << filled;
+      filled += taken;
+      position += taken;
+      if (position == period) position = 0;
+    }
+    dst[word] = bits & valid_bits(word, count);
+  }
+}
+
+}  // namespace hpk

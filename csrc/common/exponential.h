@@ -1,0 +1,36 @@
+// exp for loops that are to be vectorised: no table, no branch.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "common/portable.h"
+
+namespace hpk {
+
+// exp(x) for x <= 0, relative error below 2 ulp; 0 below -87.3, where the exact value is no normal number.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, the minimax polynomial of Cephes in r.
+HPK_HOST_DEVICE float exp_nonpositive(float x) {
+  const float clamped = x < -87.33654f ? -87.33654f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const float shifted = clamped * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  uint32_t exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + 127u) << 23;
+  float scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return x < -87.33654f ? 0.0f : p * scale;
+}
+
+HPK_HOST_DEVICE double exp_nonpositive(double x) { return std::exp(x); }
+
+}  // namespace hpk

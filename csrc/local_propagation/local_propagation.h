@@ -1,0 +1,25 @@
+// Launch signatures of local_propagation. All tensors are contiguous.
+#pragma once
+
+#include "common/threads.h"
+
+namespace hpk {
+
+// Weights of `images` images from the attention logits, (G, G) each, of one image after the other:
+//   T_ij = sigma * softmax_j(clamp(l_ij, quantiles of row i)), 0 where below the row's mean; divided by the number of
+//   window cells inside the image. weights is (images, window * window, height, width).
+template <typename T>
+void local_propagation_weights_cpu(ParallelFor run, const T* logits, int64_t images, int64_t height, int64_t width,
+                                   double sigma, double low, double high, int64_t window, T* weights);
+
+// mixed_i = sum over the window of i of weights_ij code_j; code and mixed are (batch, dim, height, width).
+template <typename T>
+void local_propagation_apply_cpu(ParallelFor run, const T* code, const T* weights, int64_t batch, int64_t dim,
+                                 int64_t height, int64_t width, int64_t window, T* mixed);
+
+// The transpose: grad_code_j = sum over the i whose window holds j of weights_ij grad_mixed_i.
+template <typename T>
+void local_propagation_apply_backward_cpu(ParallelFor run, const T* grad_mixed, const T* weights, int64_t batch,
+                                          int64_t dim, int64_t height, int64_t width, int64_t window, T* grad_code);
+
+}  // namespace hpk
