@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
@@ -57,8 +58,6 @@ void hidden_positives_pack(Tensor products, Tensor threshold, int64_t first, Ten
   });
 }
 
-int64_t count_bits(Tensor bits) { return hpk::count_bits_cpu(run, data<uint32_t>(bits), bits.size(0), bits.size(1)); }
-
 void transpose_bits(Tensor bits, int64_t columns, Tensor transposed) {
   hpk::transpose_bits_cpu(run, data<uint32_t>(bits), bits.size(0), columns, data<uint32_t>(transposed));
 }
@@ -95,46 +94,60 @@ hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
   return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
 }
 
-void contrastive_sparse_forward(Tensor z, double inverse_temperature, Tensor agnostic, std::optional<Tensor> specific,
-                                Tensor negatives, Tensor sums, Tensor counts) {
-  const auto relations = relations_of(z.size(0), agnostic, {}, specific, {}, negatives, {});
-  with_type_of(z, [&](auto zero) {
-    using T = decltype(zero);
-    hpk::contrastive_sparse_forward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
-                                           sums_of<T>(sums, counts));
-  });
+std::tuple<int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
+                                                     Tensor negatives) {
+  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+  const hpk::PairCounts counts = hpk::count_pairs_cpu(run, relations);
+  return {counts.all, counts.within_images};
 }
 
-void contrastive_dense_forward(Tensor products, int64_t first, double inverse_temperature, Tensor agnostic,
-                               std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
-  const auto relations = relations_of(products.size(1), agnostic, {}, specific, {}, negatives, {});
+template <typename T>
+hpk::Block<T> block_of(const Tensor& products, int64_t row, int64_t column) {
+  return {data<T>(products), row, products.size(0), column, products.size(1)};
+}
+
+void contrastive_block_forward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
+                               Tensor agnostic, std::optional<Tensor> specific, Tensor negatives, Tensor sums,
+                               Tensor counts) {
+  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
-    hpk::contrastive_dense_forward_cpu<T>(run, data<T>(products), first, products.size(0),
-                                          static_cast<T>(inverse_temperature), relations, sums_of<T>(sums, counts));
+    hpk::contrastive_block_forward_cpu<T>(run, block_of<T>(products, row, column), static_cast<T>(inverse_temperature),
+                                          relations, sums_of<T>(sums, counts));
   });
 }
 
-void contrastive_sparse_backward(Tensor z, double inverse_temperature, Tensor agnostic, Tensor agnostic_t,
-                                 std::optional<Tensor> specific, std::optional<Tensor> specific_t, Tensor negatives,
-                                 Tensor negatives_t, Tensor rows, Tensor grad_z) {
-  const auto relations = relations_of(z.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+void contrastive_rows_forward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
+                              std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
+  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    hpk::contrastive_sparse_backward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
-                                            coefficients_of<T>(rows), data<T>(grad_z));
+    hpk::contrastive_rows_forward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
+                                         across_images, sums_of<T>(sums, counts));
   });
 }
 
-void contrastive_dense_backward(Tensor products, int64_t first, double inverse_temperature, Tensor agnostic,
-                                Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
-                                Tensor negatives, Tensor negatives_t, Tensor rows) {
+void contrastive_block_backward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
+                                Tensor agnostic, Tensor agnostic_t, std::optional<Tensor> specific,
+                                std::optional<Tensor> specific_t, Tensor negatives, Tensor negatives_t, Tensor rows) {
   const auto relations =
-      relations_of(products.size(1), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+      relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
-    hpk::contrastive_dense_backward_cpu<T>(run, data<T>(products), first, products.size(0),
+    hpk::contrastive_block_backward_cpu<T>(run, block_of<T>(products, row, column),
                                            static_cast<T>(inverse_temperature), relations, coefficients_of<T>(rows));
+  });
+}
+
+void contrastive_rows_backward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
+                               Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
+                               Tensor negatives, Tensor negatives_t, Tensor rows, Tensor grad_z) {
+  const auto relations =
+      relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_rows_backward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
+                                          across_images, coefficients_of<T>(rows), data<T>(grad_z));
   });
 }
 
@@ -174,18 +187,18 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("masked_topk_select(Tensor(a!) products, Tensor? mask, Tensor? query_group, Tensor? pool_group,"
         " Tensor(b!) values, Tensor(c!) indices) -> ()");
   m.def("hidden_positives_pack(Tensor products, Tensor threshold, int first, Tensor(a!) bits) -> ()");
-  m.def("count_bits(Tensor bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_sparse_forward(Tensor z, float inverse_temperature, Tensor agnostic, Tensor? specific,"
-        " Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
-  m.def("contrastive_dense_forward(Tensor(a!) products, int first, float inverse_temperature, Tensor agnostic,"
-        " Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
-  m.def("contrastive_sparse_backward(Tensor z, float inverse_temperature, Tensor agnostic, Tensor agnostic_t,"
-        " Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t, Tensor rows,"
+  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
+  m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"
+        " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
+  m.def("contrastive_rows_forward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
+        " Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
+  m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature,"
+        " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
+        " Tensor negatives_t, Tensor rows) -> ()");
+  m.def("contrastive_rows_backward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
+        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t, Tensor rows,"
         " Tensor(a!) grad_z) -> ()");
-  m.def("contrastive_dense_backward(Tensor(a!) products, int first, float inverse_temperature, Tensor agnostic,"
-        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t,"
-        " Tensor rows) -> ()");
   m.def("draw_negatives(int seed, int columns, float rate, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor logits, float sigma, float low, float high, Tensor(a!) weights) -> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
@@ -195,12 +208,12 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("masked_topk_select", TORCH_BOX(&masked_topk_select));
   m.impl("hidden_positives_pack", TORCH_BOX(&hidden_positives_pack));
-  m.impl("count_bits", TORCH_BOX(&count_bits));
   m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
-  m.impl("contrastive_sparse_forward", TORCH_BOX(&contrastive_sparse_forward));
-  m.impl("contrastive_dense_forward", TORCH_BOX(&contrastive_dense_forward));
-  m.impl("contrastive_sparse_backward", TORCH_BOX(&contrastive_sparse_backward));
-  m.impl("contrastive_dense_backward", TORCH_BOX(&contrastive_dense_backward));
+  m.impl("contrastive_count_pairs", TORCH_BOX(&contrastive_count_pairs));
+  m.impl("contrastive_block_forward", TORCH_BOX(&contrastive_block_forward));
+  m.impl("contrastive_rows_forward", TORCH_BOX(&contrastive_rows_forward));
+  m.impl("contrastive_block_backward", TORCH_BOX(&contrastive_block_backward));
+  m.impl("contrastive_rows_backward", TORCH_BOX(&contrastive_rows_backward));
   m.impl("draw_negatives", TORCH_BOX(&draw_negatives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));

@@ -28,6 +28,26 @@ HPK_HOST_DEVICE void transpose_block(uint32_t rows[32]) {
   }
 }
 
+// dst, `count` bits long, becomes the bits of src from `first` on.
+HPK_HOST_DEVICE void extract_bits(const uint32_t* src, int64_t first, int64_t count, uint32_t* dst) {
+  const int64_t shift = first & 31, last = (first + count - 1) >> 5;
+  for (int64_t word = 0; word < words_per_row(count); ++word) {
+    const int64_t from = (first >> 5) + word;
+    uint32_t bits = src[from] >> shift;
+    if (shift != 0 && from < last) bits |= src[from + 1] << (32 - shift);
+    dst[word] = bits & valid_bits(word, count);
+  }
+}
+
+// Set the bits [first, first + count) to 0.
+HPK_HOST_DEVICE void clear_bits(uint32_t* bits, int64_t first, int64_t count) {
+  for (int64_t column = first; column < first + count;) {
+    const int64_t within = column & 31, left = first + count - column, taken = left < 32 - within ? left : 32 - within;
+    bits[column >> 5] &= ~((taken == 32 ? ~0u : (1u << taken) - 1u) << within);
+    column += taken;
+  }
+}
+
 // dst, `count` bits long, becomes the first `period` bits of src over and over.
 HPK_HOST_DEVICE void repeat_bits(const uint32_t* src, int64_t period, int64_t count, uint32_t* dst) {
   int64_t position = 0;  // in src

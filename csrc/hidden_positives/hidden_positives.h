@@ -14,9 +14,6 @@ template <typename T>
 void hidden_positives_pack_cpu(ParallelFor run, const T* products, const T* threshold, int64_t first, int64_t rows,
                                int64_t anchors, uint32_t* bits);
 
-// How many bits of a packed relation are set.
-int64_t count_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t words);
-
 // The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed);
 

@@ -1,7 +1,6 @@
 #include "hidden_positives/hidden_positives.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/bits.h"
 
@@ -77,16 +76,6 @@ template void hidden_positives_pack_cpu<float>(ParallelFor, const float*, const 
                                                uint32_t*);
 template void hidden_positives_pack_cpu<double>(ParallelFor, const double*, const double*, int64_t, int64_t, int64_t,
                                                 uint32_t*);
-
-int64_t count_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t words) {
-  std::atomic<int64_t> total{0};  // integers: the order of the additions does not matter
-  parallel_for(run, rows, 64, [=, &total](int64_t begin, int64_t end) {
-    int64_t count = 0;
-    for (int64_t word = begin * words; word < end * words; ++word) count += __builtin_popcount(bits[word]);
-    total += count;
-  });
-  return total;
-}
 
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed) {
   const int64_t words_in = words_per_row(columns), words_out = words_per_row(rows);

@@ -1,6 +1,7 @@
 // Launch signatures of local_propagation. All tensors are contiguous.
 #pragma once
 
+#include "common/cuda.h"
 #include "common/threads.h"
 
 namespace hpk {
@@ -21,5 +22,17 @@ void local_propagation_apply_cpu(ParallelFor run, const T* code, const T* weight
 template <typename T>
 void local_propagation_apply_backward_cpu(ParallelFor run, const T* grad_mixed, const T* weights, int64_t batch,
                                           int64_t dim, int64_t height, int64_t width, int64_t window, T* grad_code);
+
+// The same two on the GPU, for float, double, __half and __nv_bfloat16. Cells outside the image count as 0, whatever the
+// weights there. Launches on `stream` and returns; the caller asks for launch errors.
+template <typename T>
+void local_propagation_apply_cuda(const T* code, const typename Accumulation<T>::type* weights, int64_t batch,
+                                  int64_t dim, int64_t height, int64_t width, int64_t window, T* mixed,
+                                  cudaStream_t stream);
+
+template <typename T>
+void local_propagation_apply_backward_cuda(const T* grad_mixed, const typename Accumulation<T>::type* weights,
+                                           int64_t batch, int64_t dim, int64_t height, int64_t width, int64_t window,
+                                           T* grad_code, cudaStream_t stream);
 
 }  // namespace hpk

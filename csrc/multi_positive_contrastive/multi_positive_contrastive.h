@@ -5,8 +5,9 @@
 //   backward: dz_i = sum_j (g_ij + g_ji) z_j / temperature,
 //             g_ij = push_i Den_ij exp(l_ij - logDen_i) - pull_i A_ij - pull_specific_i S_ij
 //
-// Two routes give the same result. "sparse" computes the logits of the pairs in A, S and R alone. "dense" is handed
-// blocks of all logits.
+// The pairs are covered by blocks, whose logits are matrix products made by the caller, and by rows, which compute the
+// logits of the pairs in A, S and R alone. One block of everything is the dense route, rows alone are the sparse one, and
+// between them lies a block for each image, which holds most positives, and rows for the pairs across images.
 #pragma once
 
 #include "common/threads.h"
@@ -25,7 +26,7 @@ struct Relations {
   const uint32_t* negatives_t;  // its transpose (N, words_per_row(G)); backward only
 };
 
-// What forward finds out about each anchor, (N,) each.
+// What forward finds out about each anchor, (N,) each. Blocks overwrite them, rows add to them.
 template <typename T>
 struct AnchorSums {
   T* log_denominator;    // -inf for an empty denominator
@@ -47,22 +48,37 @@ struct AnchorCoefficients {
 // R as bits: word `word` of row `row`, for all words of all rows.
 void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t columns, double rate, uint32_t* bits);
 
+// How many bits of A, S and R are set: in all, and within the images.
+struct PairCounts {
+  int64_t all, within_images;
+};
+PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations);
+
+// A block: the products <z_i, z_j> (rows, columns) of anchors i from `row` and j from `column` on; overwritten.
 template <typename T>
-void contrastive_sparse_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                    const Relations& relations, const AnchorSums<T>& sums);
+struct Block {
+  T* products;
+  int64_t row, rows, column, columns;
+};
 
 template <typename T>
-void contrastive_sparse_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                     const Relations& relations, const AnchorCoefficients<T>& anchors, T* grad_z);
-
-// Blocks of the dense route: `products` (rows, N) are <z_i, z_j> of the rows i in [first, first + rows); overwritten.
-template <typename T>
-void contrastive_dense_forward_cpu(ParallelFor run, T* products, int64_t first, int64_t rows,
-                                   T inverse_temperature, const Relations& relations, const AnchorSums<T>& sums);
+void contrastive_block_forward_cpu(ParallelFor run, const Block<T>& block, T inverse_temperature,
+                                   const Relations& relations, const AnchorSums<T>& sums);
 
 // Replaces the products by (g_ij + g_ji) / temperature, to be multiplied with z.
 template <typename T>
-void contrastive_dense_backward_cpu(ParallelFor run, T* products, int64_t first, int64_t rows, T inverse_temperature,
+void contrastive_block_backward_cpu(ParallelFor run, const Block<T>& block, T inverse_temperature,
                                     const Relations& relations, const AnchorCoefficients<T>& anchors);
+
+// Rows: all pairs, or with `across_images` those of two images.
+template <typename T>
+void contrastive_rows_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                  const Relations& relations, bool across_images, const AnchorSums<T>& sums);
+
+// Adds to grad_z.
+template <typename T>
+void contrastive_rows_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                   const Relations& relations, bool across_images,
+                                   const AnchorCoefficients<T>& anchors, T* grad_z);
 
 }  // namespace hpk

@@ -1,8 +1,7 @@
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include <atomic>
+#include <cstddef>
 #include <vector>
 
 #include "common/bits.h"
@@ -59,6 +58,10 @@ void in_denominators_of(const Relations& relations, int64_t anchor, Bits& bits) 
   clear_bit(bits, anchor);
 }
 
+void clear_own_image(const Relations& relations, int64_t anchor, Bits& bits) {
+  clear_bits(bits.data(), anchor / relations.per_image * relations.per_image, relations.per_image);
+}
+
 int64_t count_bits(const uint32_t* bits, int64_t words) {
   int64_t count = 0;
   for (int64_t word = 0; word < words; ++word) count += __builtin_popcount(bits[word]);
@@ -79,7 +82,7 @@ void list_columns(const uint32_t* bits, int64_t words, std::vector<int32_t>& col
 void restrict_to(const std::vector<int32_t>& columns, const uint32_t* relation, Bits& bits) {
   bits.assign(words_per_row(static_cast<int64_t>(columns.size())), 0u);
   if (relation == nullptr) return;
-  for (size_t c = 0; c < columns.size(); ++c) {
+  for (std::size_t c = 0; c < columns.size(); ++c) {
     bits[c / 32] |= static_cast<uint32_t>(test_bit(relation, columns[c])) << (c % 32);
   }
 }
@@ -87,55 +90,54 @@ void restrict_to(const std::vector<int32_t>& columns, const uint32_t* relation, 
 // What one thread works with.
 template <typename T>
 struct Scratch {
-  Bits denominator, in_denominators, either, listed;
+  Bits denominator, in_denominators, either, listed, window;
   std::vector<int32_t> columns;
   std::vector<T> logits, other, coefficients, log_denominators, push, pull, pull_specific;
 };
 
-template <typename T>
-void store_sums(const Relations& relations, int64_t anchor, const AnchorBits& own, T log_denominator,
-                T agnostic_sum, T specific_sum, const AnchorSums<T>& sums) {
-  const int64_t words = words_per_row(relations.anchors);
-  sums.log_denominator[anchor] = log_denominator;
-  sums.agnostic_logits[anchor] = agnostic_sum;
-  sums.specific_logits[anchor] = specific_sum;
-  sums.agnostic_count[anchor] = count_bits(own.agnostic, words);
-  sums.specific_count[anchor] = own.specific == nullptr ? 0 : count_bits(own.specific, words);
+// The bits of `row` from column `first` on, `count` of them.
+const uint32_t* window_of(const uint32_t* row, int64_t first, int64_t count, Bits& window) {
+  window.resize(words_per_row(count));
+  extract_bits(row, first, count, window.data());
+  return window.data();
 }
 
 template <typename T>
-void sparse_forward_of(const T* z, int64_t dim, T scale, const Relations& relations, int64_t anchor,
-                       const AnchorSums<T>& sums, Scratch<T>& scratch) {
+void rows_forward_of(const T* z, int64_t dim, T scale, const Relations& relations, bool across_images, int64_t anchor,
+                     const AnchorSums<T>& sums, Scratch<T>& scratch) {
   const AnchorBits own = bits_of(relations, anchor);
   const int64_t words = words_per_row(relations.anchors);
   denominator_of(relations, anchor, scratch.denominator);
   scratch.either = scratch.denominator;
   for (int64_t word = 0; own.specific != nullptr && word < words; ++word) scratch.either[word] |= own.specific[word];
+  if (across_images) clear_own_image(relations, anchor, scratch.either);
   list_columns(scratch.either.data(), words, scratch.columns);
   const auto count = static_cast<int64_t>(scratch.columns.size());
   scratch.logits.resize(count);
-  scratch.other.resize(count);
+  scratch.other.resize(count + 1);
   dots(z + anchor * dim, z, scratch.columns.data(), count, dim, scale, scratch.logits.data());
 
   restrict_to(scratch.columns, scratch.denominator.data(), scratch.listed);
   mask_logits(scratch.logits.data(), scratch.listed.data(), count, scratch.other.data());
-  const T log_denominator = log_sum_exp(scratch.other.data(), count);
+  scratch.other[count] = sums.log_denominator[anchor];  // that of the block stands for all its logits
+  sums.log_denominator[anchor] = log_sum_exp(scratch.other.data(), count + 1);
   restrict_to(scratch.columns, own.agnostic, scratch.listed);
-  const T agnostic_sum = masked_sum(scratch.logits.data(), scratch.listed.data(), count);
+  sums.agnostic_logits[anchor] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
+  sums.agnostic_count[anchor] += count_bits(scratch.listed.data(), words_per_row(count));
   restrict_to(scratch.columns, own.specific, scratch.listed);
-  const T specific_sum = masked_sum(scratch.logits.data(), scratch.listed.data(), count);
-  store_sums(relations, anchor, own, log_denominator, agnostic_sum, specific_sum, sums);
+  sums.specific_logits[anchor] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
+  sums.specific_count[anchor] += count_bits(scratch.listed.data(), words_per_row(count));
 }
 
 template <typename T>
 void gather(const T* values, const std::vector<int32_t>& columns, std::vector<T>& gathered) {
   gathered.resize(columns.size());
-  for (size_t c = 0; c < columns.size(); ++c) gathered[c] = values[columns[c]];
+  for (std::size_t c = 0; c < columns.size(); ++c) gathered[c] = values[columns[c]];
 }
 
 template <typename T>
-void sparse_backward_of(const T* z, int64_t dim, T scale, const Relations& relations, int64_t anchor,
-                        const AnchorCoefficients<T>& anchors, T* grad, Scratch<T>& scratch) {
+void rows_backward_of(const T* z, int64_t dim, T scale, const Relations& relations, bool across_images, int64_t anchor,
+                      const AnchorCoefficients<T>& anchors, T* grad, Scratch<T>& scratch) {
   const AnchorBits own = bits_of(relations, anchor);
   const int64_t words = words_per_row(relations.anchors);
   denominator_of(relations, anchor, scratch.denominator);
@@ -146,6 +148,7 @@ void sparse_backward_of(const T* z, int64_t dim, T scale, const Relations& relat
     if (own.specific != nullptr) bits |= own.specific[word] | own.specific_t[word];
     scratch.either[word] = bits;
   }
+  if (across_images) clear_own_image(relations, anchor, scratch.either);
   list_columns(scratch.either.data(), words, scratch.columns);
   const auto count = static_cast<int64_t>(scratch.columns.size());
   scratch.logits.resize(count);
@@ -175,44 +178,50 @@ void sparse_backward_of(const T* z, int64_t dim, T scale, const Relations& relat
     subtract_of(scratch.listed.data(), count, scratch.pull_specific.data(), coefficients);
   }
   for (int64_t c = 0; c < count; ++c) coefficients[c] *= scale;
-  std::fill(grad, grad + dim, T{0});
   add_rows(coefficients, z, scratch.columns.data(), count, dim, grad);
 }
 
 template <typename T>
-void dense_forward_of(T* logits, T scale, const Relations& relations, int64_t anchor,
+void block_forward_of(T* logits, const Block<T>& block, T scale, const Relations& relations, int64_t anchor,
                       const AnchorSums<T>& sums, Scratch<T>& scratch) {
   const AnchorBits own = bits_of(relations, anchor);
-  multiply(logits, relations.anchors, scale);
+  const int64_t first = block.column, count = block.columns, words = words_per_row(count);
+  multiply(logits, count, scale);
   denominator_of(relations, anchor, scratch.denominator);
-  scratch.other.resize(relations.anchors);
-  mask_logits(logits, scratch.denominator.data(), relations.anchors, scratch.other.data());
-  const T log_denominator = log_sum_exp(scratch.other.data(), relations.anchors);
-  const T agnostic_sum = masked_sum(logits, own.agnostic, relations.anchors);
-  const T specific_sum =
-      own.specific == nullptr ? T{0} : masked_sum(logits, own.specific, relations.anchors);
-  store_sums(relations, anchor, own, log_denominator, agnostic_sum, specific_sum, sums);
+  scratch.other.resize(count);
+  mask_logits(logits, window_of(scratch.denominator.data(), first, count, scratch.window), count, scratch.other.data());
+  sums.log_denominator[anchor] = log_sum_exp(scratch.other.data(), count);
+  const uint32_t* agnostic = window_of(own.agnostic, first, count, scratch.window);
+  sums.agnostic_logits[anchor] = masked_sum(logits, agnostic, count);
+  sums.agnostic_count[anchor] = count_bits(agnostic, words);
+  sums.specific_logits[anchor] = 0;
+  sums.specific_count[anchor] = 0;
+  if (own.specific == nullptr) return;
+  const uint32_t* specific = window_of(own.specific, first, count, scratch.window);
+  sums.specific_logits[anchor] = masked_sum(logits, specific, count);
+  sums.specific_count[anchor] = count_bits(specific, words);
 }
 
 template <typename T>
-void dense_backward_of(T* logits, T scale, const Relations& relations, int64_t anchor,
+void block_backward_of(T* logits, const Block<T>& block, T scale, const Relations& relations, int64_t anchor,
                        const AnchorCoefficients<T>& anchors, Scratch<T>& scratch) {
   const AnchorBits own = bits_of(relations, anchor);
-  const int64_t count = relations.anchors;
+  const int64_t first = block.column, count = block.columns;
+  const auto window = [&](const uint32_t* row) { return window_of(row, first, count, scratch.window); };
   multiply(logits, count, scale);
   denominator_of(relations, anchor, scratch.denominator);
   in_denominators_of(relations, anchor, scratch.in_denominators);
   scratch.coefficients.assign(count, T{0});
   T* coefficients = scratch.coefficients.data();
-  add_softmax(logits, scratch.denominator.data(), count, anchors.log_denominator[anchor],
-              anchors.push[anchor], coefficients);
-  add_softmax_of(logits, scratch.in_denominators.data(), count, anchors.log_denominator, anchors.push,
-                 coefficients);
-  subtract(own.agnostic, count, anchors.pull[anchor], coefficients);
-  subtract_of(own.agnostic_t, count, anchors.pull, coefficients);
+  add_softmax(logits, window(scratch.denominator.data()), count, anchors.log_denominator[anchor], anchors.push[anchor],
+              coefficients);
+  add_softmax_of(logits, window(scratch.in_denominators.data()), count, anchors.log_denominator + first,
+                 anchors.push + first, coefficients);
+  subtract(window(own.agnostic), count, anchors.pull[anchor], coefficients);
+  subtract_of(window(own.agnostic_t), count, anchors.pull + first, coefficients);
   if (own.specific != nullptr) {
-    subtract(own.specific, count, anchors.pull_specific[anchor], coefficients);
-    subtract_of(own.specific_t, count, anchors.pull_specific, coefficients);
+    subtract(window(own.specific), count, anchors.pull_specific[anchor], coefficients);
+    subtract_of(window(own.specific_t), count, anchors.pull_specific + first, coefficients);
   }
   for (int64_t c = 0; c < count; ++c) logits[c] = scale * coefficients[c];
 }
@@ -229,65 +238,95 @@ void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t co
   });
 }
 
-template <typename T>
-void contrastive_sparse_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                    const Relations& relations, const AnchorSums<T>& sums) {
-  // Anchors at the same patch position share their negatives, so they come after one another: the rows stay in cache.
-  const int64_t images = relations.anchors / relations.per_image;
-  parallel_for(run, relations.anchors, 16, [=, &relations, &sums](int64_t begin, int64_t end) {
-    Scratch<T> scratch;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t anchor = task / images + task % images * relations.per_image;
-      sparse_forward_of(z, dim, inverse_temperature, relations, anchor, sums, scratch);
+PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations) {
+  std::atomic<int64_t> all{0}, within{0};  // integers: the order of the additions does not matter
+  parallel_for(run, relations.anchors, 64, [&](int64_t begin, int64_t end) {
+    Bits window;
+    PairCounts counts{0, 0};
+    for (int64_t anchor = begin; anchor < end; ++anchor) {
+      const AnchorBits own = bits_of(relations, anchor);
+      const int64_t first = anchor / relations.per_image * relations.per_image;
+      for (const uint32_t* row : {own.agnostic, own.specific, own.negatives}) {
+        if (row == nullptr) continue;
+        counts.all += count_bits(row, words_per_row(relations.anchors));
+        counts.within_images += count_bits(window_of(row, first, relations.per_image, window),
+                                           words_per_row(relations.per_image));
+      }
     }
+    all += counts.all;
+    within += counts.within_images;
   });
+  return {all, within};
 }
 
 template <typename T>
-void contrastive_sparse_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                     const Relations& relations, const AnchorCoefficients<T>& anchors, T* grad_z) {
-  const int64_t images = relations.anchors / relations.per_image;
-  parallel_for(run, relations.anchors, 16, [=, &relations, &anchors](int64_t begin, int64_t end) {
-    Scratch<T> scratch;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t anchor = task / images + task % images * relations.per_image;
-      sparse_backward_of(z, dim, inverse_temperature, relations, anchor, anchors, grad_z + anchor * dim, scratch);
-    }
-  });
-}
-
-template <typename T>
-void contrastive_dense_forward_cpu(ParallelFor run, T* products, int64_t first, int64_t rows,
-                                   T inverse_temperature, const Relations& relations, const AnchorSums<T>& sums) {
-  parallel_for(run, rows, 4, [=, &relations, &sums](int64_t begin, int64_t end) {
+void contrastive_block_forward_cpu(ParallelFor run, const Block<T>& block, T inverse_temperature,
+                                   const Relations& relations, const AnchorSums<T>& sums) {
+  parallel_for(run, block.rows, 4, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
     for (int64_t row = begin; row < end; ++row) {
-      dense_forward_of(products + row * relations.anchors, inverse_temperature, relations, first + row, sums, scratch);
+      block_forward_of(block.products + row * block.columns, block, inverse_temperature, relations, block.row + row, sums,
+                       scratch);
     }
   });
 }
 
 template <typename T>
-void contrastive_dense_backward_cpu(ParallelFor run, T* products, int64_t first, int64_t rows, T inverse_temperature,
+void contrastive_block_backward_cpu(ParallelFor run, const Block<T>& block, T inverse_temperature,
                                     const Relations& relations, const AnchorCoefficients<T>& anchors) {
-  parallel_for(run, rows, 4, [=, &relations, &anchors](int64_t begin, int64_t end) {
+  parallel_for(run, block.rows, 4, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
     for (int64_t row = begin; row < end; ++row) {
-      dense_backward_of(products + row * relations.anchors, inverse_temperature, relations, first + row, anchors,
-                        scratch);
+      block_backward_of(block.products + row * block.columns, block, inverse_temperature, relations, block.row + row,
+                        anchors, scratch);
     }
   });
 }
 
-#define HPK_INSTANTIATE(T)                                                                                           \
-  template void contrastive_sparse_forward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&,               \
-                                                  const AnchorSums<T>&);                                             \
-  template void contrastive_sparse_backward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&,              \
-                                                   const AnchorCoefficients<T>&, T*);                                \
-  template void contrastive_dense_forward_cpu<T>(ParallelFor, T*, int64_t, int64_t, T, const Relations&,       \
-                                                 const AnchorSums<T>&);                                              \
-  template void contrastive_dense_backward_cpu<T>(ParallelFor, T*, int64_t, int64_t, T, const Relations&,            \
-                                                  const AnchorCoefficients<T>&);
+namespace {
+
+// body(anchor) for all anchors, those at the same patch position after one another: they share their negatives, whose
+// rows then stay in cache.
+template <typename T, typename Body>
+void for_anchors_by_position(ParallelFor run, const Relations& relations, const Body& body) {
+  const int64_t images = relations.anchors / relations.per_image;
+  parallel_for(run, relations.anchors, 16, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      body(task / images + task % images * relations.per_image, scratch);
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void contrastive_rows_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                  const Relations& relations, bool across_images, const AnchorSums<T>& sums) {
+  for_anchors_by_position<T>(run, relations, [&](int64_t anchor, Scratch<T>& scratch) {
+    rows_forward_of(z, dim, inverse_temperature, relations, across_images, anchor, sums, scratch);
+  });
+}
+
+template <typename T>
+void contrastive_rows_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                   const Relations& relations, bool across_images,
+                                   const AnchorCoefficients<T>& anchors, T* grad_z) {
+  for_anchors_by_position<T>(run, relations, [&](int64_t anchor, Scratch<T>& scratch) {
+    rows_backward_of(z, dim, inverse_temperature, relations, across_images, anchor, anchors, grad_z + anchor * dim,
+                     scratch);
+  });
+}
+
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void contrastive_block_forward_cpu<T>(ParallelFor, const Block<T>&, T, const Relations&,                   \
+                                                 const AnchorSums<T>&);                                               \
+  template void contrastive_block_backward_cpu<T>(ParallelFor, const Block<T>&, T, const Relations&,                  \
+                                                  const AnchorCoefficients<T>&);                                      \
+  template void contrastive_rows_forward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,            \
+                                                const AnchorSums<T>&);                                                \
+  template void contrastive_rows_backward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,           \
+                                                 const AnchorCoefficients<T>&, T*);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(double)
 #undef HPK_INSTANTIATE

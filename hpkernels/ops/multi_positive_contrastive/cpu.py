@@ -1,10 +1,13 @@
 """CPU kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
-Two routes give the same result; the one with less work is taken. The sparse one computes the logits of positives and
-sampled negatives alone. The dense one computes all logits, a block of anchors at a time.
+Pairs are covered by blocks, whose logits are matrix products, and by rows, which compute the logits of positives and
+sampled negatives alone. Three routes give the same result, and the one with the least work is taken: rows alone; a
+block for each image, which holds most positives, and rows for the pairs across images; blocks of all pairs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +19,8 @@ from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficien
 
 __all__ = ["backward", "forward", "supports"]
 
-_TILE = 2**20  # logits of the dense route held at a time
-_SPARSE_COST = 4.0  # of a logit of the sparse route, in logits of the dense one, measured
+_TILE = 2**20  # logits of a block
+_ROW_COST = 4.0  # of a logit computed by itself, in logits of a matrix product, measured
 
 
 def forward(
@@ -40,14 +43,14 @@ def forward(
     anchors = len(z)
     rows, positives, specific = z.detach().to(accumulate).contiguous(), *_contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
-    sums = rows.new_empty((3, anchors))
-    counts = rows.new_empty((2, anchors), dtype=torch.int64)
-    kernels = torch.ops.hpkernels_cpu
-    if _sparse_is_less_work(positives, specific, drawn):
-        kernels.contrastive_sparse_forward(rows, 1 / temperature, positives, specific, drawn, sums, counts)
-    else:
-        for start, tile in _products(rows):
-            kernels.contrastive_dense_forward(tile, start, 1 / temperature, positives, specific, drawn, sums, counts)
+    relations = (positives, specific, drawn)
+    sums, counts = rows.new_zeros((3, anchors)), rows.new_zeros((2, anchors), dtype=torch.int64)
+    sums[0] = -torch.inf
+    kernels, route = torch.ops.hpkernels_cpu, choose_route(*relations)
+    for row, column, products in _blocks(rows, route, anchors_per_image):
+        kernels.contrastive_block_forward(products, row, column, 1 / temperature, *relations, sums, counts)
+    if route != "blocks":
+        kernels.contrastive_rows_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
     log_denominator, agnostic_logits, specific_logits = sums
     usable = log_denominator > -torch.inf
     push, pull, pull_specific = anchor_coefficients(
@@ -84,14 +87,14 @@ def backward(
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
     specific_t = None if specific is None else _transposed(specific, anchors)
     relations = (positives, _transposed(positives, anchors), specific, specific_t, drawn, _transposed(drawn, anchors))
-    grad_z = torch.empty_like(vectors)
-    kernels = torch.ops.hpkernels_cpu
-    if _sparse_is_less_work(positives, specific, drawn):
-        kernels.contrastive_sparse_backward(vectors, 1 / temperature, *relations, rows, grad_z)
-    else:
-        for start, tile in _products(vectors):
-            kernels.contrastive_dense_backward(tile, start, 1 / temperature, *relations, rows)
-            torch.mm(tile, vectors, out=grad_z[start : start + len(tile)])
+    grad_z = torch.zeros_like(vectors)
+    kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
+    for row, column, products in _blocks(vectors, route, anchors_per_image):
+        kernels.contrastive_block_backward(products, row, column, 1 / temperature, *relations, rows)
+        columns = vectors[column : column + products.shape[1]]
+        torch.mm(products, columns, out=grad_z[row : row + len(products)])
+    if route != "blocks":
+        kernels.contrastive_rows_backward(vectors, route == "images", 1 / temperature, *relations, rows, grad_z)
     return (grad_z * grad_loss).to(z.dtype)
 
 
@@ -114,19 +117,29 @@ def _transposed(bits: Tensor, columns: int) -> Tensor:
     return transposed
 
 
-def _sparse_is_less_work(positives: Tensor, specific: Tensor | None, negatives: Tensor) -> bool:
-    anchors, count = len(positives), torch.ops.hpkernels_cpu.count_bits
-    pairs = count(positives) + count(negatives) * (anchors // len(negatives))
-    if specific is not None:
-        pairs += count(specific)
-    return _SPARSE_COST * pairs < anchors * anchors
+def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) -> str:
+    """The route with the least work: "rows", "images" or "blocks"."""
+    anchors, per_image = len(positives), len(negatives)
+    pairs, within_images = torch.ops.hpkernels_cpu.contrastive_count_pairs(positives, specific, negatives)
+    work = {
+        "rows": _ROW_COST * pairs,
+        "images": _ROW_COST * (pairs - within_images) + anchors * per_image,
+        "blocks": anchors * anchors,
+    }
+    return min(work, key=work.__getitem__)
 
 
-def _products(z: Tensor):
-    """Blocks of z @ z.T and the row that each begins with; each block is overwritten by the next."""
+def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, first column and products of the blocks of a route; each block is overwritten by the next."""
     anchors = len(z)
-    rows = min(anchors, max(1, _TILE // anchors))
-    products = z.new_empty((rows, anchors))
-    for start in range(0, anchors, rows):
-        block = z[start : start + rows]
-        yield start, torch.mm(block, z.T, out=products[: len(block)])
+    if route == "rows":
+        return
+    columns = anchors_per_image if route == "images" else anchors
+    rows = min(columns, max(1, _TILE // columns))
+    buffer = z.new_empty((rows, columns))
+    for column in range(0, anchors, columns):
+        others = z[column : column + columns].T
+        # The blocks of an image lie beside its own rows; those of all pairs beside all of them.
+        for row in range(column, column + columns, rows):
+            block = z[row : min(row + rows, column + columns)]
+            yield row, column, torch.mm(block, others, out=buffer[: len(block)])
