@@ -3,6 +3,7 @@
 from hpkernels import compat, nn
 from hpkernels._version import __version__
 from hpkernels.backends import BackendUnavailableError, use_backend
+from hpkernels.cost import estimate
 from hpkernels.ops.ghp_contrastive import ghp_contrastive
 from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
 from hpkernels.ops.local_propagation import apply_local_propagation, local_propagation, local_propagation_weights
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "apply_local_propagation",
     "compat",
+    "estimate",
     "ghp_contrastive",
     "hidden_positives",
     "local_propagation",

@@ -1,4 +1,4 @@
-"""``python -m hpkernels``: versions, the devices PyTorch sees, and each op x backend with the reason where missing."""
+"""``python -m hpkernels``: versions, devices, libraries, and each op x backend with the reason where missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import torch
 
 import hpkernels
-from hpkernels import backends
+from hpkernels import _native, backends
 
 
 def main() -> None:
@@ -19,6 +19,9 @@ def main() -> None:
         print(f"{package:9} {_version(package)}")
     print(f"GPU       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     print(f"CPU       {torch.get_num_threads()} threads")
+    print("\nCompiled libraries:")
+    for library, (ok, reason) in _native.LIBRARIES.items():
+        print(f"  {library:8} {'loaded' if ok else 'not loaded'}: {reason}")
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"\nBackends for float32 tensors on {device_type}, in the order in which 'auto' prefers them:")
     for op in backends.registered_ops():

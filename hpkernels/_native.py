@@ -1,32 +1,88 @@
-"""The compiled libraries, loaded with the package: `_C` holds the CPU kernels."""
+"""The compiled libraries, loaded with the package: `_C` holds the CPU kernels, `_C_cuda` the CUDA kernels."""
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 
 import torch
 
 from hpkernels.backends import Availability
 
+_LEAST_CAPABILITY = (8, 0)
 
-def _load(library: str) -> Availability:
-    """Load ``hpkernels/<library>.*`` and with it the kernels that it registers, or say why that is not possible."""
+
+def _file(library: str) -> Path | None:
+    """The compiled file ``hpkernels/<library>.*``, if this installation has it."""
     files = sorted(Path(__file__).parent.glob(f"{library}.*"))
-    if not files:
-        return Availability(False, f"this installation has no {library} library; reinstall with a C++ compiler at hand")
+    return files[0] if files else None
+
+
+def _load(file: Path, reason: str) -> Availability:
+    """Load a library and with it the kernels that it registers, or say why that is not possible."""
     try:
-        torch.ops.load_library(files[0])
+        torch.ops.load_library(file)
     except OSError as error:
-        return Availability(False, f"{files[0].name} does not load: {error}")
-    return Availability(True, f"compiled, {files[0].name}")
+        return Availability(False, f"{file.name} does not load: {error}")
+    return Availability(True, reason)
+
+
+def _load_cpu() -> Availability:
+    file = _file("_C")
+    if file is None:
+        return Availability(False, "this installation has no _C library; reinstall with a C++ compiler at hand")
+    return _load(file, f"compiled, {file.name}")
+
+
+def _load_cuda() -> Availability:
+    file = _file("_C_cuda")
+    if file is None:
+        return Availability(
+            False, "this installation has no _C_cuda library; reinstall with nvcc and a PyTorch with CUDA at hand"
+        )
+    compiled = f"{file.name}, compiled for {architectures(file)}"
+    if torch.version.cuda is None:
+        return Availability(False, f"PyTorch is built without CUDA and cannot load {compiled}")
+    # is_available() would start CUDA, after which the process may not fork workers that use it.
+    if torch.cuda.device_count() == 0:
+        return Availability(False, f"PyTorch sees no CUDA device to use {compiled}")
+    return _load(file, compiled)
+
+
+def architectures(file: Path) -> str:
+    """The GPU architectures that a `_C_cuda` file was compiled for, read without loading it."""
+    found = re.search(rb"hpkernels architectures: ([\w.+ ]+)", file.read_bytes())
+    return found[1].decode() if found else "unknown architectures"
 
 
 # Once and at import, because Dynamo traces the choice of a backend.
-_CPU_LIBRARY = _load("_C")
+LIBRARIES = {"_C": _load_cpu(), "_C_cuda": _load_cuda()}
+"""Each library: whether it is loaded, and what it is or why not."""
 
 
 def supports_cpu(device_type: str, dtype: torch.dtype) -> Availability:
     """Whether the CPU kernels can run, which take every floating-point dtype."""
     if device_type != "cpu":
         return Availability(False, f"the CPU kernels take tensors on the CPU, not on {device_type}")
-    return _CPU_LIBRARY
+    return LIBRARIES["_C"]
+
+
+def supports_cuda(device_type: str, dtype: torch.dtype) -> Availability:
+    """Whether the CUDA kernels can run, which take every floating-point dtype, on all the GPUs that PyTorch sees."""
+    if device_type != "cuda":
+        return Availability(False, f"the CUDA kernels take tensors on a CUDA device, not on {device_type}")
+    if LIBRARIES["_C_cuda"].ok and _least_capability() < _LEAST_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (_least_capability(), _LEAST_CAPABILITY))
+        return Availability(False, f"the CUDA kernels need compute capability {needed}, a visible GPU has {found}")
+    return LIBRARIES["_C_cuda"]
+
+
+@torch.compiler.assume_constant_result
+def _least_capability() -> tuple[int, int]:
+    return _read_least_capability()
+
+
+@functools.cache
+def _read_least_capability() -> tuple[int, int]:
+    return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))

@@ -10,8 +10,9 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.local_propagation import cpu, reference
+from hpkernels.ops.local_propagation import cpu, cuda, reference
 
+backends.register("local_propagation", "cuda", cuda)
 backends.register("local_propagation", "cpu", cpu)
 backends.register("local_propagation", "reference", reference)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
+from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
@@ -20,7 +21,6 @@ from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficien
 __all__ = ["backward", "forward", "supports"]
 
 _TILE = 2**20  # logits of a block
-_ROW_COST = 4.0  # of a logit computed by itself, in logits of a matrix product, measured
 
 
 def forward(
@@ -119,14 +119,8 @@ def _transposed(bits: Tensor, columns: int) -> Tensor:
 
 def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) -> str:
     """The route with the least work: "rows", "images" or "blocks"."""
-    anchors, per_image = len(positives), len(negatives)
-    pairs, within_images = torch.ops.hpkernels_cpu.contrastive_count_pairs(positives, specific, negatives)
-    work = {
-        "rows": _ROW_COST * pairs,
-        "images": _ROW_COST * (pairs - within_images) + anchors * per_image,
-        "blocks": anchors * anchors,
-    }
-    return min(work, key=work.__getitem__)
+    counts = torch.ops.hpkernels_cpu.contrastive_count_pairs(positives, specific, negatives)
+    return contrastive_route(len(positives), len(negatives), *counts)
 
 
 def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -1,0 +1,248 @@
+"""The one cost model: FLOPs, bytes, workspace and time of each op by each route. Needs neither a GPU nor torch.
+
+Times are those of a perfect implementation at the published (for the CPU: measured) rates of a device: the larger of
+arithmetic and traffic. ``docs/benchmarks.md`` compares them with measured times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_COST = 4.0
+"""What a logit that is computed by itself costs, in logits of a matrix product: measured on CPUs, where it is bound by
+the caches. The CPU backend chooses its route by it."""
+
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a device.
+
+    Attributes:
+        matrix: FLOP/s of matrix products by dtype, dense, float32 accumulation.
+        vector: FLOP/s of float32 arithmetic outside matrix products.
+        bandwidth: bytes/s of its memory.
+        source: of the figures.
+    """
+
+    matrix: dict[str, float]
+    vector: float
+    bandwidth: float
+    source: str
+
+
+def _rates(half: float, single: float, double: float) -> dict[str, float]:
+    return {"float16": half, "bfloat16": half, "float32": single, "float64": double}
+
+
+DEVICES = {
+    "H200": Device(_rates(989e12, 67e12, 67e12), 67e12, 4.8e12, "NVIDIA data sheet, SXM"),
+    "H100": Device(_rates(989e12, 67e12, 67e12), 67e12, 3.35e12, "NVIDIA data sheet, SXM"),
+    "A100": Device(_rates(312e12, 19.5e12, 19.5e12), 19.5e12, 2.04e12, "NVIDIA data sheet, SXM 80 GB"),
+    "RTX 4090": Device(_rates(165e12, 82.6e12, 1.29e12), 82.6e12, 1.01e12, "NVIDIA Ada white paper"),
+    # Half precision is computed in float32 there.
+    "CPU": Device(_rates(130e9, 130e9, 65e9), 40e9, 20e9, "measured, 2 threads of an AMD EPYC (Milan)"),
+}
+
+
+@dataclass(frozen=True)
+class RouteCost:
+    """What one way to compute an op costs.
+
+    Attributes:
+        flops: of matrix products and of vector arithmetic together.
+        bytes: read from and written to memory at least.
+        workspace: bytes needed besides inputs and outputs.
+        milliseconds: on the roofline of the device.
+        bound: "compute" or "memory", whichever takes longer.
+    """
+
+    flops: float
+    bytes: float
+    workspace: float
+    milliseconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The costs of an op by each of its routes.
+
+    Attributes:
+        op: its name.
+        device: the name of the device.
+        routes: cost of each route, by name.
+    """
+
+    op: str
+    device: str
+    routes: dict[str, RouteCost]
+
+    @property
+    def best(self) -> str:
+        """The name of the fastest route."""
+        return min(self.routes, key=lambda route: self.routes[route].milliseconds)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Work before it is put on a device: products as matrices, products by rows, traffic, workspace."""
+
+    matrix: float = 0.0
+    rows: float = 0.0
+    bytes: float = 0.0
+    workspace: float = 0.0
+
+    def __add__(self, other: _Work) -> _Work:
+        total = (self.matrix + other.matrix, self.rows + other.rows, self.bytes + other.bytes)
+        return _Work(*total, max(self.workspace, other.workspace))
+
+    def __mul__(self, times: float) -> _Work:
+        return _Work(self.matrix * times, self.rows * times, self.bytes * times, self.workspace)
+
+    def on(self, device: Device, dtype: str) -> RouteCost:
+        """The cost on a device: rows run at the matrix rate over `ROW_COST`, or the vector rate if that is less."""
+        by_rows = min(device.matrix[dtype] / ROW_COST, device.vector)
+        compute = self.matrix / device.matrix[dtype] + self.rows / by_rows
+        traffic = self.bytes / device.bandwidth
+        milliseconds = 1e3 * max(compute, traffic)
+        bound = "compute" if compute >= traffic else "memory"
+        return RouteCost(self.matrix + self.rows, self.bytes, self.workspace, milliseconds, bound)
+
+
+def estimate(
+    op: str,
+    *,
+    N: int | None = None,
+    D: int = 512,
+    features_dim: int = 384,
+    M: int = 2048,
+    k: int = 1,
+    images: int | None = None,
+    anchors_per_image: int = 784,
+    negative_rate: float = 0.02,
+    density: float = 0.001,
+    within_image_share: float = 0.8,
+    heads_dim: int = 384,
+    window: int = 3,
+    branches: int = 2,
+    specific: bool = True,
+    dtype: str = "float16",
+    device: str = "H200",
+) -> Estimate:
+    """Estimate the cost of an op, forward and backward, by each of its routes.
+
+    Args:
+        op: "masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation" or "ghp_contrastive".
+        N: anchors; a multiple of `anchors_per_image`. Default: `images` times that.
+        D: features of a projection.
+        features_dim: Df, features of the backbone; of the queries of "masked_topk" and "hidden_positives".
+        M: pool rows.
+        k: of "masked_topk".
+        images: B. Default: 64, or N / `anchors_per_image`.
+        anchors_per_image: G.
+        negative_rate: of the loss.
+        density: share of all pairs that are positives.
+        within_image_share: share of the positives that lie in their anchor's own image.
+        heads_dim: heads times d of the attention.
+        window: of local propagation.
+        branches: of "ghp_contrastive": 2 with `z_mixed`.
+        specific: whether "ghp_contrastive" discovers task-specific positives as well.
+        dtype: of the inputs.
+        device: a name in `hpkernels.cost.DEVICES`.
+
+    Returns:
+        The cost of each route. All of them give the same result.
+
+    Raises:
+        ValueError: an unknown op, dtype or device, or a number out of range.
+
+    Example:
+        >>> import hpkernels
+        >>> cost = hpkernels.estimate("ghp_contrastive", N=50176, dtype="float16", device="H200")
+        >>> cost.best, cost.routes["blocks"].bound
+        ('images', 'compute')
+    """
+    _check(op, dtype, device, negative_rate=negative_rate, density=density, within_image_share=within_image_share)
+    if N is None:
+        N = (64 if images is None else images) * anchors_per_image
+    for name, value in (("N", N), ("D", D), ("M", M), ("k", k), ("anchors_per_image", anchors_per_image)):
+        if value < 1:
+            raise ValueError(f"estimate: `{name}` must be at least 1, got {value}")
+    if N % anchors_per_image:
+        raise ValueError(f"estimate: `anchors_per_image` must divide N = {N}, got {anchors_per_image}")
+    size = _BYTES[dtype]
+    if op == "masked_topk":
+        routes = {"product": _topk(N, M, features_dim, k, size)}
+    elif op == "hidden_positives":
+        routes = {"symmetric": _discovery(N, features_dim, size)}
+    elif op == "local_propagation":
+        routes = _local_propagation(N // anchors_per_image, anchors_per_image, D, heads_dim, window, size)
+    else:
+        pairs = (density + negative_rate) * N * N
+        within = min(density * within_image_share * N * N + negative_rate * N * anchors_per_image, pairs)
+        routes = _contrastive(N, D, anchors_per_image, pairs, within, size)
+        if op == "ghp_contrastive":
+            sources = (features_dim, D) if specific else (features_dim,)
+            found = [_topk(N, M, dim, 1, size) + _discovery(N, dim, size) for dim in sources]
+            routes = {name: sum(found, work * branches) for name, work in routes.items()}
+    return Estimate(op, device, {name: work.on(DEVICES[device], dtype) for name, work in routes.items()})
+
+
+def contrastive_route(anchors: int, anchors_per_image: int, pairs: float, within_images: float) -> str:
+    """The route of `multi_positive_contrastive` with the least work, from the number of pairs in A, S and R."""
+    work = contrastive_logits(anchors, anchors_per_image, pairs, within_images)
+    return min(work, key=lambda route: work[route][0] + ROW_COST * work[route][1])
+
+
+def contrastive_logits(
+    anchors: int, anchors_per_image: int, pairs: float, within_images: float
+) -> dict[str, tuple[float, float]]:
+    """How many logits each route computes in matrix products, and how many by rows."""
+    return {
+        "rows": (0, pairs),
+        "images": (anchors * anchors_per_image, pairs - within_images),
+        "blocks": (anchors * anchors, 0),
+    }
+
+
+def _contrastive(n: int, dim: int, per_image: int, pairs: float, within: float, size: int) -> dict[str, _Work]:
+    """Forward takes one product a logit; backward takes it again and one more for the gradient.
+
+    By rows, backward visits sampled pairs from both sides, as their relation is not symmetric.
+    """
+    masks = n * n / 8
+    traffic = 6 * n * dim * size + 5 * masks
+    return {
+        name: _Work(
+            6.0 * in_blocks * dim, 2.0 * by_rows * dim + 8.0 * by_rows * dim, traffic, 2 * masks + 4.0 * n * dim
+        )
+        for name, (in_blocks, by_rows) in contrastive_logits(n, per_image, pairs, within).items()
+    }
+
+
+def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:
+    return _Work(matrix=2.0 * n * m * dim, bytes=(n + m) * dim * size + 12.0 * n * k)
+
+
+def _discovery(n: int, dim: int, size: int) -> _Work:
+    """The relation is symmetric: half of the products decide it, both halves are written."""
+    return _Work(matrix=1.0 * n * n * dim, bytes=n * dim * size + n * n / 8, workspace=n * n / 8)
+
+
+def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, size: int) -> dict[str, _Work]:
+    cells = window * window
+    weights = _Work(matrix=2.0 * b * g * g * heads_dim, bytes=2.0 * b * g * heads_dim * size + 4.0 * b * g * cells)
+    apply = _Work(bytes=4.0 * b * g * dim * size + 8.0 * b * g * cells)
+    return {"weights and stencil": weights + apply, "stencil (cached weights)": apply}
+
+
+def _check(op: str, dtype: str, device: str, **shares: float) -> None:
+    ops = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive")
+    for name, value, known in (("op", op, ops), ("dtype", dtype, _BYTES), ("device", device, DEVICES)):
+        if value not in known:
+            raise ValueError(f"estimate: `{name}` must be one of {', '.join(known)}, got {value!r}")
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"estimate: `{name}` must be in [0, 1], got {share}")

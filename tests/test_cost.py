@@ -1,0 +1,100 @@
+"""The cost model against counted operations, and its errors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hpkernels
+from hpkernels import PositiveMask
+from hpkernels.cost import DEVICES, contrastive_route, estimate
+from hpkernels.ops.hidden_positives import cpu as discovery
+from hpkernels.ops.masked_topk import cpu as topk
+from hpkernels.ops.multi_positive_contrastive import cpu as contrastive
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Counts the FLOPs of matrix products."""
+    counted = []
+    product = torch.mm
+
+    def mm(a, b, **keywords):
+        counted.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return product(a, b, **keywords)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    return counted
+
+
+def test_topk_is_counted(multiplied):
+    topk.forward(torch.rand(70, 24), torch.rand(40, 24), 3)
+    cost = estimate("masked_topk", N=70, M=40, features_dim=24, k=3, anchors_per_image=70)
+    assert sum(multiplied) == cost.routes["product"].flops
+
+
+def test_discovery_is_counted(multiplied, monkeypatch):
+    monkeypatch.setattr(discovery, "_TILE", 1)  # the smallest blocks, which come nearest to half of the products
+    discovery.forward(torch.rand(960, 24), torch.rand(960))
+    flops = estimate("hidden_positives", N=960, features_dim=24, anchors_per_image=960).routes["symmetric"].flops
+    assert flops <= sum(multiplied) <= 1.05 * flops
+
+
+@pytest.mark.parametrize("route", ["images", "blocks"])
+def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
+    monkeypatch.setattr(contrastive, "choose_route", lambda *_: route)
+    z = torch.nn.functional.normalize(torch.rand(60, 8)).requires_grad_()
+    mask = PositiveMask.from_labels(torch.arange(60) // 20)
+    loss = hpkernels.multi_positive_contrastive(z, mask, anchors_per_image=20, negative_rate=0.0, backend="cpu")
+    loss.backward()
+    sizes = {"N": 60, "D": 8, "anchors_per_image": 20, "negative_rate": 0.0}
+    costs = estimate("multi_positive_contrastive", **sizes, density=19 / 60, within_image_share=1.0)
+    assert sum(multiplied) == costs.routes[route].flops
+
+
+def test_loss_is_the_sum_of_its_parts():
+    sizes = {"N": 3136, "dtype": "float32", "device": "CPU", "density": 0.01}
+    whole = estimate("ghp_contrastive", **sizes).routes["images"]
+    parts = [estimate("multi_positive_contrastive", **sizes).routes["images"].flops * 2]
+    for dim in (384, 512):
+        parts += [
+            estimate(op, N=3136, features_dim=dim).routes[route].flops
+            for op, route in (("masked_topk", "product"), ("hidden_positives", "symmetric"))
+        ]
+    assert whole.flops == pytest.approx(sum(parts))
+
+
+def test_roofline():
+    device = DEVICES["A100"]
+    cost = estimate("masked_topk", N=7840, M=2048, features_dim=384, device="A100").routes["product"]
+    assert cost.bound == "compute" and cost.milliseconds == pytest.approx(1e3 * cost.flops / 312e12)
+    cost = estimate("local_propagation", device="A100").routes["stencil (cached weights)"]
+    assert cost.bound == "memory" and cost.milliseconds == pytest.approx(1e3 * cost.bytes / device.bandwidth)
+
+
+def test_route_follows_the_pairs():
+    assert contrastive_route(1000, 100, pairs=1000, within_images=1000) == "rows"
+    assert contrastive_route(1000, 100, pairs=60_000, within_images=58_000) == "images"
+    assert contrastive_route(1000, 100, pairs=900_000, within_images=90_000) == "blocks"
+
+
+def test_needs_no_torch():
+    code = "import runpy, sys; runpy.run_path('hpkernels/cost.py'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rsplit("/tests/", 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "message"),
+    [
+        ("topk", {}, "estimate: `op` must be one of masked_topk, .* got 'topk'"),
+        ("masked_topk", {"dtype": "int8"}, "estimate: `dtype` must be one of float16, .* got 'int8'"),
+        ("masked_topk", {"device": "B300"}, "estimate: `device` must be one of H200, .* got 'B300'"),
+        ("masked_topk", {"N": 0}, "estimate: `N` must be at least 1, got 0"),
+        ("ghp_contrastive", {"N": 100}, "estimate: `anchors_per_image` must divide N = 100, got 784"),
+        ("ghp_contrastive", {"density": 1.5}, r"estimate: `density` must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_errors(op, options, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(op, **options)
