@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -9,6 +11,8 @@
 #include "common/exponential.h"
 #include "common/philox.h"
 #include "hidden_positives/hidden_positives.h"
+#include "local_propagation/local_propagation.h"
+#include "masked_topk/masked_topk.h"
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
 
 namespace py = pybind11;
@@ -66,6 +70,57 @@ Array<uint32_t> pack(Array<float> products, Array<float> threshold) {
   return bits;
 }
 
+py::tuple topk(Array<float> products, int64_t k) {
+  const int64_t rows = products.shape(0), pool = products.shape(1);
+  Array<float> values({rows, k});
+  Array<int64_t> indices({rows, k});
+  hpk::masked_topk_select_cpu<float>(run, products.mutable_data(), nullptr, nullptr, nullptr, rows, pool, k,
+                                     values.mutable_data(), indices.mutable_data());
+  return py::make_tuple(values, indices);
+}
+
+py::tuple local_propagation(Array<float> logits, Array<float> code, int64_t window) {
+  const int64_t images = code.shape(0), dim = code.shape(1), height = code.shape(2), width = code.shape(3);
+  Array<float> weights({images, window * window, height, width}), mixed({images, dim, height, width}),
+      grad({images, dim, height, width});
+  hpk::local_propagation_weights_cpu<float>(run, logits.data(), images, height, width, 28.0, 0.1, 0.9, window,
+                                            weights.mutable_data());
+  hpk::local_propagation_apply_cpu<float>(run, code.data(), weights.data(), images, dim, height, width, window,
+                                          mixed.mutable_data());
+  hpk::local_propagation_apply_backward_cpu<float>(run, code.data(), weights.data(), images, dim, height, width,
+                                                   window, grad.mutable_data());
+  return py::make_tuple(weights, mixed, grad);
+}
+
+// Forward and backward by rows, or by one block of everything, with made-up coefficients.
+Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> agnostic, Array<uint32_t> negatives,
+                         bool rows) {
+  const int64_t anchors = z.shape(0), dim = z.shape(1), per_image = negatives.shape(0);
+  const Array<uint32_t> agnostic_t = transpose_bits(agnostic, anchors), negatives_t = transpose_bits(negatives, anchors);
+  const hpk::Relations relations{anchors,          per_image,           agnostic.data(),  agnostic_t.data(),
+                                 agnostic.data(),  agnostic_t.data(),   negatives.data(), negatives_t.data()};
+  hpk::count_pairs_cpu(run, relations);
+  std::vector<float> sums(3 * anchors, 0.0f), coefficients(anchors, 0.5f);
+  std::vector<int64_t> counts(2 * anchors, 0);
+  std::fill(sums.begin(), sums.begin() + anchors, -std::numeric_limits<float>::infinity());
+  const hpk::AnchorSums<float> found{sums.data(), sums.data() + anchors, sums.data() + 2 * anchors, counts.data(),
+                                     counts.data() + anchors};
+  const hpk::AnchorCoefficients<float> known{sums.data(), coefficients.data(), coefficients.data(),
+                                             coefficients.data()};
+  Array<float> result({anchors, rows ? dim : anchors});
+  if (rows) {
+    std::fill(result.mutable_data(), result.mutable_data() + result.size(), 0.0f);
+    hpk::contrastive_rows_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, true, found);
+    hpk::contrastive_rows_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, true, known, result.mutable_data());
+  } else {
+    std::copy(products.data(), products.data() + products.size(), result.mutable_data());
+    const hpk::Block<float> block{result.mutable_data(), 0, anchors, 0, anchors};
+    hpk::contrastive_block_forward_cpu<float>(run, block, 2.0f, relations, found);
+    hpk::contrastive_block_backward_cpu<float>(run, block, 1.0f, relations, known);
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -75,5 +130,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("transpose_bits", &transpose_bits);
   m.def("repeat_bits", &repeat_bits);
   m.def("exp_nonpositive", &exp_nonpositive);
+  m.def("topk", &topk);
+  m.def("local_propagation", &local_propagation);
+  m.def("contrastive", &contrastive);
   m.def("pack", &pack, "Threshold and pack the (N, N) products of all anchors.");
 }

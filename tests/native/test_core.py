@@ -81,23 +81,17 @@ def test_sanitizers_find_nothing(build_core, repository):
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    script = f"""
-import sys; sys.path.insert(0, {str(module.parent)!r})
-import numpy as np, _core
-_core.set_threads(3)
-random = np.random.default_rng(0)
-for anchors in (1, 31, 33, 70):
-    rows = random.normal(size=(anchors, 4)).astype(np.float32)
-    bits = _core.pack(rows @ rows.T, random.normal(size=anchors).astype(np.float32))
-    _core.transpose_bits(bits, anchors)
-    _core.draw_negatives(3, anchors, 2 * anchors, 0.3)
-    _core.repeat_bits(bits[0], anchors, 5 * anchors)
-_core.exp_nonpositive(np.linspace(-100, 0, 999, dtype=np.float32))
-"""
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "halt_on_error=1",
     }
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "tests/native/exercise_core.py", module.parent],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
