@@ -5,14 +5,14 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint clean
+.PHONY: help install train test test-packaging lint clean
 
 help:           ## Show the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 install: $(VENV)/installed  ## Create .venv and install hpkernels with what training and tests need
 
-$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" "cmake>=3.24" ninja torch
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --no-build-isolation --editable ".[training,test]"
@@ -24,9 +24,12 @@ train: install  ## Train the quickstart preset on built-in images and write runs
 test: install   ## Run all tests and the doctests
 	$(RUN) -m pytest
 
+test-packaging: install  ## Build the wheel and try it in a new environment with another PyTorch (gigabytes, minutes)
+	$(RUN) -m pytest -m packaging tests/test_packaging.py
+
 lint: install   ## Check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) build dist *.egg-info hpkernels/_C.* .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache

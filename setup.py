@@ -1,24 +1,33 @@
 """Builds the compiled libraries with CMake; everything else about the package is in pyproject.toml.
 
 Environment:
-    HPKERNELS_BUILD: ``auto`` (what the machine can build; the default), ``cpu`` (fail without a C++ compiler) or
-        ``none`` (Python only: the reference backend).
+    HPKERNELS_BUILD: ``auto`` (what the machine can build; the default), ``cuda`` (both libraries, or fail), ``cpu``
+        (the CPU library alone, or fail) or ``none`` (Python only: the reference backend).
+    CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST: the C++ compiler, the CUDA toolkit, the GPU architectures (cmake/cuda.cmake).
     CMAKE_BUILD_PARALLEL_LEVEL: compilers at a time; the default follows processors and memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-CHOICES = ("auto", "cpu", "none")
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    sys.exit("hpkernels: the build needs setuptools 77 or newer: pip install --upgrade 'setuptools>=77'")
+
+# Each library and the name that CMake's options have for it, the more demanding first: what must fail fails soon.
+LIBRARIES = {"_C_cuda": "CUDA", "_C": "CPU"}
+CHOICES = {"auto": ("_C", "_C_cuda"), "cuda": ("_C", "_C_cuda"), "cpu": ("_C",), "none": ()}
 GIB_PER_COMPILER = 1.5
 
 
@@ -35,18 +44,26 @@ class CMakeBuild(build_ext):
         if choice not in CHOICES:
             sys.exit(f"hpkernels: HPKERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
         in_place = self.inplace or getattr(self, "editable_mode", False)
-        package = Path("hpkernels") if in_place else Path(self.build_lib) / "hpkernels"
+        package = (Path("hpkernels") if in_place else Path(self.build_lib) / "hpkernels").resolve()
         self.built: list[str] = []
-        if choice == "none":
-            return
+        for library, kind in LIBRARIES.items():
+            built = library in CHOICES[choice] and self.build_library(library, kind, package, choice == "auto")
+            for file in package.glob(f"{library}.*"):
+                if built:
+                    self.built.append(str(file))
+                else:
+                    file.unlink()  # of an earlier build, whose sources may be gone
+
+    def build_library(self, library: str, kind: str, package: Path, may_fail: bool) -> bool:
+        """Build one library, or say why not and return False; where it must not fail, exit with the reason."""
         try:
-            build(Path(self.build_temp) / "cmake", package.resolve())
+            build(Path(self.build_temp) / f"cmake{library}", package, kind)
         except CannotBuild as error:
-            if choice != "auto":
+            if not may_fail:
                 sys.exit(f"hpkernels: {error}")
-            print(f"hpkernels: installing without compiled kernels: {error}", file=sys.stderr)
-            return
-        self.built = [str(file) for file in package.glob("_C.*")]
+            print(f"hpkernels: going on without the {kind} kernels: {error}", file=sys.stderr)
+            return False
+        return True
 
     def get_outputs(self) -> list[str]:
         """The libraries, for the wheel."""
@@ -65,39 +82,77 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def build(directory: Path, package: Path) -> None:
-    """Configure and build in `directory`, and install the libraries into `package`."""
+def build(directory: Path, package: Path, kind: str) -> None:
+    """Configure and build the library of `kind` in `directory`, and install it into `package`."""
+    # pip installs cmake and ninja beside the interpreter, which is on PATH only in an activated environment.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     torch = torch_package()
-    if shutil.which("cmake") is None:
+    check_compiler(path)
+    if kind == "CUDA":
+        check_cuda(path, torch)
+    if shutil.which("cmake", path=path) is None:
         raise CannotBuild("there is no cmake on PATH (pip install cmake ninja)")
     directory.mkdir(parents=True, exist_ok=True)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    ninja = shutil.which("ninja", path=path)
+    options = [f"-DHPKERNELS_{other}={'ON' if other == kind else 'OFF'}" for other in LIBRARIES.values()]
+    options += ["-G", "Ninja"] if ninja else []
+    tools = repr([shutil.which("cmake", path=path), ninja, *map(os.environ.get, ("CXX", "CUDACXX", "CUDA_HOME"))])
+    if not (directory / "tools").exists() or (directory / "tools").read_text() != tools:
+        options += ["--fresh"]  # CMake keeps those of the last build, which with pip are gone with its environment
+        (directory / "tools").write_text(tools)
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(parallel_jobs()))
     source = Path(__file__).resolve().parent
-    run(directory, ["cmake", "-S", source, "-B", directory, *generator, f"-DHPKERNELS_TORCH={torch}"], "configure")
-    run(directory, ["cmake", "--build", directory, "--parallel", jobs], "compile")
-    run(directory, ["cmake", "--install", directory, "--prefix", package], "install")
+    for step, command in {
+        "configure": ["cmake", "-S", source, "-B", directory, f"-DHPKERNELS_TORCH={torch}", *options],
+        "compile": ["cmake", "--build", directory, "--parallel", jobs],
+        "install": ["cmake", "--install", directory, "--prefix", package],
+    }.items():
+        run(directory, command, step, os.environ | {"PATH": path})
 
 
-def run(directory: Path, command: list[str | Path], step: str) -> None:
+def run(directory: Path, command: list[str | Path], step: str, environment: dict[str, str]) -> None:
     """Run one step of the build; its output goes to a log and, where it fails, the end of that into the error."""
     log = directory / f"{step}.log"
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
     log.write_text(done.stdout)
     if done.returncode != 0:
-        hint = " (is there a C++17 compiler? set CXX to choose one)" if step == "configure" else ""
-        raise CannotBuild(f"CMake could not {step} the libraries{hint}; the log is {log}:\n{done.stdout[-2000:]}")
+        raise CannotBuild(f"CMake could not {step} the library; the log is {log} and ends:\n{done.stdout[-2000:]}")
 
 
 def torch_package() -> Path:
     """The folder of the installed torch, whose headers the build needs."""
-    try:
-        import torch
-    except ImportError as error:
-        raise CannotBuild(
-            f"torch cannot be imported ({error}); install it, then use pip --no-build-isolation"
-        ) from None
-    return Path(torch.__file__).parent
+    # Found, not imported: that takes seconds, and can fail for reasons that do not matter to a compiler.
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise CannotBuild("torch is not installed here; install it first, then use pip --no-build-isolation")
+    return Path(found.origin).parent
+
+
+def check_compiler(path: str) -> None:
+    """Make sure that there is a C++ compiler."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        if shutil.which(shlex.split(chosen)[0], path=path) is None:
+            raise CannotBuild(f"CXX is {chosen}, which is no program here; set it to a C++17 compiler, or unset it")
+    elif not any(shutil.which(compiler, path=path) for compiler in ("c++", "g++", "clang++")):
+        raise CannotBuild("there is no C++ compiler on PATH; install g++ or clang++, or set CXX to one")
+
+
+def check_cuda(path: str, torch: Path) -> None:
+    """Make sure that there is an nvcc, and a torch to link to. Whether there is a GPU does not matter."""
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        raise CannotBuild("the installed torch is built without CUDA; install one with CUDA from https://pytorch.org")
+    home = os.environ.get("CUDA_HOME")
+    if os.environ.get("CUDACXX"):
+        where, nvcc = "CUDACXX", shutil.which(os.environ["CUDACXX"], path=path)
+    elif home:
+        where, nvcc = f"CUDA_HOME ({home})", shutil.which("nvcc", path=str(Path(home) / "bin"))
+    else:
+        where, nvcc = "PATH", shutil.which("nvcc", path=os.pathsep.join((path, "/usr/local/cuda/bin")))
+    if nvcc is None:
+        raise CannotBuild(f"there is no nvcc in {where}; install the CUDA toolkit and set CUDA_HOME to its folder")
 
 
 def parallel_jobs() -> int:

@@ -21,6 +21,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "HPKERNELS_BACKEND"
 
 _modules: dict[tuple[str, str], ModuleType] = {}
+_on_request_only: set[tuple[str, str]] = set()
 _context: ContextVar[str | None] = ContextVar("hpkernels_backend", default=None)
 
 
@@ -35,9 +36,11 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run this call."""
 
 
-def register(op: str, backend: str, module: ModuleType) -> None:
-    """Enter `module` as the implementation of `op` on `backend`."""
+def register(op: str, backend: str, module: ModuleType, *, automatic: bool = True) -> None:
+    """Enter `module` as the implementation of `op` on `backend`; ``auto`` passes over it unless `automatic`."""
     _modules[op, backend] = module
+    if not automatic:
+        _on_request_only.add((op, backend))
 
 
 def registered_ops() -> list[str]:
@@ -82,7 +85,8 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
             raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {reason}")
         return backend
     for candidate in BACKENDS:
-        if availability(op, candidate, tensor.device.type, tensor.dtype).ok:
+        usable = availability(op, candidate, tensor.device.type, tensor.dtype).ok
+        if usable and (op, candidate) not in _on_request_only:
             return candidate
     raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
 

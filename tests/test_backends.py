@@ -150,3 +150,11 @@ def test_the_context_is_honoured_under_compilation():
 
     with use_backend("reference"):
         assert run(torch.eye(3), torch.eye(3)).tolist() == [[1.0]] * 3
+
+
+def test_auto_passes_over_a_backend_that_is_on_request_only(monkeypatch):
+    tensor = torch.ones(1)
+    assert backends.select(OP, "auto", tensor) == "cpu"
+    monkeypatch.setattr(backends, "_on_request_only", {(OP, "cpu")})
+    assert backends.select(OP, "auto", tensor) == "reference"
+    assert backends.select(OP, "cpu", tensor) == "cpu"

@@ -12,7 +12,8 @@ from hpkernels.ops import _checks as check
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.local_propagation import cpu, cuda, reference
 
-backends.register("local_propagation", "cuda", cuda)
+# Never run on a GPU so far: only for those who ask for it by name.
+backends.register("local_propagation", "cuda", cuda, automatic=False)
 backends.register("local_propagation", "cpu", cpu)
 backends.register("local_propagation", "reference", reference)
 

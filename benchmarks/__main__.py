@@ -1,0 +1,117 @@
+"""``python -m benchmarks run | plot | tables | compare``: see docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import plots, results, tables
+from benchmarks.cases import OPS, cases
+from benchmarks.providers import known_names
+from benchmarks.results import RESULTS, Row
+from benchmarks.run import run
+from benchmarks.verify import WrongResultError
+
+_PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return options.command(options, parser)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("run", help="verify, measure and write CSV files and plots")
+    command.add_argument("--quick", action="store_true", help="one small case a call; nothing is written by default")
+    command.add_argument("--op", action="append", metavar="OP", help="only this op; may be repeated")
+    command.add_argument("--provider", action="append", metavar="NAME", help="only this provider; may be repeated")
+    command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("plot", help="draw the plots of a folder of results again")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(command=_plot)
+
+    command = commands.add_parser("tables", help="write the tables of all results into docs/benchmarks.md")
+    command.set_defaults(command=_tables)
+
+    command = commands.add_parser("compare", help="compare the times of two folders of results")
+    command.add_argument("before", type=Path)
+    command.add_argument("after", type=Path)
+    command.set_defaults(command=_compare)
+    return parser
+
+
+def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    unknown = set(options.op or ()) - set(OPS)
+    if unknown:
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; known are {', '.join(OPS)}")
+    unknown = set(options.provider or ()) - set(known_names())
+    if unknown:
+        parser.error(f"unknown provider {', '.join(sorted(unknown))}; known are {', '.join(known_names())}")
+    folder = options.output
+    if folder is None and not options.quick:
+        folder = RESULTS / results.folder_name(results.device_name(), torch.get_num_threads())
+    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
+    chosen = [case for op in options.op or OPS for case in cases(op, options.quick)]
+    try:
+        for row in run(chosen, options.provider, environment, _print_row):
+            if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
+                results.write(folder, [row])
+    except WrongResultError as error:
+        print(f"not timed, wrong result: {error}", file=sys.stderr)
+        return 1
+    if folder is not None:
+        _draw(folder)
+    return 0
+
+
+def _print_row(row: Row) -> None:
+    name = f"{row.op} {row.call} N={row.anchors}"
+    if row.median_ms is None:
+        result = row.note
+    else:
+        memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
+        spread = f"[{row.q1_ms:.4g}, {row.q3_ms:.4g}]"
+        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}"
+    print(f"{name:48} {row.provider:24} {result}", flush=True)
+
+
+def _draw(folder: Path) -> None:
+    try:
+        written = plots.plot(results.read_folder(folder), folder)
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is not installed (pip install 'hpkernels[benchmarks]')")
+    else:
+        print(f"results in {folder}: {', '.join(path.name for path in written) or 'no plots, which need two sizes'}")
+
+
+def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not any(options.folder.glob("*.csv")):
+        parser.error(f"{options.folder} has no CSV files")
+    _draw(options.folder)
+    return 0
+
+
+def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    tables.write_tables(_PAGE, RESULTS)
+    return 0
+
+
+def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Times of `training_step` under pytest-benchmark, at quick sizes."""
+
+from __future__ import annotations
+
+from benchmarks.pytest_cases import bench, each_provider
+
+
+@each_provider("training_step")
+def test_training_step(benchmark, case, provider):
+    """Each provider in each quick case, verified first."""
+    bench(benchmark, case, provider)

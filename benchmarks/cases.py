@@ -1,0 +1,225 @@
+"""What is measured: every op at its sizes, and the inputs, which all providers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hpkernels
+from hpkernels.ops._philox import bernoulli
+from hpkernels.testing import Problem, random_problem
+from training.model import Projection, SegmentationHead
+
+Inputs = dict[str, Any]
+
+DIM, FEATURE_DIM, POOL_SIZE = 512, 384, 2048
+HEADS, HEAD_DIM, PREFIX_TOKENS = 6, 64, 1  # ViT-S
+NEGATIVE_RATE, SPECIFIC_WEIGHT, TEMPERATURE, SEED = 0.02, 0.5, 0.6, 0
+LARGEST_VERIFIED = 1568  # anchors: more are verified by the same case with this many
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op on a batch of images.
+
+    Attributes:
+        op: stem of the op.
+        call: what is called: a part of the op, or one of its settings.
+        images: B.
+        grid: (H, W), the patches of an image.
+    """
+
+    op: str
+    call: str
+    images: int
+    grid: tuple[int, int] = (28, 28)
+
+    @property
+    def anchors(self) -> int:
+        """N = B * H * W."""
+        return self.images * self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.call} N={self.anchors}"
+
+    def verified(self) -> Case:
+        """The same case at the size at which its results are compared with the reference."""
+        return replace(self, images=min(self.images, max(1, LARGEST_VERIFIED // (self.grid[0] * self.grid[1]))))
+
+    def inputs(self) -> Inputs:
+        """The tensors and settings of the call, the same every time."""
+        return {"call": self.call} | _INPUTS[self.op](self)
+
+
+_FULL = {
+    "masked_topk": {"k=1": (4, 16, 64), "k=8": (16,), "k=32": (16,)},
+    "hidden_positives": {"forward": (1, 4, 16)},
+    "multi_positive_contrastive": {"labels": (1, 4), "sampled": (1, 4, 16)},
+    "local_propagation": {
+        "weights": (4, 16),
+        "apply": (4, 16),
+        "apply+backward": (4, 16),
+        "whole": (4,),
+    },
+    "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
+    "training_step": {"forward+backward": (1, 4)},
+}
+_QUICK_IMAGES = {"masked_topk": 4, "local_propagation": 4}
+
+OPS = tuple(_FULL)
+"""What can be asked for by ``--op``."""
+
+
+def cases(op: str, quick: bool = False) -> list[Case]:
+    """The cases of `op`, small before large; with `quick` one small case a call.
+
+    Raises:
+        ValueError: no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; known are {', '.join(OPS)}")
+    if quick:
+        return [Case(op, call, _QUICK_IMAGES.get(op, 1)) for call in _FULL[op]]
+    return [Case(op, call, images) for call, sizes in _FULL[op].items() for images in sizes]
+
+
+@lru_cache(maxsize=1)  # the calls of an op follow each other, and large problems must not pile up
+def _problem(images: int, grid: tuple[int, int], dim: int) -> Problem:
+    height, width = grid
+    return random_problem(
+        SEED, images=images, height=height, width=width, dim=dim, feature_dim=FEATURE_DIM, pool_size=POOL_SIZE
+    )
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """`rows` rounded to multiples of 2^-8: their inner products are then exact in float32, in whatever order summed.
+
+    So every provider finds the same positives, and results can be compared to rounding.
+    """
+    return (rows * 256).round() / 256
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def _masked_topk(case: Case) -> Inputs:
+    problem = _problem(case.images, case.grid, dim=1)
+    return {"query": _exact(problem.features), "pool": _exact(problem.pool), "k": int(case.call.removeprefix("k="))}
+
+
+def _hidden_positives(case: Case) -> Inputs:
+    problem = _problem(case.images, case.grid, dim=1)
+    features = _exact(problem.features)
+    return {"features": features, "threshold": hpkernels.masked_topk(features, _exact(problem.pool)).values[:, 0]}
+
+
+def _multi_positive_contrastive(case: Case) -> Inputs:
+    problem = _problem(case.images, case.grid, DIM)
+    if case.call == "labels":
+        labels = torch.randint(27, (case.anchors,), generator=_generator())
+        return {
+            "z": problem.z,
+            "labels": labels,
+            "positives": hpkernels.PositiveMask.from_labels(labels),
+            "settings": {"temperature": 0.1},
+        }
+    discovered = _hidden_positives(case)
+    settings = {
+        "temperature": TEMPERATURE,
+        "negative_rate": NEGATIVE_RATE,
+        "seed": SEED,
+        "anchors_per_image": problem.anchors_per_image,
+        "reweight": True,
+    }
+    return {"z": problem.z, "positives": hpkernels.hidden_positives(**discovered), "settings": settings}
+
+
+def _local_propagation(case: Case) -> Inputs:
+    height, width = case.grid
+    generator = _generator()
+    code = torch.randn((case.images, DIM, height, width), generator=generator)
+    tokens = (2, case.images, HEADS, PREFIX_TOKENS + height * width, HEAD_DIM)
+    query, key = torch.randn(tokens, generator=generator)
+    weights = hpkernels.local_propagation_weights(query, key, case.grid)
+    inputs = {"code": code, "query": query, "key": key, "grid": case.grid, "weights": weights}
+    if case.call.startswith("apply"):
+        inputs |= {"attention": _dense(weights), "grad": torch.randn(code.shape, generator=generator)}
+    return inputs
+
+
+def _dense(weights: Tensor) -> Tensor:
+    """The weights (B, window², H, W) as (B, G, G) matrices over all pairs of patches, which published code keeps."""
+    batch, cells, height, width = weights.shape
+    patches = height * width
+    identity = torch.eye(patches).view(patches, 1, height, width)
+    window = round(cells**0.5)
+    neighbours = torch.nn.functional.unfold(identity, window, padding=window // 2)  # (source, cell, target)
+    return torch.stack([torch.einsum("sct,ct->ts", neighbours, own.flatten(1)) for own in weights])
+
+
+def _ghp_contrastive(case: Case) -> Inputs:
+    problem = _problem(case.images, case.grid, DIM)
+    return {
+        "z": problem.z,
+        "z_mixed": problem.z_mixed,
+        "features": _exact(problem.features),
+        "pool": _exact(problem.pool),
+        "specific": _exact(problem.specific),
+        "specific_pool": _exact(problem.specific_pool),
+        "negatives": _negatives(problem),
+        "settings": _ghp_settings(problem),
+    }
+
+
+def _negatives(problem: Problem) -> Tensor:
+    """The mask that hpkernels draws from the seed, for providers that are given one."""
+    group = problem.anchors_per_image
+    return bernoulli(torch.tensor(SEED), group, group * problem.images, NEGATIVE_RATE)
+
+
+def _ghp_settings(problem: Problem) -> dict[str, Any]:
+    return {
+        "specific_weight": SPECIFIC_WEIGHT,
+        "anchors_per_image": problem.anchors_per_image,
+        "temperature": TEMPERATURE,
+        "base_temperature": 0.07,
+        "negative_rate": NEGATIVE_RATE,
+        "seed": SEED,
+    }
+
+
+def _training_step(case: Case) -> Inputs:
+    problem = _problem(case.images, case.grid, DIM)
+    local = _local_propagation(replace(case, call="apply"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        head, projection = SegmentationHead(FEATURE_DIM, DIM, dropout=0.0), Projection(DIM)
+    return {
+        "head": head,
+        "projection": projection,
+        "features": _exact(problem.features),
+        "pool": _exact(problem.pool),
+        "specific": _exact(problem.specific),  # what the EMA head gives, which is not a part of the measured step
+        "specific_pool": _exact(problem.specific_pool),
+        "negatives": _negatives(problem),
+        "settings": _ghp_settings(problem),
+        "grid": case.grid,
+        "attention": local["attention"],
+        "weights": local["weights"],
+    }
+
+
+_INPUTS: dict[str, Callable[[Case], Inputs]] = {
+    "masked_topk": _masked_topk,
+    "hidden_positives": _hidden_positives,
+    "multi_positive_contrastive": _multi_positive_contrastive,
+    "local_propagation": _local_propagation,
+    "ghp_contrastive": _ghp_contrastive,
+    "training_step": _training_step,
+}

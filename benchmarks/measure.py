@@ -1,0 +1,141 @@
+"""Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.providers import provider
+
+REPETITIONS = 5  # at least, unless BUDGET is spent before
+MOST_REPETITIONS = 50
+ENOUGH = 0.5  # seconds after which REPETITIONS suffice
+BUDGET = 10.0  # seconds of a provider's calls in one case, after which no other begins
+LONG_CALL = 5.0  # seconds; longer calls are timed once, in the process that measures their memory
+_TIMEOUT = 300.0  # seconds of a process that measures memory
+
+
+class Memory(NamedTuple):
+    """What a call took in a process of its own.
+
+    Attributes:
+        peak: bytes of resident memory, above what was resident before the call; None: not measured.
+        seconds: of the same call.
+        error: why there is no measurement, or "".
+    """
+
+    peak: int | None = None
+    seconds: float | None = None
+    error: str = ""
+
+
+def times(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each repetition of each call, after one that is not counted; every round runs each call once."""
+    for call in calls.values():
+        call()
+    gc.collect()
+    measured: dict[str, list[float]] = {name: [] for name in calls}
+    running = dict(calls)
+    while running:
+        for name, call in running.items():
+            measured[name].append(seconds_of(call))
+        running = {name: call for name, call in running.items() if not _finished(measured[name])}
+    return measured
+
+
+def _finished(seconds: list[float]) -> bool:
+    count, total = len(seconds), sum(seconds)
+    return total >= BUDGET or count >= MOST_REPETITIONS or (count >= REPETITIONS and total >= ENOUGH)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call; its results are freed after the clock has stopped."""
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def peak_memory(case: Case, provider_name: str) -> Memory:
+    """Run the provider in a fresh process, where one call's peak of resident memory is that of nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    # The server imports and never computes: a process forked from it is as fresh as a new interpreter, and much sooner.
+    context.set_forkserver_preload(["benchmarks.measure"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, case, provider_name, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        memory = receiver.recv() if receiver.poll(_TIMEOUT) else Memory(error=f"took more than {_TIMEOUT:.0f} s")
+    except EOFError:
+        process.join()
+        memory = Memory(error=f"the process ended with exit code {process.exitcode}")
+    if process.is_alive() and memory.error:
+        process.terminate()
+    process.join()
+    receiver.close()
+    return memory
+
+
+def _measure(sender: Connection, case: Case, provider_name: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _limit_memory()
+    run = provider(case, provider_name).run
+    # What libraries keep from their first use is not memory of the call; compiled code must have seen the size.
+    warm_up = case if provider(case, provider_name).compiles else case.verified()
+    try:
+        run(warm_up.inputs())
+        inputs = case.inputs()
+        before = _reset_peak()
+        seconds = seconds_of(lambda: run(inputs))
+        sender.send(Memory(None if before is None else max(0, _status("VmHWM") - before), seconds))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        sender.send(Memory(error="does not fit into memory"))
+
+
+def _limit_memory() -> None:
+    """Make an allocation that the machine cannot serve fail in this process, before others suffer from it."""
+    if sys.platform == "linux":
+        available = next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        )
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + int(0.9 * available), hard))
+
+
+def _reset_peak() -> int | None:
+    """Forget the peak so far and return the bytes that are resident now; None where the system has no such peak.
+
+    The peak of ``getrusage`` cannot be used: it is that of the process's whole life, in which making the inputs may
+    take more than the call, and a process inherits it from the one that started it.
+    """
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)

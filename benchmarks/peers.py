@@ -1,0 +1,70 @@
+"""Other ways to compute an op: plain PyTorch written for speed, and other libraries where they are installed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from benchmarks.cases import Inputs
+from benchmarks.providers import Outputs, applied, differentiate, leaf, provides
+
+
+@provides("masked_topk", "torch-topk")
+def _topk(inputs: Inputs) -> Outputs:
+    values, indices = (inputs["query"] @ inputs["pool"].T).topk(inputs["k"], dim=1)
+    return {"values": values, "indices": indices}
+
+
+@provides("masked_topk", "faiss", package="faiss")
+def _faiss(inputs: Inputs) -> Outputs:
+    import faiss
+
+    index = faiss.IndexFlatIP(inputs["pool"].shape[1])
+    index.add(inputs["pool"].numpy())
+    values, indices = index.search(inputs["query"].numpy(), inputs["k"])
+    return {"values": torch.from_numpy(values), "indices": torch.from_numpy(indices)}
+
+
+@provides("hidden_positives", "torch-matmul", most_anchors=12544)
+def _matmul(inputs: Inputs) -> Outputs:
+    features, threshold = inputs["features"], inputs["threshold"]
+    mask = features @ features.T > torch.minimum(threshold[:, None], threshold)
+    return {"mask": mask.fill_diagonal_(False)}
+
+
+@provides(
+    "multi_positive_contrastive",
+    "pytorch-metric-learning",
+    "labels",
+    package="pytorch_metric_learning",
+    most_anchors=3136,
+)
+def _metric_learning(inputs: Inputs) -> Outputs:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    z = leaf(inputs["z"])
+    return differentiate(SupConLoss(inputs["settings"]["temperature"])(z, inputs["labels"]), z=z)
+
+
+@provides("local_propagation", "torch-bmm", "apply", "apply+backward")
+def _bmm(inputs: Inputs) -> Outputs:
+    def apply(code: Tensor) -> Tensor:
+        return torch.bmm(code.flatten(2), inputs["attention"].mT).view_as(code)
+
+    return applied(inputs, apply)
+
+
+@provides("local_propagation", "torch-shifts", "apply", "apply+backward")
+def _shifts(inputs: Inputs) -> Outputs:
+    weights = inputs["weights"]
+
+    def apply(code: Tensor) -> Tensor:
+        height, width = code.shape[2:]
+        padded = pad(code, (1, 1, 1, 1))
+        return sum(
+            padded[:, :, cell // 3 : cell // 3 + height, cell % 3 : cell % 3 + width] * weights[:, cell, None]
+            for cell in range(9)
+        )
+
+    return applied(inputs, apply)

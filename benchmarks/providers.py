@@ -1,0 +1,253 @@
+"""Who computes an op: the backends of hpkernels, the published way, and (see ``peers.py``) other libraries.
+
+A provider is a function from a case's inputs to the results that are verified, by name: values, and gradients where
+the call has a backward pass. A backend that hpkernels gains is a provider without any change here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+import hpkernels
+from benchmarks import published
+from benchmarks.cases import Case, Inputs
+from hpkernels import backends
+from training.model import to_map, to_rows
+
+Outputs = dict[str, Tensor]
+
+_STEPS = {
+    "ghp_contrastive": ("masked_topk", "hidden_positives", "multi_positive_contrastive"),
+    "training_step": ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation"),
+}
+"""The registered ops that a composed one runs."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute some calls of an op.
+
+    Attributes:
+        name: of the provider, the same for every op.
+        run: the results of a case's inputs.
+        calls: the calls that it computes; None: all calls of the op.
+        missing: why it cannot run on this machine, or "".
+        most_anchors: larger cases are left out, for a provider that holds or computes all pairs.
+        compiles: the first call at each size compiles.
+    """
+
+    name: str
+    run: Callable[[Inputs], Outputs]
+    calls: tuple[str, ...] | None = None
+    missing: str = ""
+    most_anchors: int | None = None
+    compiles: bool = False
+
+    def reason_to_skip(self, case: Case) -> str:
+        """Why this provider does not run `case`, or ""."""
+        if self.most_anchors is not None and case.anchors > self.most_anchors:
+            return f"left out above {self.most_anchors} anchors: it computes all pairs"
+        return self.missing
+
+
+_registry: dict[str, list[Provider]] = {}
+# In anchors. What is published is run as far as its matrices of all pairs fit into the memory of a workstation; others
+# that hold such matrices stop at half of that, which shows their growth as well and keeps a full run short.
+_PUBLISHED_LIMIT, _PAIRS_LIMIT = 12544, 6272
+_PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
+
+
+def provides(
+    op: str,
+    name: str,
+    *calls: str,
+    package: str | None = None,
+    most_anchors: int | None = None,
+    compiles: bool = False,
+) -> Callable[[Callable[[Inputs], Outputs]], Callable[[Inputs], Outputs]]:
+    """Decorate a function that computes `calls` (none: all) of `op` as provider `name`, which may need a package."""
+    missing = "" if package is None or importlib.util.find_spec(package) else f"{package} is not installed"
+
+    def enter(run: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
+        _registry.setdefault(op, []).append(Provider(name, run, calls or None, missing, most_anchors, compiles))
+        return run
+
+    return enter
+
+
+@cache
+def _registered() -> dict[str, list[Provider]]:
+    from benchmarks import peers  # noqa: F401, enters its providers
+
+    for op, run in _BACKEND_CALLS.items():
+        for backend in backends.BACKENDS:
+            states = [backends.availability(step, backend) for step in _STEPS.get(op, (op,))]
+            missing = next((state.reason for state in states if not state.ok), "")
+            limit = _PAIRS_LIMIT if backend == "reference" and op != "masked_topk" else None
+            _registry.setdefault(op, []).append(
+                Provider(backend, partial(run, backend=backend), None, missing, most_anchors=limit)
+            )
+    return _registry
+
+
+def providers(case: Case) -> list[Provider]:
+    """Every provider of the case's call, whether it can run or not."""
+    return [entry for entry in _registered()[case.op] if entry.calls is None or case.call in entry.calls]
+
+
+def provider(case: Case, name: str) -> Provider:
+    """The provider of this name of the case's call."""
+    return next(entry for entry in providers(case) if entry.name == name)
+
+
+def known_names() -> list[str]:
+    """The names of all providers."""
+    return sorted({entry.name for entries in _registered().values() for entry in entries})
+
+
+def differentiate(loss: Tensor, **leaves: Tensor) -> Outputs:
+    """The loss and its gradients."""
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss.detach()} | dict(zip((f"grad_{name}" for name in leaves), gradients, strict=True))
+
+
+def leaf(value: Tensor) -> Tensor:
+    """`value` as a tensor that gradients are asked for."""
+    return value.detach().requires_grad_()
+
+
+def _masked_topk(inputs: Inputs, backend: str) -> Outputs:
+    top = hpkernels.masked_topk(inputs["query"], inputs["pool"], inputs["k"], backend=backend)
+    return {"values": top.values, "indices": top.indices}
+
+
+def _hidden_positives(inputs: Inputs, backend: str) -> Outputs:
+    return {"bits": hpkernels.hidden_positives(inputs["features"], inputs["threshold"], backend=backend).bits}
+
+
+def _multi_positive_contrastive(inputs: Inputs, backend: str) -> Outputs:
+    z = leaf(inputs["z"])
+    loss = hpkernels.multi_positive_contrastive(z, inputs["positives"], **inputs["settings"], backend=backend)
+    return differentiate(loss, z=z)
+
+
+def _local_propagation(inputs: Inputs, backend: str) -> Outputs:
+    code, query, key = inputs["code"], inputs["query"], inputs["key"]
+    if inputs["call"] == "weights":
+        return {"weights": hpkernels.local_propagation_weights(query, key, inputs["grid"], backend=backend)}
+    if inputs["call"] == "whole":
+        return {"mixed": hpkernels.local_propagation(code, query, key, backend=backend)}
+    return applied(inputs, lambda code: hpkernels.apply_local_propagation(code, inputs["weights"], backend=backend))
+
+
+def applied(inputs: Inputs, apply: Callable[[Tensor], Tensor]) -> Outputs:
+    """The mixed codes of `apply`, and the gradient of the codes if the call has a backward pass."""
+    if inputs["call"] == "apply":
+        with torch.no_grad():
+            return {"mixed": apply(inputs["code"])}
+    code = leaf(inputs["code"])
+    mixed = apply(code)
+    (grad,) = torch.autograd.grad(mixed, code, inputs["grad"])
+    return {"mixed": mixed.detach(), "grad_code": grad}
+
+
+def _ghp_contrastive(inputs: Inputs, backend: str) -> Outputs:
+    z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
+    return differentiate(_ghp_loss(inputs, z, z_mixed, backend), z=z, z_mixed=z_mixed)
+
+
+def _ghp_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, backend: str) -> Tensor:
+    return hpkernels.ghp_contrastive(
+        z,
+        inputs["features"],
+        inputs["pool"],
+        specific=inputs["specific"],
+        specific_pool=inputs["specific_pool"],
+        z_mixed=z_mixed,
+        **inputs["settings"],
+        backend=backend,
+    )
+
+
+def _training_step(inputs: Inputs, backend: str) -> Outputs:
+    def apply(code: Tensor) -> Tensor:
+        return hpkernels.apply_local_propagation(code, inputs["weights"], backend=backend)
+
+    return training_step(inputs, apply, lambda z, z_mixed: _ghp_loss(inputs, z, z_mixed, backend))
+
+
+def training_step(inputs: Inputs, apply: Callable, loss_of: Callable) -> Outputs:
+    """Forward and backward of head, projection and contrastive loss; the results are the head's gradients."""
+    head, projection, grid = inputs["head"], inputs["projection"], inputs["grid"]
+    code = head(inputs["features"].unflatten(0, (-1, grid[0] * grid[1])))
+    mixed = to_rows(apply(to_map(code, grid)))
+    loss = loss_of(projection(code).flatten(0, 1), projection(mixed).flatten(0, 1))
+    return differentiate(loss, **{name.replace(".", "_"): value for name, value in head.named_parameters()})
+
+
+_BACKEND_CALLS = {
+    "masked_topk": _masked_topk,
+    "hidden_positives": _hidden_positives,
+    "multi_positive_contrastive": _multi_positive_contrastive,
+    "local_propagation": _local_propagation,
+    "ghp_contrastive": _ghp_contrastive,
+    "training_step": _training_step,
+}
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    # The number of rows and columns differs from case to case; fixed ones give code that is at least as fast.
+    return torch.compile(function, dynamic=False)
+
+
+def _published_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, image_loss: Callable | None = None) -> Tensor:
+    similarities = {name: inputs[name] for name in ("features", "pool", "specific", "specific_pool", "negatives")}
+    settings = {name: value for name, value in inputs["settings"].items() if name not in ("negative_rate", "seed")}
+    return published.ghp_contrastive(z, z_mixed, **similarities, **settings, image_loss=image_loss)
+
+
+@provides("ghp_contrastive", "published", most_anchors=_PUBLISHED_LIMIT)
+def _published_ghp(inputs: Inputs) -> Outputs:
+    z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
+    return differentiate(_published_loss(inputs, z, z_mixed), z=z, z_mixed=z_mixed)
+
+
+@provides("ghp_contrastive", "compiled", most_anchors=_PAIRS_LIMIT, compiles=True)
+def _compiled_ghp(inputs: Inputs) -> Outputs:
+    z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
+    loss = _published_loss(inputs, z, z_mixed, _compiled(published.image_loss))
+    return differentiate(loss, z=z, z_mixed=z_mixed)
+
+
+@provides("local_propagation", "published", "apply", "apply+backward", "whole", most_anchors=_PRODUCTS_LIMIT)
+def _published_propagation(inputs: Inputs) -> Outputs:
+    if inputs["call"] == "whole":
+        attention = published.attention(inputs["query"], inputs["key"], inputs["grid"])
+        return {"mixed": published.propagate(inputs["code"], attention)}
+    return applied(inputs, lambda code: published.propagate(code, inputs["attention"]))
+
+
+@provides(
+    "local_propagation", "compiled", "apply", "apply+backward", "whole", most_anchors=_PRODUCTS_LIMIT, compiles=True
+)
+def _compiled_propagation(inputs: Inputs) -> Outputs:
+    propagate = _compiled(published.propagate)
+    if inputs["call"] == "whole":
+        attention = _compiled(published.attention)(inputs["query"], inputs["key"], inputs["grid"])
+        return {"mixed": propagate(inputs["code"], attention)}
+    return applied(inputs, lambda code: propagate(code, inputs["attention"]))
+
+
+@provides("training_step", "published", most_anchors=_PUBLISHED_LIMIT)
+def _published_step(inputs: Inputs) -> Outputs:
+    def apply(code: Tensor) -> Tensor:
+        return published.propagate(code, inputs["attention"])
+
+    return training_step(inputs, apply, lambda z, z_mixed: _published_loss(inputs, z, z_mixed))

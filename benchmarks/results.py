@@ -1,0 +1,156 @@
+"""Rows of results, their files, and where and when they were measured."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import hpkernels
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One provider in one case; docs/benchmarks.md says what the columns mean. Empty where there is nothing to say."""
+
+    op: str
+    call: str
+    images: int
+    height: int
+    width: int
+    anchors: int
+    dtype: str
+    provider: str
+    median_ms: float | None = None
+    q1_ms: float | None = None
+    q3_ms: float | None = None
+    repetitions: int = 0
+    peak_mib: float | None = None
+    verified_anchors: int | None = None
+    note: str = ""
+    device: str = ""
+    instructions: str = ""
+    threads: int = 0
+    hpkernels: str = ""
+    torch: str = ""
+    python: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """What was measured: rows of the same key are measurements of the same thing."""
+        return self.op, self.call, self.anchors, self.provider
+
+    def set_times(self, seconds: list[float]) -> None:
+        """Fill the columns of the time from the seconds of each repetition."""
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+        self.q1_ms, self.median_ms, self.q3_ms = (round(1e3 * value, 4) for value in (low, middle, high))
+        self.repetitions = len(seconds)
+
+
+def environment(command: str) -> dict[str, str | int]:
+    """The columns that say where, when and with what a row was measured."""
+    return {
+        "device": device_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "hpkernels": hpkernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def device_name() -> str:
+    """The processor's own name for itself."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def folder_name(device: str, threads: int) -> str:
+    """A folder for the results of a device: "Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz" is "intel-xeon-gold-6338".
+
+    Example:
+        >>> folder_name("AMD EPYC 7763 64-Core Processor", 2)
+        'amd-epyc-7763-2-threads'
+    """
+    name = re.sub(r"\(.*?\)|@.*|\d+-core|\b(cpu|processor)\b", " ", device.lower())
+    words = re.findall(r"[a-z0-9]+", name)
+    return "-".join([*words, str(threads), "thread" if threads == 1 else "threads"])
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" if files under version control differ from it."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    done = subprocess.run(command, cwd=RESULTS.parent, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file.
+
+    Raises:
+        ValueError: its columns are not those of `Row`.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Row)]
+        if reader.fieldnames != names:
+            raise ValueError(f"{path} must have the columns {', '.join(names)}, got {reader.fieldnames}")
+        return [Row(**{field.name: _parse(field.type, row[field.name]) for field in fields(Row)}) for row in reader]
+
+
+def _parse(kind: str, text: str) -> str | int | float | None:
+    if kind == "str":
+        return text
+    if text == "":
+        return None
+    return int(text) if kind.startswith("int") else float(text)
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """The rows of all CSV files of a folder."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+
+
+def write(folder: Path, rows: Iterable[Row]) -> list[Path]:
+    """Write one CSV file an op; rows that a file has for other cases or providers stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_op: dict[str, dict[tuple, Row]] = {}
+    for row in rows:
+        by_op.setdefault(row.op, {})[row.key] = row
+    written = []
+    for op, new in by_op.items():
+        path = folder / f"{op}.csv"
+        merged = {row.key: row for row in (read(path) if path.exists() else [])} | new
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(merged[key]) for key in sorted(merged))
+        written.append(path)
+    return written

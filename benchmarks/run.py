@@ -1,0 +1,76 @@
+"""One case after another: verify each provider, measure its memory, then time all of them in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from benchmarks import measure
+from benchmarks.cases import Case
+from benchmarks.providers import Provider, providers
+from benchmarks.results import Row
+from benchmarks.verify import verify
+
+_LONGEST_COMPILE = 60.0  # seconds
+
+
+def run(
+    all_cases: Iterable[Case], names: Iterable[str] | None, environment: dict, report: Callable[[Row], None]
+) -> Iterator[Row]:
+    """The rows of all cases, for the providers of these names (None: all).
+
+    Raises:
+        WrongResultError: a provider's results are not those of the reference; nothing of that case is timed.
+    """
+    verified: dict[tuple[Case, str], int] = {}
+    too_slow: set[str] = set()
+    missing: set[tuple[str, str]] = set()
+    for case in all_cases:
+        rows: dict[str, Row] = {}
+        calls: dict[str, Callable[..., object]] = {}
+        for tried in providers(case):
+            if names is not None and tried.name not in names:
+                continue
+            if tried.missing:
+                if (case.op, tried.name) not in missing:
+                    missing.add((case.op, tried.name))
+                    print(f"{case.op}: without {tried.name}: {tried.missing}")
+                continue
+            row = rows[tried.name] = _row(case, tried, environment)
+            row.note = tried.reason_to_skip(case)
+            if tried.name in too_slow:
+                row.note = f"left out: compiling took more than {_LONGEST_COMPILE:.0f} s"
+            if row.note:
+                continue
+            row.verified_anchors = _verified_once(case, tried, verified, too_slow)
+            memory = measure.peak_memory(case, tried.name)
+            row.note = memory.error
+            row.peak_mib = None if memory.peak is None else round(memory.peak / 2**20, 1)
+            if memory.seconds is not None and memory.seconds > measure.LONG_CALL:
+                row.set_times([memory.seconds])
+            elif not memory.error:
+                calls[tried.name] = tried.run
+        inputs = case.inputs() if calls else {}  # not before: processes that measure memory need what there is
+        for name, seconds in measure.times({name: partial(call, inputs) for name, call in calls.items()}).items():
+            rows[name].set_times(seconds)
+        for row in rows.values():
+            report(row)
+            yield row
+
+
+def _verified_once(case: Case, tried: Provider, verified: dict[tuple[Case, str], int], too_slow: set[str]) -> int:
+    key = case.verified(), tried.name
+    if key not in verified:
+        start = time.perf_counter()
+        verified[key] = verify(case, tried)
+        if tried.compiles and time.perf_counter() - start > _LONGEST_COMPILE:
+            too_slow.add(tried.name)
+    return verified[key]
+
+
+def _row(case: Case, tried: Provider, environment: dict) -> Row:
+    height, width = case.grid
+    return Row(
+        case.op, case.call, case.images, height, width, case.anchors, "float32", provider=tried.name, **environment
+    )

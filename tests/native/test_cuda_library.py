@@ -1,0 +1,161 @@
+"""What can be tested of the CUDA library without a GPU: its arithmetic on the CPU, loading, and when it is used."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hpkernels import _native, backends
+from hpkernels.backends import Availability
+from hpkernels.ops.local_propagation import reference
+
+# Every task of the launch, in descending order: none may depend on another.
+HOST_LOOP = """
+#include "local_propagation/stencil.h"
+template <bool transposed>
+static void run(const float* input, const float* weights, const int64_t* sizes, float* output) {
+  const hpk::StencilShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  for (int64_t task = hpk::stencil_tasks(shape); task-- > 0;)
+    hpk::stencil_task<transposed>(input, weights, shape, task, output);
+}
+extern "C" void apply_forward(const float* input, const float* weights, const int64_t* sizes, float* output) {
+  run<false>(input, weights, sizes, output);
+}
+extern "C" void apply_backward(const float* input, const float* weights, const int64_t* sizes, float* output) {
+  run<true>(input, weights, sizes, output);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def stencil(repository, tmp_path_factory):
+    """The body of the CUDA kernels, compiled for the CPU."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"running the kernels' body on the CPU needs {compiler[0]}, which is not on PATH")
+    folder = tmp_path_factory.mktemp("stencil")
+    source, library = folder / "stencil.cpp", folder / "stencil.so"
+    source.write_text(HOST_LOOP)
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{repository / 'csrc'}", source, "-o", library]
+    subprocess.run([*compiler, *options], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def outside_of(height, width, window):
+    """(window², H, W): the cells that lie outside the image."""
+    radius = window // 2
+    offset = torch.arange(-radius, radius + 1)
+    v = torch.arange(height)[None, None, :, None] + offset[:, None, None, None]
+    u = torch.arange(width)[None, None, None, :] + offset[None, :, None, None]
+    return ((v < 0) | (v >= height) | (u < 0) | (u >= width)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 4, 5), (2, 8, 1, 7), (3, 17, 6, 2), (1, 9, 3, 3)])
+@pytest.mark.parametrize("direction", ["apply_forward", "apply_backward"])
+def test_body_of_the_kernels(stencil, direction, shape, window, generator):
+    batch, _, height, width = shape
+    values = torch.randn(shape, generator=generator)
+    weights = torch.rand(batch, window * window, height, width, generator=generator)
+    outside = outside_of(height, width, window)
+    expected = getattr(reference, direction)(values.double(), weights.double().masked_fill(outside, 0))
+    weights.masked_fill_(outside, torch.nan)  # read once, it would show
+    result = torch.full(shape, torch.nan)
+    sizes = (ctypes.c_int64 * 5)(*shape, window)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, weights, result)]
+    getattr(stencil, direction)(*pointers[:2], sizes, pointers[2])
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5 * window)
+
+
+def test_the_library_loads_without_a_gpu():
+    """No crash, the kernels are registered, and they refuse tensors that are not on a GPU."""
+    file = _native._file("_C_cuda")
+    if file is None or torch.version.cuda is None:
+        pytest.skip(f"needs _C_cuda and a PyTorch with CUDA: {_native.LIBRARIES['_C_cuda'].reason}")
+    script = f"""
+import torch
+torch.ops.load_library({str(file)!r})
+value = torch.zeros(1, 1, 2, 2)
+for kernel in ("local_propagation_apply", "local_propagation_apply_backward"):
+    try:
+        getattr(torch.ops.hpkernels_cuda, kernel)(value, value, value)
+    except NotImplementedError as error:
+        assert "CPU" in str(error)
+    else:
+        raise AssertionError("ran on the CPU")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "devices", "reason"),
+    [
+        (None, 1, "PyTorch is built without CUDA and cannot load _C_cuda.so, compiled for 8.0 10.0+PTX"),
+        ("13.0", 0, "PyTorch sees no CUDA device to use _C_cuda.so, compiled for 8.0 10.0+PTX"),
+    ],
+)
+def test_it_is_not_loaded_where_it_is_of_no_use(cuda, devices, reason, monkeypatch, tmp_path):
+    file = tmp_path / "_C_cuda.so"
+    file.write_bytes(b"\x7fELF\0hpkernels architectures: 8.0 10.0+PTX\0rest")
+    monkeypatch.setattr(_native, "_file", lambda library: file)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.ops, "load_library", lambda file: pytest.fail("loaded"))
+    assert _native._load_cuda() == (False, reason)
+
+
+def test_a_library_that_does_not_load_is_no_crash(monkeypatch, tmp_path):
+    file = tmp_path / "_C_cuda.so"
+    file.write_bytes(b"no library")
+    monkeypatch.setattr(_native, "_file", lambda library: file)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    ok, reason = _native._load_cuda()
+    assert not ok and reason.startswith("_C_cuda.so does not load: ")
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """``pretend_gpu(*capabilities)``: as if the library were loaded and there were these GPUs."""
+    _native._read_least_capability.cache_clear()
+
+    def pretend(*capabilities):
+        libraries = _native.LIBRARIES | {"_C_cuda": Availability(True, "pretended")}
+        monkeypatch.setattr(_native, "LIBRARIES", libraries)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+
+    yield pretend
+    _native._read_least_capability.cache_clear()
+
+
+def test_supported_gpus(pretend_gpu):
+    pretend_gpu((9, 0), (8, 0))
+    assert backends.availability("local_propagation", "cuda", "cuda") == (True, "pretended")
+    ok, reason = backends.availability("local_propagation", "cuda", "cpu")
+    assert not ok and "on a CUDA device, not on cpu" in reason
+
+
+def test_gpus_that_are_too_old(pretend_gpu):
+    pretend_gpu((9, 0), (7, 5))
+    ok, reason = backends.availability("local_propagation", "cuda", "cuda")
+    assert not ok and reason == "the CUDA kernels need compute capability 8.0, a visible GPU has 7.5"
+
+
+def test_the_choice_can_be_compiled(pretend_gpu):
+    """Dynamo traces the choice; what it cannot trace is the question to the driver."""
+    pretend_gpu((7, 5))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def sign(value):
+        return value if backends.availability("local_propagation", "cuda", "cuda").ok else -value
+
+    assert sign(torch.ones(1)).item() == -1

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import measure, published, tables
+from benchmarks import results as records
+from benchmarks import run as runner
+from benchmarks.cases import OPS, Case, cases
+from benchmarks.providers import Provider, known_names, provider, providers
+from benchmarks.verify import WrongResultError, verify
+from hpkernels.ops.ghp_contrastive.reference import ghp_contrastive
+from hpkernels.ops.local_propagation.reference import apply_forward, weights_forward
+from hpkernels.ops.multi_positive_contrastive.reference import contrastive_loss
+from hpkernels.testing import random_problem
+
+SMALL = Case("hidden_positives", "forward", images=2, grid=(5, 6))
+ENVIRONMENT = {"device": "a processor", "threads": 2, "commit": "abc", "date": "2030-01-02T03:04:05+00:00"}
+
+
+def small(case: Case) -> Case:
+    return replace(case, images=2, grid=(5, 6))
+
+
+def broken(tried: Provider, change) -> Provider:
+    return replace(tried, run=lambda inputs: change(tried.run(inputs)))
+
+
+def published_and_reference(lam: float):
+    """Loss and gradients of both branches, the published way and by the reference's formulas with autograd."""
+    problem = random_problem(seed=3, images=3, height=4, width=5)
+    negatives = torch.rand((20, 60), generator=torch.Generator().manual_seed(1)) < 0.3
+    similarities = (problem.features, problem.pool, problem.specific, problem.specific_pool)
+    branches = [value.clone().requires_grad_() for value in (problem.z, problem.z_mixed)]
+    theirs = published.ghp_contrastive(
+        *branches,
+        *similarities,
+        negatives,
+        specific_weight=lam,
+        anchors_per_image=20,
+        temperature=0.5,
+        base_temperature=0.07,
+    )
+    ours = ghp_contrastive(
+        branches, *similarities, lam, negatives, anchors_per_image=20, temperature=0.5, scale=0.5 / 0.07, reweight=True
+    )
+    return [(loss.detach(), *torch.autograd.grad(loss, branches)) for loss in (theirs, ours)]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_published_loss_is_the_reference(lam):
+    for theirs, ours in zip(*published_and_reference(lam), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_published_loss_leaves_out_anchors_without_positives():
+    problem = random_problem(seed=3, images=2, height=4, width=5)
+    positives = torch.rand((40, 40), generator=torch.Generator().manual_seed(0)) < 0.2
+    positives = (positives | positives.T).fill_diagonal_(False)
+    positives[3], positives[:, 3] = False, False
+    nothing, negatives = torch.zeros_like(positives), torch.ones(40, 40, dtype=torch.bool)
+    denominator = (positives | negatives).fill_diagonal_(False)
+    options = {"anchors_per_image": 40, "temperature": 0.5, "reweight": True}
+    expected, _ = contrastive_loss(problem.z, positives, nothing, 0.5, negatives, **options)
+    z = problem.z
+    actual = published.image_loss(z, z, positives.float(), nothing.float(), denominator.float(), 0.5, 0.5)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_published_propagation_is_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn((2, 2, 3, 31, 8), generator=generator)
+    code = torch.randn((2, 7, 5, 6), generator=generator, requires_grad=True)
+    upstream = torch.randn(code.shape, generator=generator)
+    mixed = published.propagate(code, published.attention(query, key, (5, 6)))
+    expected = apply_forward(code, weights_forward(query, key, 5, 6, 28.0, 0.1, 0.9, 3, 1))
+    torch.testing.assert_close(mixed, expected)
+    gradients = [torch.autograd.grad(value, code, upstream)[0] for value in (mixed, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_provider_is_right(op):
+    for case in map(small, cases(op, quick=True)):
+        able = [tried for tried in providers(case) if not tried.reason_to_skip(case) and not tried.compiles]
+        assert "reference" in {tried.name for tried in able}
+        for tried in able:
+            assert verify(case, tried) == 60
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_row_is_refused(op):
+    for case in map(small, cases(op, quick=True)):
+
+        def change(outputs):
+            name, value = list(outputs.items())[-1]
+            value = value.clone()
+            # Scaling would leave zeros as they are; of packed bits it is the lowest of one word that changes.
+            row = value.view(len(value), -1)[0]
+            if value.dtype.is_floating_point:
+                row.copy_(row * 1.01 + 1e-3)
+            elif name == "indices":
+                row.copy_((row + 1) % 2048)
+            else:
+                row[0] ^= 2
+            return outputs | {name: value}
+
+        with pytest.raises(WrongResultError, match=rf"{op} .* of reference: 1 of"):
+            verify(case, broken(provider(case, "reference"), change))
+
+
+def test_missing_and_nan_results_are_refused():
+    case = small(Case("ghp_contrastive", "forward+backward", 1))
+    reference = provider(case, "reference")
+    with pytest.raises(WrongResultError, match="gives .*'loss'.*expected .*'grad_z'"):
+        verify(case, broken(reference, lambda outputs: {"loss": outputs["loss"]}))
+    with pytest.raises(WrongResultError, match="loss of reference"):
+        verify(case, broken(reference, lambda outputs: outputs | {"loss": outputs["loss"] * torch.nan}))
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch):
+    wrong = broken(provider(SMALL, "reference"), lambda outputs: {"bits": outputs["bits"] ^ 2})
+    monkeypatch.setattr(runner, "providers", lambda case: [wrong])
+    for name in ("times", "peak_memory"):
+        monkeypatch.setattr(measure, name, lambda *_: pytest.fail("measured before it was verified"))
+    with pytest.raises(WrongResultError):
+        list(runner.run([SMALL], None, ENVIRONMENT, print))
+
+
+def test_large_cases_are_verified_with_fewer_images():
+    large = Case("ghp_contrastive", "forward+backward", images=64)
+    assert large.anchors == 50176
+    assert large.verified().anchors == 1568
+    assert Case("ghp_contrastive", "forward+backward", images=1).verified().images == 1
+
+
+def test_inputs_are_the_same_every_time():
+    first, second = SMALL.inputs(), SMALL.inputs()
+    assert torch.equal(first["features"], second["features"])
+    # Multiples of 2^-8: products are exact, so no pair depends on the order of a sum.
+    assert torch.equal(first["features"] * 256, (first["features"] * 256).round())
+
+
+def test_times_take_turns_and_do_not_count_the_first(monkeypatch):
+    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    order = []
+    measured = measure.times({name: lambda name=name: order.append(name) for name in "ab"})
+    assert order == ["a", "b"] * (1 + measure.REPETITIONS)
+    assert {name: len(seconds) for name, seconds in measured.items()} == {"a": 5, "b": 5}
+
+
+def test_times_stop_at_the_budget(monkeypatch):
+    monkeypatch.setattr(measure, "BUDGET", 0.0)
+    assert len(measure.times({"a": lambda: None})["a"]) == 1
+
+
+def test_peak_memory_counts_what_the_call_takes():
+    case = Case("hidden_positives", "forward", images=2)
+    memory = measure.peak_memory(case, "torch-matmul")
+    pairs = case.anchors**2
+    assert memory.error == "" and memory.seconds > 0
+    if memory.peak is not None:  # products and minima in float32, and the mask
+        assert 0.9 * 9 * pairs < memory.peak < 1.3 * 9 * pairs + 2**22
+
+
+def test_peak_memory_says_what_does_not_fit(monkeypatch):
+    sent = []
+
+    class Sender:
+        send = staticmethod(sent.append)
+
+    monkeypatch.setattr(measure, "_limit_memory", lambda: None)  # it would be that of the process of the tests
+    monkeypatch.setattr(measure, "provider", lambda *_: Provider("huge", lambda inputs: torch.empty(2**50)))
+    measure._measure(Sender, SMALL, "huge", torch.get_num_threads())
+    assert sent == [measure.Memory(error="does not fit into memory")]
+
+
+def test_errors_of_a_process_that_measures_memory_are_reported():
+    memory = measure.peak_memory(replace(SMALL, call="no such call"), "published")
+    assert memory == measure.Memory(error="the process ended with exit code 1")
+
+
+def row(**values) -> records.Row:
+    first = {"op": "masked_topk", "call": "k=1", "images": 4, "height": 28, "width": 28, "anchors": 3136}
+    return records.Row(**(first | {"dtype": "float32", "provider": "cpu"} | ENVIRONMENT | values))
+
+
+def test_csv_round_trip(tmp_path):
+    measured, skipped = row(), row(provider="reference", note='left out, "too large"')
+    measured.set_times([0.001, 0.002, 0.003, 0.004, 0.005])
+    measured.peak_mib, measured.verified_anchors = 1.5, 1568
+    (path,) = records.write(tmp_path, [measured, skipped])
+    assert records.read(path) == [measured, skipped]
+    assert (measured.q1_ms, measured.median_ms, measured.q3_ms, measured.repetitions) == (2.0, 3.0, 4.0, 5)
+
+
+def test_csv_keeps_rows_of_other_runs(tmp_path):
+    records.write(tmp_path, [row(), row(provider="faiss")])
+    records.write(tmp_path, [row(note="new"), row(op="hidden_positives")])
+    assert [(r.op, r.provider, r.note) for r in records.read_folder(tmp_path)] == [
+        ("hidden_positives", "cpu", ""),
+        ("masked_topk", "cpu", "new"),
+        ("masked_topk", "faiss", ""),
+    ]
+
+
+def test_csv_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "old.csv").write_text("op,time\nmasked_topk,3\n")
+    with pytest.raises(ValueError, match="must have the columns op, call"):
+        records.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "device, folder",
+    [
+        ("Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz", "intel-xeon-gold-6338-2-threads"),
+        ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763-2-threads"),
+    ],
+)
+def test_folder_of_a_device(device, folder):
+    assert records.folder_name(device, 2) == folder
+
+
+def timed(*seconds: float, **values) -> records.Row:
+    new = row(**values)
+    new.set_times(list(seconds))
+    return new
+
+
+def test_tables(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    large = timed(0.5, anchors=50176, images=64)
+    large.peak_mib = 20.0
+    records.write(tmp_path / "results" / "device", [timed(0.001, 0.002, 0.003), large, row(provider="cuda")])
+    for _ in range(2):  # again gives the same
+        tables.write_tables(page, tmp_path / "results")
+        lines = page.read_text().splitlines()
+        assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+        assert "| provider | N = 3136 | N = 50176 |" in lines
+        assert "| cpu | 2 (1.5-2.5) | 500 (one run), 20 MiB |" in lines
+        assert not any("cuda" in line for line in lines)
+    page.write_text("no comments")
+    with pytest.raises(ValueError, match="must have the lines"):
+        tables.write_tables(page, tmp_path / "results")
+
+
+def test_comparison():
+    before = [timed(1.0, 1.0, 1.1), timed(1.0, 1.0, provider="faiss"), timed(1.0, provider="only-before")]
+    after = [timed(2.0, 2.0), timed(0.9, 1.1, provider="faiss"), timed(1.0, provider="only-after")]
+    slower, same = tables.comparison(before, after)
+    assert slower.endswith("slower") and "x2.00" in slower
+    assert same.endswith("same") and "faiss" in same
+
+
+def test_run_from_end_to_end(tmp_path, capsys):
+    arguments = ["run", "--quick", "--op", "hidden_positives", "--provider", "torch-matmul", "--provider", "reference"]
+    assert command.main([*arguments, "--output", str(tmp_path)]) == 0
+    with (tmp_path / "hidden_positives.csv").open(newline="") as file:
+        rows = {line["provider"]: line for line in csv.DictReader(file)}
+    assert set(rows) == {"torch-matmul", "reference"}
+    for line in rows.values():
+        assert 0 < float(line["q1_ms"]) <= float(line["median_ms"]) <= float(line["q3_ms"])
+        assert line["verified_anchors"] == line["anchors"] == "784"
+        assert line["device"] and line["commit"] and line["date"] and line["torch"] == torch.__version__
+    assert "hidden_positives forward N=784" in capsys.readouterr().out
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [timed(1e-3 * n, 2e-3 * n, anchors=n, provider=name) for n in (10, 100) for name in ("cpu", "torch-topk")]
+    records.write(tmp_path, rows)
+    assert command.main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "masked_topk-k1.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--op", "sorting"], "unknown op sorting; known are masked_topk"),
+        (["--provider", "abacus"], "unknown provider abacus; known are"),
+    ],
+)
+def test_unknown_names(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["run", "--quick", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown op 'sorting'"):
+        cases("sorting")
+    assert "cpu" in known_names()
+
+
+def test_every_op_has_its_benchmark(repository):
+    files = {path.stem for path in (repository / "benchmarks").glob("bench_*.py")}
+    assert files == {f"bench_{op}" for op in OPS}

@@ -1,0 +1,226 @@
+"""What is built and installed: the libraries, the build's choices and messages, and a wheel beside another PyTorch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpkernels import __main__ as report
+from hpkernels import _native
+
+LIBRARIES = [file for file in map(_native._file, _native.LIBRARIES) if file is not None]
+each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda file: file.name)
+NOT_SOURCES = shutil.ignore_patterns(".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "_C*")
+
+
+def call(*command, environment=None, **options) -> subprocess.CompletedProcess:
+    """Run a command with these changes to the environment; None removes a variable."""
+    variables = {name: value for name, value in (os.environ | (environment or {})).items() if value is not None}
+    return subprocess.run(
+        list(map(str, command)), env=variables, capture_output=True, text=True, check=False, **options
+    )
+
+
+def output_of(*command, **options) -> str:
+    done = call(*command, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    if shutil.which(name) is None:
+        pytest.skip(f"looking into libraries needs {name} (binutils), which is not on PATH")
+    return name
+
+
+def unstable_symbols(table: str) -> list[str]:
+    """Of the symbols that `nm -DuC` lists, those that are neither the stable ABI's nor of the system's libraries."""
+    names = [line.strip()[2:] for line in table.splitlines() if line.strip().startswith("U ")]
+    system = re.compile(r"@(GLIBC|GCC|CXXABI|LIBC)")
+    return [name for name in names if not system.search(name) and not re.fullmatch(r"(aoti_)?torch_\w+", name)]
+
+
+@each_library
+def test_only_the_stable_abi_is_used(library):
+    table = output_of(tool("nm"), "-DuC", library)
+    assert "aoti_torch_library_init_def" in table
+    assert unstable_symbols(table) == []
+
+
+def test_unstable_symbols_are_found():
+    table = """
+                 U aoti_torch_get_size
+                 U torch_library_impl
+                 U operator delete(void*)@GLIBCXX_3.4
+                 U memcpy@GLIBC_2.14
+                 w __gmon_start__
+                 U c10::Error::Error(int)
+                 U vtable for at::Tensor
+                 U torch::Library::def()
+    """
+    assert unstable_symbols(table) == ["c10::Error::Error(int)", "vtable for at::Tensor", "torch::Library::def()"]
+
+
+@each_library
+def test_libraries_are_found_by_name_alone(library):
+    """A path of the machine that built it would be wrong on any other."""
+    dynamic = output_of(tool("readelf"), "-d", library)
+    assert "libtorch_cpu.so" in dynamic
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_report_of_libraries(capsys):
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("Compiled libraries:")
+    for line, library in zip(lines[at + 1 :], ("_C", "_C_cuda"), strict=False):
+        ok, reason = _native.LIBRARIES[library]
+        assert line.split(maxsplit=1) == [library, f"{'loaded' if ok else 'not loaded'}: {reason}"]
+    cuda = _native._file("_C_cuda")
+    if cuda is not None and (_native.LIBRARIES["_C_cuda"].ok or not torch.cuda.is_available()):
+        assert re.search(r"compiled for \d+\.\d", lines[at + 2])
+
+
+@pytest.fixture
+def build_ext(repository, tmp_path):
+    """``build_ext(choice, **environment)``: run the build into a folder; the process and the libraries there."""
+
+    def build(choice, **environment):
+        environment |= {"HPKERNELS_BUILD": choice}
+        command = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+        done = call(sys.executable, *command, cwd=repository, environment=environment, timeout=300)
+        assert "Traceback" not in done.stderr
+        return done, sorted(file.name for file in tmp_path.glob("lib/hpkernels/*"))
+
+    return build
+
+
+def assert_one_sentence(done, *parts):
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and len(lines) == 1 and lines[0].startswith("hpkernels: "), done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_build_choice_that_is_unknown(build_ext):
+    done, _ = build_ext("gpu")
+    assert_one_sentence(done, "HPKERNELS_BUILD must be one of auto, cuda, cpu, none, got 'gpu'")
+
+
+def test_build_of_nothing(build_ext, tmp_path):
+    stale = tmp_path / "lib" / "hpkernels" / "_C.so"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier build")
+    done, built = build_ext("none", CXX="/nonexistent/c++")
+    assert (done.returncode, done.stderr, built) == (0, "", [])
+
+
+@pytest.mark.parametrize("choice", ["cpu", "cuda"])
+def test_build_without_the_named_compiler(build_ext, choice):
+    done, built = build_ext(choice, CXX="/nonexistent/c++")
+    assert_one_sentence(done, "CXX is /nonexistent/c++", "set it to a C++17 compiler")
+    assert built == []
+
+
+def test_build_without_any_compiler(build_ext):
+    beside_python = str(Path(sys.executable).parent)
+    if any(shutil.which(name, path=beside_python) for name in ("c++", "g++", "clang++")):
+        pytest.skip("there is a compiler in the folder of this Python")
+    done, built = build_ext("cpu", CXX=None, PATH="")
+    assert_one_sentence(done, "there is no C++ compiler on PATH", "install g++ or clang++")
+    assert built == []
+
+
+def test_build_without_nvcc(build_ext):
+    # As CXX any program does: the build must fail before a compiler starts.
+    if not (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
+        done, built = build_ext("cuda", CXX=sys.executable)
+        assert_one_sentence(done, "the installed torch is built without CUDA")
+    else:
+        done, built = build_ext("cuda", CXX=sys.executable, CUDACXX=None, CUDA_HOME="/nonexistent")
+        assert_one_sentence(done, "there is no nvcc in CUDA_HOME (/nonexistent)", "install the CUDA toolkit")
+    assert built == []
+
+
+def test_build_of_what_is_possible(build_ext):
+    """Where nothing is possible ``auto`` says so, once for each library, and succeeds."""
+    done, built = build_ext("auto", CXX="/nonexistent/c++")
+    assert (done.returncode, built) == (0, [])
+    lines = done.stderr.strip().splitlines()
+    assert [line.split(":")[1] for line in lines] == [
+        f" going on without the {kind} kernels" for kind in ("CUDA", "CPU")
+    ]
+
+
+CHECK = """
+import hpkernels, pathlib, sys, torch
+assert pathlib.Path(hpkernels.__file__).is_relative_to(sys.prefix), hpkernels.__file__
+from torch.nn.functional import normalize
+torch.manual_seed(0)
+features, pool = normalize(torch.randn(64, 16)), normalize(torch.randn(8, 16))
+losses, gradients = {}, {}
+for backend in ("reference", "cpu"):
+    z = normalize(torch.randn(64, 8, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    losses[backend] = hpkernels.ghp_contrastive(
+        z, features, pool, anchors_per_image=16, negative_rate=0.3, seed=3, backend=backend
+    )
+    losses[backend].backward()
+    gradients[backend] = z.grad
+assert losses["reference"] > 0.01 and gradients["reference"].abs().max() > 1e-4
+torch.testing.assert_close(losses["cpu"], losses["reference"], rtol=1e-5, atol=0)
+torch.testing.assert_close(gradients["cpu"], gradients["reference"], rtol=1e-4, atol=1e-7)
+print("torch", torch.__version__, "agrees")
+"""
+
+
+@pytest.fixture
+def sources(repository, tmp_path):
+    """A copy of the checkout without what was built in it; removed afterwards with everything made in it."""
+    copy = tmp_path / "hpkernels"
+    shutil.copytree(repository, copy, ignore=NOT_SOURCES)
+    yield copy
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.packaging
+def test_a_wheel_serves_another_torch(sources, tmp_path, repository):
+    """sdist, from it the wheel, and that in a new environment with the oldest PyTorch that the package allows."""
+    oldest = re.search(r'dependencies = \["torch>=([\d.]+)"', (repository / "pyproject.toml").read_text())[1]
+    if torch.__version__.startswith(f"{oldest}."):
+        pytest.skip(f"needs to be built with another PyTorch than the oldest, {oldest}")
+    output_of(sys.executable, "-m", "build", "--no-isolation", cwd=sources, environment={"HPKERNELS_BUILD": "auto"})
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert re.fullmatch(r"hpkernels-[\w.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hpkernels/_C.so" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"hpkernels"}
+
+    python = tmp_path / "environment" / "bin" / "python"
+    output_of(sys.executable, "-m", "venv", tmp_path / "environment")
+    clean = {"cwd": tmp_path, "environment": {"PYTHONPATH": None, "HPKERNELS_BACKEND": None}}
+    output_of(python, "-m", "pip", "install", f"torch=={oldest}.*", "numpy", **clean)
+    output_of(python, "-m", "pip", "install", "--no-build-isolation", wheel, **clean)
+    lines = output_of(python, "-m", "hpkernels", **clean).splitlines()
+    assert any(re.fullmatch(rf"torch +{re.escape(oldest)}\..*", line) for line in lines)
+    assert "  _C       loaded: compiled, _C.so" in lines
+    assert lines.count("    cpu        available: compiled, _C.so") == 4
+    if "hpkernels/_C_cuda.so" in names:
+        # Whether or not there is a GPU: it loads into a PyTorch with CUDA.
+        (file,) = (tmp_path / "environment").glob("lib/python*/site-packages/hpkernels/_C_cuda.so")
+        output_of(python, "-c", f"import torch; torch.version.cuda and torch.ops.load_library({str(file)!r})", **clean)
+    assert f"torch {oldest}." in output_of(python, "-c", CHECK, **clean)
+
+
+@pytest.mark.packaging
+def test_without_nvcc_the_cpu_library_is_built(build_ext):
+    done, built = build_ext("auto", CUDACXX=None, CUDA_HOME="/nonexistent")
+    assert (done.returncode, built) == (0, ["_C.so"])
+    assert done.stderr.startswith("hpkernels: going on without the CUDA kernels: ")
