@@ -58,8 +58,8 @@ class Provider:
 
 _registry: dict[str, list[Provider]] = {}
 # In anchors. What is published is run as far as its matrices of all pairs fit into the memory of a workstation; others
-# that hold such matrices stop at half of that, which shows their growth as well and keeps a full run short.
-_PUBLISHED_LIMIT, _PAIRS_LIMIT = 12544, 6272
+# that hold such matrices stop before, which shows their growth as well and keeps a full run short.
+_PUBLISHED_LIMIT, _PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272, 3136
 _PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
 
 
@@ -219,7 +219,7 @@ def _published_ghp(inputs: Inputs) -> Outputs:
     return differentiate(_published_loss(inputs, z, z_mixed), z=z, z_mixed=z_mixed)
 
 
-@provides("ghp_contrastive", "compiled", most_anchors=_PAIRS_LIMIT, compiles=True)
+@provides("ghp_contrastive", "compiled", most_anchors=_COMPILED_LIMIT, compiles=True)
 def _compiled_ghp(inputs: Inputs) -> Outputs:
     z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
     loss = _published_loss(inputs, z, z_mixed, _compiled(published.image_loss))
@@ -234,14 +234,9 @@ def _published_propagation(inputs: Inputs) -> Outputs:
     return applied(inputs, lambda code: published.propagate(code, inputs["attention"]))
 
 
-@provides(
-    "local_propagation", "compiled", "apply", "apply+backward", "whole", most_anchors=_PRODUCTS_LIMIT, compiles=True
-)
+@provides("local_propagation", "compiled", "apply", "apply+backward", most_anchors=_PRODUCTS_LIMIT, compiles=True)
 def _compiled_propagation(inputs: Inputs) -> Outputs:
     propagate = _compiled(published.propagate)
-    if inputs["call"] == "whole":
-        attention = _compiled(published.attention)(inputs["query"], inputs["key"], inputs["grid"])
-        return {"mixed": propagate(inputs["code"], attention)}
     return applied(inputs, lambda code: propagate(code, inputs["attention"]))
 
 

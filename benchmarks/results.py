@@ -85,7 +85,7 @@ def device_name() -> str:
 
 
 def folder_name(device: str, threads: int) -> str:
-    """A folder for the results of a device: "Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz" is "intel-xeon-gold-6338".
+    """The name of the folder that results of a device with this many threads are kept in.
 
     Example:
         >>> folder_name("AMD EPYC 7763 64-Core Processor", 2)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,14 @@ def golden() -> Callable[[str], SimpleNamespace]:
         return SimpleNamespace(**values, meta=meta)
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh() -> Iterator[None]:
+    """Forget what a test compiled: Dynamo limits the recompilations of a function over the whole process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
