@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROW_COST = 4.0
-"""What a logit that is computed by itself costs, in logits of a matrix product: estimated on a CPU, where it is bound by
-the caches. The CPU backend chooses its route by it."""
+"""What a logit that is computed by itself costs, in logits of a matrix product: estimated on a CPU, where it is bound
+by the caches. The CPU backend chooses its route by it."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
