@@ -40,23 +40,83 @@ void with_type_of(const Tensor& tensor, Body body) {
   }
 }
 
-void masked_topk_select(Tensor products, std::optional<Tensor> mask, std::optional<Tensor> query_group,
-                        std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
-  with_type_of(products, [&](auto zero) {
+template <typename T>
+hpk::CoarseRows<T> coarse_rows_of(const Tensor& rows, const Tensor& stats) {
+  const int64_t count = rows.size(0);
+  T* of_stats = data<T>(stats);
+  return {data<T>(rows), rows.size(1), of_stats, of_stats + count, of_stats + 2 * count};
+}
+
+// Calls body(Coarse{}, T{}) with the types of coarse products and of the rows.
+template <typename Body>
+void with_types_of(const Tensor& products, const Tensor& rows, Body body) {
+  if (products.scalar_type() == torch::headeronly::ScalarType::Int) {
+    body(int32_t{}, float{});
+  } else {
+    with_type_of(rows, [&](auto zero) { body(zero, zero); });
+  }
+}
+
+bool has_int8_products() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+void coarse_int8(Tensor rows, Tensor codes, Tensor stats) {
+  const int64_t count = rows.size(0);
+  float* of_stats = data<float>(stats);
+  hpk::coarse_int8_cpu(run, data<float>(rows), count, rows.size(1), data<int8_t>(codes), of_stats, of_stats + count,
+                       of_stats + 2 * count);
+}
+
+void coarse_unrounded(Tensor rows, Tensor stats) {
+  const int64_t count = rows.size(0);
+  with_type_of(rows, [&](auto zero) {
     using T = decltype(zero);
-    hpk::masked_topk_select_cpu<T>(run, data<T>(products), data<bool>(mask), data<int64_t>(query_group),
-                                   data<int64_t>(pool_group), products.size(0), products.size(1), values.size(1),
-                                   data<T>(values), data<int64_t>(indices));
+    T* of_stats = data<T>(stats);
+    hpk::coarse_unrounded_cpu<T>(run, data<T>(rows), count, rows.size(1), of_stats, of_stats + count,
+                                 of_stats + 2 * count);
   });
 }
 
-void hidden_positives_pack(Tensor products, Tensor threshold, int64_t first, Tensor bits) {
-  with_type_of(products, [&](auto zero) {
+int64_t masked_topk_select(Tensor products, int64_t first, Tensor query, Tensor query_stats, Tensor pool,
+                           Tensor pool_stats, std::optional<Tensor> mask, std::optional<Tensor> query_group,
+                           std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
+  int64_t computed = 0;
+  with_types_of(products, query, [&](auto coarse, auto zero) {
+    using Coarse = decltype(coarse);
     using T = decltype(zero);
-    hpk::hidden_positives_pack_cpu<T>(run, data<T>(products), data<T>(threshold), first, products.size(0),
-                                      threshold.size(0), data<uint32_t>(bits));
+    const int64_t references = pool.size(0), k = values.size(1);
+    const auto from = [first](auto* of_queries, int64_t width) {
+      return of_queries == nullptr ? nullptr : of_queries + first * width;
+    };
+    const hpk::Exclusions exclusions{from(data<bool>(mask), references), from(data<int64_t>(query_group), 1),
+                                     data<int64_t>(pool_group)};
+    computed = hpk::masked_topk_select_cpu<Coarse, T>(
+        run, data<Coarse>(products), rows_from(coarse_rows_of<T>(query, query_stats), first), products.size(0),
+        coarse_rows_of<T>(pool, pool_stats), references, exclusions, k, from(data<T>(values), k),
+        from(data<int64_t>(indices), k));
   });
+  return computed;
 }
+
+int64_t hidden_positives_pack(Tensor products, int64_t row, int64_t column, Tensor features, Tensor stats,
+                              Tensor threshold, Tensor bits) {
+  int64_t open = 0;
+  with_types_of(products, features, [&](auto coarse, auto zero) {
+    using Coarse = decltype(coarse);
+    using T = decltype(zero);
+    const hpk::ProductTile<Coarse> tile{data<Coarse>(products), row, products.size(0), column, products.size(1)};
+    open = hpk::hidden_positives_pack_cpu<Coarse, T>(run, tile, coarse_rows_of<T>(features, stats), data<T>(threshold),
+                                                     features.size(0), data<uint32_t>(bits));
+  });
+  return open;
+}
+
+bool is_symmetric(Tensor bits) { return hpk::is_symmetric_cpu(run, data<uint32_t>(bits), bits.size(0)); }
 
 void transpose_bits(Tensor bits, int64_t columns, Tensor transposed) {
   hpk::transpose_bits_cpu(run, data<uint32_t>(bits), bits.size(0), columns, data<uint32_t>(transposed));
@@ -184,9 +244,15 @@ void local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
-  m.def("masked_topk_select(Tensor(a!) products, Tensor? mask, Tensor? query_group, Tensor? pool_group,"
-        " Tensor(b!) values, Tensor(c!) indices) -> ()");
-  m.def("hidden_positives_pack(Tensor products, Tensor threshold, int first, Tensor(a!) bits) -> ()");
+  m.def("has_int8_products() -> bool");
+  m.def("coarse_int8(Tensor rows, Tensor(a!) codes, Tensor(b!) stats) -> ()");
+  m.def("coarse_unrounded(Tensor rows, Tensor(a!) stats) -> ()");
+  m.def("masked_topk_select(Tensor products, int first, Tensor query, Tensor query_stats, Tensor pool,"
+        " Tensor pool_stats, Tensor? mask, Tensor? query_group, Tensor? pool_group, Tensor(a!) values,"
+        " Tensor(b!) indices) -> int");
+  m.def("hidden_positives_pack(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor threshold,"
+        " Tensor(a!) bits) -> int");
+  m.def("is_symmetric(Tensor bits) -> bool");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
   m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
   m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"
@@ -206,6 +272,9 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
+  m.impl("coarse_int8", TORCH_BOX(&coarse_int8));
+  m.impl("coarse_unrounded", TORCH_BOX(&coarse_unrounded));
+  m.impl("is_symmetric", TORCH_BOX(&is_symmetric));
   m.impl("masked_topk_select", TORCH_BOX(&masked_topk_select));
   m.impl("hidden_positives_pack", TORCH_BOX(&hidden_positives_pack));
   m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
@@ -218,4 +287,8 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
   m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("has_int8_products", TORCH_BOX(&has_int8_products));
 }

@@ -1,98 +1,168 @@
 #include "hidden_positives/hidden_positives.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/bits.h"
+#include "common/inner_product.h"
 
 namespace hpk {
 namespace {
 
-// Which of `count` <= 32 products exceed the smaller of the row's and the column's threshold.
+// The smaller of two thresholds, or NaN if either is: a pair that cannot be judged is no positive.
 template <typename T>
-HPK_HOST_DEVICE uint32_t compare_word_of(const T* products, T row_threshold, const T* thresholds, int64_t count) {
-  uint32_t word = 0;
-  HPK_PRAGMA(omp simd reduction(| : word))
-  for (int64_t j = 0; j < count; ++j) {
-    // The smaller one, or NaN if either is: a pair that cannot be judged is no positive.
-    const bool row_decides = row_threshold < thresholds[j] || row_threshold != row_threshold;
-    const T threshold = row_decides ? row_threshold : thresholds[j];
-    word |= (products[j] > threshold ? 1u : 0u) << j;
-  }
-  return word;
+HPK_HOST_DEVICE T smaller(T a, T b) {
+  return a < b || a != a ? a : b;
 }
 
-// A band of up to 32 rows from `row` on: words from the diagonal to the end, and their transposes.
-template <typename T>
-HPK_HOST_DEVICE void pack_band_of(const T* products, const T* thresholds, int64_t row, int64_t row_end, int64_t first,
-                                  int64_t anchors, uint32_t* bits) {
-  const int64_t words = words_per_row(anchors), span = anchors - first;
-  for (int64_t word = row / 32; word < words; ++word) {
-    const int64_t column = 32 * word, columns = anchors - column < 32 ? anchors - column : 32;
+// Of up to 32 pairs of a row: which exceed the smaller threshold for sure, and for which that is open.
+struct Verdicts {
+  uint32_t above, open;
+};
+
+template <typename Coarse, typename T>
+HPK_HOST_DEVICE Verdicts judge(const Coarse* products, const CoarseRows<T>& features, const T* thresholds, int64_t row,
+                               int64_t column, int64_t count) {
+  const T scale = features.scale[row], norm = features.norm[row], error = features.error[row];
+  const T row_threshold = thresholds[row];
+  const T* scales = features.scale + column;
+  const T* norms = features.norm + column;
+  const T* errors = features.error + column;
+  const T* of_columns = thresholds + column;
+  uint32_t above = 0, open = 0;
+  HPK_PRAGMA(omp simd reduction(| : above, open))
+  for (int64_t j = 0; j < count; ++j) {
+    const T product = scale * static_cast<T>(products[j]) * scales[j];
+    const T bound = coarse_bound(norm, error, norms[j], errors[j]);
+    const T threshold = smaller(row_threshold, of_columns[j]);
+    // Written so that NaN anywhere leaves the pair open.
+    const bool is_above = product - bound > threshold, is_below = product + bound < threshold;
+    above |= (is_above ? 1u : 0u) << j;
+    open |= (is_above || is_below ? 0u : 1u) << j;
+  }
+  return {above, open};
+}
+
+// A band of up to 32 rows from `row` on and its words, and their transposes. Returns the number of open pairs.
+template <typename Coarse, typename T>
+HPK_HOST_DEVICE int64_t pack_band_of(const ProductTile<Coarse>& tile, const CoarseRows<T>& features, const T* thresholds,
+                                     int64_t row, int64_t anchors, uint32_t* bits) {
+  const int64_t words = words_per_row(anchors), column_end = tile.column + tile.columns;
+  const int64_t rows = tile.row + tile.rows - row < 32 ? tile.row + tile.rows - row : 32;
+  int64_t open_pairs = 0;
+  for (int64_t column = tile.column > row ? tile.column : row; column < column_end; column += 32) {
+    const int64_t columns = column_end - column < 32 ? column_end - column : 32;
     uint32_t block[32], transposed[32];
     for (int64_t i = 0; i < 32; ++i) {
       block[i] = 0;
-      if (row + i < row_end) {
-        const T* of_row = products + (row + i - first) * span + (column - first);
-        block[i] = columns == 32 ? compare_word_of(of_row, thresholds[row + i], thresholds + column, 32)
-                                 : compare_word_of(of_row, thresholds[row + i], thresholds + column, columns);
+      if (i < rows) {
+        const Coarse* of_row = tile.products + (row + i - tile.row) * tile.columns + (column - tile.column);
+        Verdicts verdicts = columns == 32 ? judge(of_row, features, thresholds, row + i, column, 32)
+                                          : judge(of_row, features, thresholds, row + i, column, columns);
         // On the diagonal only the columns after the row count.
-        if (column == row) block[i] &= i == 31 ? 0u : ~0u << (i + 1);
+        const uint32_t counted = column != row ? ~0u : i == 31 ? 0u : ~0u << (i + 1);
+        verdicts.above &= counted;
+        for (uint32_t left = verdicts.open & counted; left != 0; left &= left - 1) {
+          const int64_t j = column + __builtin_ctz(left);
+          const T product =
+              inner_product(features.rows + (row + i) * features.dim, features.rows + j * features.dim, features.dim);
+          if (product > smaller(thresholds[row + i], thresholds[j])) verdicts.above |= left & -left;
+          ++open_pairs;
+        }
+        block[i] = verdicts.above;
       }
       transposed[i] = block[i];
     }
     transpose_block(transposed);
     for (int64_t i = 0; i < 32; ++i) {
       if (column == row) block[i] |= transposed[i];
-      if (row + i < row_end) bits[(row + i) * words + word] = block[i];
-      if (column != row && column + i < anchors) bits[(column + i) * words + row / 32] = transposed[i];
+      if (i < rows) bits[(row + i) * words + column / 32] = block[i];
+      if (column != row && i < columns) bits[(column + i) * words + row / 32] = transposed[i];
     }
   }
+  return open_pairs;
 }
 
-HPK_MULTIVERSION void pack_band(const float* products, const float* thresholds, int64_t row, int64_t row_end,
-                                int64_t first, int64_t anchors, uint32_t* bits) {
-  pack_band_of(products, thresholds, row, row_end, first, anchors, bits);
+#define HPK_DEFINE_BAND(Coarse, T)                                                                                    \
+  HPK_MULTIVERSION int64_t pack_band(const ProductTile<Coarse>& tile, const CoarseRows<T>& features,                  \
+                                     const T* thresholds, int64_t row, int64_t anchors, uint32_t* bits) {             \
+    return pack_band_of(tile, features, thresholds, row, anchors, bits);                                              \
+  }
+HPK_DEFINE_BAND(int32_t, float)
+HPK_DEFINE_BAND(float, float)
+HPK_DEFINE_BAND(double, double)
+#undef HPK_DEFINE_BAND
+
+}  // namespace
+
+template <typename Coarse, typename T>
+int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
+                                  const T* threshold, int64_t anchors, uint32_t* bits) {
+  std::atomic<int64_t> open_pairs{0};
+  parallel_for(run, words_per_row(tile.rows), 1, [&](int64_t begin, int64_t end) {
+    int64_t open = 0;
+    for (int64_t band = begin; band < end; ++band) {
+      open += pack_band(tile, features, threshold, tile.row + 32 * band, anchors, bits);
+    }
+    open_pairs += open;
+  });
+  return open_pairs;
 }
 
-HPK_MULTIVERSION void pack_band(const double* products, const double* thresholds, int64_t row, int64_t row_end,
-                                int64_t first, int64_t anchors, uint32_t* bits) {
-  pack_band_of(products, thresholds, row, row_end, first, anchors, bits);
+#define HPK_INSTANTIATE(Coarse, T)                                                                                    \
+  template int64_t hidden_positives_pack_cpu<Coarse, T>(ParallelFor, const ProductTile<Coarse>&, const CoarseRows<T>&, \
+                                                        const T*, int64_t, uint32_t*);
+HPK_INSTANTIATE(int32_t, float)
+HPK_INSTANTIATE(float, float)
+HPK_INSTANTIATE(double, double)
+#undef HPK_INSTANTIATE
+
+namespace {
+
+// The 32 x 32 bits of rows from 32 * band on and word `word`, transposed; rows beyond the last one are 0.
+void transposed_block_of(const uint32_t* bits, int64_t rows, int64_t words, int64_t band, int64_t word,
+                         uint32_t block[32]) {
+  for (int64_t i = 0; i < 32; ++i) block[i] = 32 * band + i < rows ? bits[(32 * band + i) * words + word] : 0u;
+  transpose_block(block);
 }
 
 }  // namespace
 
-template <typename T>
-void hidden_positives_pack_cpu(ParallelFor run, const T* products, const T* threshold, int64_t first, int64_t rows,
-                               int64_t anchors, uint32_t* bits) {
-  parallel_for(run, words_per_row(rows), 1, [=](int64_t begin, int64_t end) {
-    for (int64_t band = begin; band < end; ++band) {
-      const int64_t row = first + 32 * band;
-      pack_band(products, threshold, row, std::min(row + 32, first + rows), first, anchors, bits);
-    }
-  });
-}
-
-template void hidden_positives_pack_cpu<float>(ParallelFor, const float*, const float*, int64_t, int64_t, int64_t,
-                                               uint32_t*);
-template void hidden_positives_pack_cpu<double>(ParallelFor, const double*, const double*, int64_t, int64_t, int64_t,
-                                                uint32_t*);
-
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed) {
   const int64_t words_in = words_per_row(columns), words_out = words_per_row(rows);
   parallel_for(run, words_in, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t band = begin; band < end; ++band) {
-      for (int64_t word = 0; word < words_out; ++word) {
+    for (int64_t word_in = begin; word_in < end; ++word_in) {
+      for (int64_t band = 0; band < words_out; ++band) {
         uint32_t block[32];
-        for (int64_t i = 0; i < 32; ++i) {
-          block[i] = 32 * word + i < rows ? bits[(32 * word + i) * words_in + band] : 0u;
-        }
-        transpose_block(block);
-        for (int64_t i = 0; i < 32 && 32 * band + i < columns; ++i) {
-          transposed[(32 * band + i) * words_out + word] = block[i];
+        transposed_block_of(bits, rows, words_in, band, word_in, block);
+        for (int64_t i = 0; i < 32 && 32 * word_in + i < columns; ++i) {
+          transposed[(32 * word_in + i) * words_out + band] = block[i];
         }
       }
     }
   });
+}
+
+bool is_symmetric_cpu(ParallelFor run, const uint32_t* bits, int64_t anchors) {
+  const int64_t words = words_per_row(anchors);
+  std::atomic<bool> symmetric{true};
+  const auto check = [&](int64_t band) {
+    for (int64_t word = band; word < words; ++word) {
+      uint32_t block[32];
+      transposed_block_of(bits, anchors, words, band, word, block);
+      for (int64_t i = 0; i < 32 && 32 * word + i < anchors; ++i) {
+        if (bits[(32 * word + i) * words + band] != block[i]) symmetric = false;
+      }
+    }
+  };
+  // The first bands have the most to do and the last ones the least: one of each makes an even share.
+  parallel_for(run, (words + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t band = begin; band < end && symmetric; ++band) {
+      check(band);
+      if (words - 1 - band != band) check(words - 1 - band);
+    }
+  });
+  return symmetric;
 }
 
 }  // namespace hpk

@@ -1,16 +1,24 @@
 // Launch signatures of masked_topk. All tensors are contiguous.
 #pragma once
 
-#include "common/threads.h"
+#include "coarse_products/coarse_products.h"
 
 namespace hpk {
 
-// The k greatest of each row of `products` (rows, pool), descending, ties to the lowest index; -inf and -1 where fewer
-// are allowed. A reference is left out where mask (rows, pool) is false or where both groups are the same number >= 0;
-// mask and groups may be null. `products` is overwritten. A NaN in a row makes its values NaN.
-template <typename T>
-void masked_topk_select_cpu(ParallelFor run, T* products, const bool* mask, const int64_t* query_group,
-                            const int64_t* pool_group, int64_t rows, int64_t pool, int64_t k, T* values,
-                            int64_t* indices);
+// Which pairs of a block of queries (rows) and the pool may not be chosen: where mask (rows, pool) is false, and where
+// both groups are the same number >= 0. Mask and groups may be null.
+struct Exclusions {
+  const bool* mask;
+  const int64_t* query_group;
+  const int64_t* pool_group;
+};
+
+// The k greatest inner products of each query of a block with the pool, descending, ties to the lowest index; -inf and -1
+// where fewer are allowed. `products` (rows, pool) are the coarse ones. A NaN in a row makes its values NaN. Returns how
+// many inner products had to be computed.
+template <typename Coarse, typename T>
+int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const CoarseRows<T>& queries, int64_t rows,
+                               const CoarseRows<T>& references, int64_t pool, const Exclusions& exclusions, int64_t k,
+                               T* values, int64_t* indices);
 
 }  // namespace hpk

@@ -1,6 +1,6 @@
-"""CPU kernels of `hidden_positives`: products of a block of anchors with those after it, thresholded and packed twice.
+"""CPU kernels of `hidden_positives`: coarse products of blocks of anchors, thresholded and packed twice.
 
-The relation is symmetric, so half of the products decide all of it.
+The relation is symmetric, so the blocks on and above the diagonal decide all of it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
+from hpkernels.ops._coarse import CoarseProducts, blocks
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["forward", "supports"]
 
-_TILE = 2**21  # products held at a time
-_WORD = 32
+_ROWS, _COLUMNS = 256, 2048  # of a block, multiples of the 32 anchors of a word
 
 
 def forward(features: Tensor, threshold: Tensor) -> Tensor:
     """The relation bit-packed, (N, ceil(N / 32)) int32."""
-    features, threshold = features.to(threshold.dtype).contiguous(), threshold.contiguous()
+    features, threshold = features.detach().to(threshold.dtype).contiguous(), threshold.contiguous()
     anchors = len(features)
     bits = features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-    rows = max(_WORD, _TILE // anchors // _WORD * _WORD)
-    products = features.new_empty(min(rows, anchors) * anchors)
-    for start in range(0, anchors, rows):
-        block, rest = features[start : start + rows], features[start:]
-        tile = torch.mm(block, rest.T, out=products[: len(block) * len(rest)].view(len(block), len(rest)))
-        torch.ops.hpkernels_cpu.hidden_positives_pack(tile, threshold, start, bits)
+    coarse = CoarseProducts(features, features, _ROWS * _COLUMNS)
+    for rows in blocks(anchors, _ROWS):
+        for after in blocks(anchors - rows.start, _COLUMNS):
+            columns = slice(rows.start + after.start, rows.start + after.stop)
+            tile = coarse.tile(rows, columns)
+            undecided = torch.ops.hpkernels_cpu.hidden_positives_pack(
+                tile, rows.start, columns.start, features, coarse.left.stats, threshold, bits
+            )
+            coarse.took(undecided, tile)
     return bits

@@ -1,4 +1,4 @@
-"""CPU kernels of `masked_topk`: products of a block of queries with the pool, then a selection that stays in cache."""
+"""CPU kernels of `masked_topk`: coarse products of a block of queries with the pool, then a selection."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
 from hpkernels.ops import _checks as check
+from hpkernels.ops._coarse import CoarseProducts, blocks
 from hpkernels.ops.masked_topk.reference import backward
 
 __all__ = ["backward", "forward", "supports"]
 
 _TILE = 2**20  # products held at a time
+_LEAST_ROWS = 16  # of a block, however large the pool
 
 
 def forward(
@@ -25,23 +27,21 @@ def forward(
     """values (N, k) and indices (N, k)."""
     (accumulate,) = check.accumulation(query.dtype)
     anchors, references = len(query), len(pool)
-    rows = min(anchors, max(1, _TILE // references))
-    transposed = pool.to(accumulate).T
-    products = query.new_empty((rows, references), dtype=accumulate)
     values = query.new_empty((anchors, k), dtype=accumulate)
     indices = query.new_empty((anchors, k), dtype=torch.int64)
-    mask = None if mask is None else mask.contiguous()
-    query_group = None if query_group is None else query_group.contiguous()
-    pool_group = None if pool_group is None else pool_group.contiguous()
-    for start in range(0, anchors, rows):
-        block = slice(start, min(start + rows, anchors))
-        tile = torch.mm(query[block].to(accumulate), transposed, out=products[: block.stop - start])
-        torch.ops.hpkernels_cpu.masked_topk_select(
+    mask, query_group, pool_group = (
+        None if given is None else given.contiguous() for given in (mask, query_group, pool_group)
+    )
+    rows = min(anchors, max(_LEAST_ROWS, _TILE // references))
+    coarse = CoarseProducts(query.detach().to(accumulate), pool.detach().to(accumulate), rows * references)
+    for block in blocks(anchors, rows):
+        tile = coarse.tile(block, slice(None))
+        computed = torch.ops.hpkernels_cpu.masked_topk_select(
             tile,
-            None if mask is None else mask[block],
-            None if query_group is None else query_group[block],
-            pool_group,
-            values[block],
-            indices[block],
+            block.start,
+            *(coarse.left.rows, coarse.left.stats, coarse.right.rows, coarse.right.stats),
+            *(mask, query_group, pool_group),
+            *(values, indices),
         )
+        coarse.took(computed - len(tile) * k, tile)
     return values, indices
