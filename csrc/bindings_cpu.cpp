@@ -11,6 +11,7 @@
 #include "local_propagation/local_propagation.h"
 #include "masked_topk/masked_topk.h"
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
+#include "torch_products.h"
 
 namespace {
 
@@ -116,8 +117,6 @@ int64_t hidden_positives_pack(Tensor products, int64_t row, int64_t column, Tens
   return open;
 }
 
-bool is_symmetric(Tensor bits) { return hpk::is_symmetric_cpu(run, data<uint32_t>(bits), bits.size(0)); }
-
 void transpose_bits(Tensor bits, int64_t columns, Tensor transposed) {
   hpk::transpose_bits_cpu(run, data<uint32_t>(bits), bits.size(0), columns, data<uint32_t>(transposed));
 }
@@ -154,11 +153,30 @@ hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
   return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
 }
 
-std::tuple<int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
-                                                     Tensor negatives) {
+std::tuple<int64_t, int64_t, int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
+                                                                       Tensor negatives) {
   const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
   const hpk::PairCounts counts = hpk::count_pairs_cpu(run, relations);
-  return {counts.all, counts.within_images};
+  return {counts.positives, counts.positives_within, counts.sampled, counts.sampled_within};
+}
+
+template <typename T>
+hpk::Matrix<T> matrix_of(const Tensor& tensor) {
+  return {data<T>(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+
+void multiply(Tensor left, Tensor right, Tensor out, bool accumulate) {
+  with_type_of(out, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::multiply(run, matrix_of<T>(left), matrix_of<T>(right), matrix_of<T>(out), accumulate);
+  });
+}
+
+void square_products(Tensor z, Tensor out) {
+  with_type_of(out, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::square_products(run, matrix_of<T>(z), matrix_of<T>(out));
+  });
 }
 
 template <typename T>
@@ -177,13 +195,15 @@ void contrastive_block_forward(Tensor products, int64_t row, int64_t column, dou
   });
 }
 
-void contrastive_rows_forward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                              std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
+void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
+                               std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
   const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    hpk::contrastive_rows_forward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
-                                         across_images, sums_of<T>(sums, counts));
+    const auto scale = static_cast<T>(inverse_temperature);
+    const auto found = sums_of<T>(sums, counts);
+    hpk::contrastive_sampled_forward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, found);
+    hpk::contrastive_positives_forward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, found);
   });
 }
 
@@ -199,15 +219,18 @@ void contrastive_block_backward(Tensor products, int64_t row, int64_t column, do
   });
 }
 
-void contrastive_rows_backward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                               Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
-                               Tensor negatives, Tensor negatives_t, Tensor rows, Tensor grad_z) {
-  const auto relations =
-      relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
+                                Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
+                                Tensor negatives, Tensor rows, Tensor grad_z) {
+  const auto relations = relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    hpk::contrastive_rows_backward_cpu<T>(run, data<T>(z), z.size(1), static_cast<T>(inverse_temperature), relations,
-                                          across_images, coefficients_of<T>(rows), data<T>(grad_z));
+    const auto scale = static_cast<T>(inverse_temperature);
+    const auto known = coefficients_of<T>(rows);
+    hpk::contrastive_sampled_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
+                                             data<T>(grad_z));
+    hpk::contrastive_positives_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
+                                               data<T>(grad_z));
   });
 }
 
@@ -252,19 +275,20 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
         " Tensor(b!) indices) -> int");
   m.def("hidden_positives_pack(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor threshold,"
         " Tensor(a!) bits) -> int");
-  m.def("is_symmetric(Tensor bits) -> bool");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
+  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int, int, int)");
+  m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("square_products(Tensor z, Tensor(a!) out) -> ()");
   m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"
         " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
-  m.def("contrastive_rows_forward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
+  m.def("contrastive_pairs_forward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
         " Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
   m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature,"
         " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
         " Tensor negatives_t, Tensor rows) -> ()");
-  m.def("contrastive_rows_backward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
-        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor negatives_t, Tensor rows,"
-        " Tensor(a!) grad_z) -> ()");
+  m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
+        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows, Tensor(a!) grad_z)"
+        " -> ()");
   m.def("draw_negatives(int seed, int columns, float rate, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor logits, float sigma, float low, float high, Tensor(a!) weights) -> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
@@ -274,15 +298,16 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("coarse_int8", TORCH_BOX(&coarse_int8));
   m.impl("coarse_unrounded", TORCH_BOX(&coarse_unrounded));
-  m.impl("is_symmetric", TORCH_BOX(&is_symmetric));
   m.impl("masked_topk_select", TORCH_BOX(&masked_topk_select));
   m.impl("hidden_positives_pack", TORCH_BOX(&hidden_positives_pack));
   m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
   m.impl("contrastive_count_pairs", TORCH_BOX(&contrastive_count_pairs));
   m.impl("contrastive_block_forward", TORCH_BOX(&contrastive_block_forward));
-  m.impl("contrastive_rows_forward", TORCH_BOX(&contrastive_rows_forward));
+  m.impl("multiply", TORCH_BOX(&multiply));
+  m.impl("square_products", TORCH_BOX(&square_products));
+  m.impl("contrastive_pairs_forward", TORCH_BOX(&contrastive_pairs_forward));
   m.impl("contrastive_block_backward", TORCH_BOX(&contrastive_block_backward));
-  m.impl("contrastive_rows_backward", TORCH_BOX(&contrastive_rows_backward));
+  m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
   m.impl("draw_negatives", TORCH_BOX(&draw_negatives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));

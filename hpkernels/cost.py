@@ -190,9 +190,17 @@ def estimate(
     return Estimate(op, device, {name: work.on(DEVICES[device], dtype) for name, work in routes.items()})
 
 
-def contrastive_route(anchors: int, anchors_per_image: int, pairs: float, within_images: float) -> str:
-    """The route of `multi_positive_contrastive` with the least work, from the number of pairs in A, S and R."""
-    work = contrastive_logits(anchors, anchors_per_image, pairs, within_images)
+def contrastive_route(
+    anchors: int,
+    anchors_per_image: int,
+    positives: float,
+    positives_within: float,
+    sampled: float,
+    sampled_within: float,
+) -> str:
+    """The route of `multi_positive_contrastive` with the least work, from numbers of pairs: all, and within images."""
+    pairs, within = positives + sampled, positives_within + sampled_within
+    work = contrastive_logits(anchors, anchors_per_image, pairs, within)
     return min(work, key=lambda route: work[route][0] + ROW_COST * work[route][1])
 
 

@@ -24,7 +24,4 @@ int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& ti
 // The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed);
 
-// Whether a packed relation (anchors, anchors) is its own transpose.
-bool is_symmetric_cpu(ParallelFor run, const uint32_t* bits, int64_t anchors);
-
 }  // namespace hpk

@@ -117,52 +117,22 @@ HPK_INSTANTIATE(float, float)
 HPK_INSTANTIATE(double, double)
 #undef HPK_INSTANTIATE
 
-namespace {
-
-// The 32 x 32 bits of rows from 32 * band on and word `word`, transposed; rows beyond the last one are 0.
-void transposed_block_of(const uint32_t* bits, int64_t rows, int64_t words, int64_t band, int64_t word,
-                         uint32_t block[32]) {
-  for (int64_t i = 0; i < 32; ++i) block[i] = 32 * band + i < rows ? bits[(32 * band + i) * words + word] : 0u;
-  transpose_block(block);
-}
-
-}  // namespace
-
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed) {
   const int64_t words_in = words_per_row(columns), words_out = words_per_row(rows);
   parallel_for(run, words_in, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t word_in = begin; word_in < end; ++word_in) {
-      for (int64_t band = 0; band < words_out; ++band) {
+    for (int64_t band = begin; band < end; ++band) {
+      for (int64_t word = 0; word < words_out; ++word) {
         uint32_t block[32];
-        transposed_block_of(bits, rows, words_in, band, word_in, block);
-        for (int64_t i = 0; i < 32 && 32 * word_in + i < columns; ++i) {
-          transposed[(32 * word_in + i) * words_out + band] = block[i];
+        for (int64_t i = 0; i < 32; ++i) {
+          block[i] = 32 * word + i < rows ? bits[(32 * word + i) * words_in + band] : 0u;
+        }
+        transpose_block(block);
+        for (int64_t i = 0; i < 32 && 32 * band + i < columns; ++i) {
+          transposed[(32 * band + i) * words_out + word] = block[i];
         }
       }
     }
   });
-}
-
-bool is_symmetric_cpu(ParallelFor run, const uint32_t* bits, int64_t anchors) {
-  const int64_t words = words_per_row(anchors);
-  std::atomic<bool> symmetric{true};
-  const auto check = [&](int64_t band) {
-    for (int64_t word = band; word < words; ++word) {
-      uint32_t block[32];
-      transposed_block_of(bits, anchors, words, band, word, block);
-      for (int64_t i = 0; i < 32 && 32 * word + i < anchors; ++i) {
-        if (bits[(32 * word + i) * words + band] != block[i]) symmetric = false;
-      }
-    }
-  };
-  // The first bands have the most to do and the last ones the least: one of each makes an even share.
-  parallel_for(run, (words + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t band = begin; band < end && symmetric; ++band) {
-      check(band);
-      if (words - 1 - band != band) check(words - 1 - band);
-    }
-  });
-  return symmetric;
 }
 
 }  // namespace hpk

@@ -1,20 +1,23 @@
 // Launch signatures of multi_positive_contrastive. All tensors are contiguous; relations are bit-packed.
 //
 //   l_ij = <z_i, z_j> / temperature,  Den_ij = i != j and (A_ij or R[i % G, j])
-//   forward:  logDen_i = log sum_{j in Den_i} exp l_ik, and sums of l_ij over A_i and over S_i
+//   forward:  logDen_i = log sum_{j in Den_i} exp l_ij, and sums of l_ij over A_i and over S_i
 //   backward: dz_i = sum_j (g_ij + g_ji) z_j / temperature,
 //             g_ij = push_i Den_ij exp(l_ij - logDen_i) - pull_i A_ij - pull_specific_i S_ij
 //
-// The pairs are covered by blocks, whose logits are matrix products made by the caller, and by rows, which compute the
-// logits of the pairs in A, S and R alone. One block of everything is the dense route, rows alone are the sparse one, and
-// between them lies a block for each image, which holds most positives, and rows for the pairs across images.
+// Pairs are covered in one of three ways, and every pair in one of them only:
+//   blocks     all pairs of some anchors with some others; their products are made by the caller;
+//   sampled    the pairs in R: anchors at one patch position share their negatives, so these are gathered products;
+//   positives  the pairs in A or S, and in the denominator those that R has not.
+// One block of everything is the dense route; sampled and positives alone are the sparse one; between them lies a block
+// for each image, which holds most positives, and the other two for the pairs of two images (`across_images`).
 #pragma once
 
 #include "common/threads.h"
 
 namespace hpk {
 
-// The relations of N anchors. Transposed ones are equal to the others for symmetric relations.
+// The relations of N anchors. The transposes of symmetric relations are the relations themselves.
 struct Relations {
   int64_t anchors;             // N
   int64_t per_image;           // G
@@ -23,13 +26,13 @@ struct Relations {
   const uint32_t* specific;    // S, or null
   const uint32_t* specific_t;
   const uint32_t* negatives;    // R (G, words_per_row(N))
-  const uint32_t* negatives_t;  // its transpose (N, words_per_row(G)); backward only
+  const uint32_t* negatives_t;  // its transpose (N, words_per_row(G)); blocks in backward only
 };
 
-// What forward finds out about each anchor, (N,) each. Blocks overwrite them, rows add to them.
+// What forward finds out about each anchor, (N,) each, and adds to what it finds there.
 template <typename T>
 struct AnchorSums {
-  T* log_denominator;    // -inf for an empty denominator
+  T* log_denominator;    // log of a sum of exponentials; -inf for none
   T* agnostic_logits;    // sum of l_ij over A_i
   T* specific_logits;    // sum of l_ij over S_i
   int64_t* agnostic_count;  // |A_i|
@@ -48,13 +51,14 @@ struct AnchorCoefficients {
 // R as bits: word `word` of row `row`, for all words of all rows.
 void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t columns, double rate, uint32_t* bits);
 
-// How many bits of A, S and R are set: in all, and within the images.
+// How many bits of A and S, and of R for all anchors, are set: in all, and within the images.
 struct PairCounts {
-  int64_t all, within_images;
+  int64_t positives, positives_within, sampled, sampled_within;
 };
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations);
 
-// A block: the products <z_i, z_j> (rows, columns) of anchors i from `row` and j from `column` on; overwritten.
+// A block: the products <z_i, z_j> (rows, columns) of anchors i from `row` and j from `column` on; overwritten. The columns
+// are whole images.
 template <typename T>
 struct Block {
   T* products;
@@ -70,15 +74,24 @@ template <typename T>
 void contrastive_block_backward_cpu(ParallelFor run, const Block<T>& block, T inverse_temperature,
                                     const Relations& relations, const AnchorCoefficients<T>& anchors);
 
-// Rows: all pairs, or with `across_images` those of two images.
 template <typename T>
-void contrastive_rows_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                  const Relations& relations, bool across_images, const AnchorSums<T>& sums);
+void contrastive_sampled_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                     const Relations& relations, bool across_images, const AnchorSums<T>& sums);
 
 // Adds to grad_z.
 template <typename T>
-void contrastive_rows_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
-                                   const Relations& relations, bool across_images,
-                                   const AnchorCoefficients<T>& anchors, T* grad_z);
+void contrastive_sampled_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                      const Relations& relations, bool across_images,
+                                      const AnchorCoefficients<T>& anchors, T* grad_z);
+
+template <typename T>
+void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                       const Relations& relations, bool across_images, const AnchorSums<T>& sums);
+
+// Adds to grad_z.
+template <typename T>
+void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+                                        const Relations& relations, bool across_images,
+                                        const AnchorCoefficients<T>& anchors, T* grad_z);
 
 }  // namespace hpk

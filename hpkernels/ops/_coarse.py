@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MOST_INT8_FEATURES = 2**17  # 127² times as many is the most that an int32 sum holds
+_INT8_FEATURES = range(16, 2**17)
+"""D for int8: 127² times as many is the most that an int32 sum holds, and few are not worth rounding (with D = 1 PyTorch's
+int8 product takes transposed rows for others)."""
 _MOST_UNDECIDED = 1 / 16
 """Share of pairs that int8 may leave undecided; above, an inner product each costs more than float32 products of all."""
 
@@ -44,7 +46,7 @@ class CoarseProducts:
         """Products of blocks of `left` (N, D) and `right` (M, D) of the same dtype, at most `tile` at a time."""
         self._sets = (left.contiguous(), right.contiguous())
         self._tile = tile
-        self._use(int8_is_fast() and left.dtype == torch.float32 and left.shape[1] <= _MOST_INT8_FEATURES)
+        self._use(int8_is_fast() and left.dtype == torch.float32 and left.shape[1] in _INT8_FEATURES)
 
     def _use(self, int8: bool) -> None:
         left, right = self._sets

@@ -199,12 +199,12 @@ def test_opcheck(case):
     backward = torch.ops.hpkernels.multi_positive_contrastive_backward.default
     for specific, negatives in ((None, None), (batch.specific.bits, batch.negatives)):
         masks = (batch.positives.bits, specific)
-        settings = (12, 0.3, 1.5, 0.1, "joint", True, False, case.backend)
+        settings = (12, 0.3, 1.5, 0.1, "joint", True, False, False, case.backend)
         for z in (batch.z, batch.z.detach().clone().requires_grad_()):
             torch.library.opcheck(forward, (z, *masks, weight, negatives, seed, *settings))
         _, rows = forward(batch.z, *masks, weight, negatives, seed, *settings)
         torch.library.opcheck(
-            backward, (torch.ones_like(weight), batch.z, *masks, negatives, seed, rows, 12, 0.3, 0.1, case.backend)
+            backward, (torch.ones_like(weight), batch.z, *masks, negatives, seed, rows, 12, 0.3, 0.1, False, case.backend)
         )
 
 

@@ -51,4 +51,5 @@ def hidden_positives(features: Tensor, threshold: Tensor, *, backend: str = "aut
     check.finite(op, "features", features)
     check.finite(op, "threshold", threshold, infinity=True)
     backend = backends.select(op, backend, features)
-    return PositiveMask(registration.hidden_positives(features, threshold, backend), features.shape[0])
+    bits = registration.hidden_positives(features, threshold, backend)
+    return PositiveMask(bits, features.shape[0], symmetric=True)

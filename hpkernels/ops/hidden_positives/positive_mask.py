@@ -16,11 +16,14 @@ class PositiveMask:
 
     Attributes:
         bits: (N, ceil(N / 32)) int32; pair (i, j) is bit ``j % 32`` of word ``bits[i, j // 32]``, padding bits are 0.
+        anchors: N.
+        symmetric: whether the mask is known to be its own transpose, which saves the loss from making the transpose.
     """
 
-    def __init__(self, bits: Tensor, anchors: int) -> None:
+    def __init__(self, bits: Tensor, anchors: int, *, symmetric: bool = False) -> None:
         self.bits = bits
         self.anchors = anchors
+        self.symmetric = symmetric
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> PositiveMask:
@@ -50,7 +53,7 @@ class PositiveMask:
             rows = columns[start : start + _LABEL_ROWS, None]
             equal = (labels[rows] == labels) & (labels[rows] >= 0) & (rows != columns)
             bits[start : start + _LABEL_ROWS] = pack_bits(equal)
-        return cls(bits, anchors)
+        return cls(bits, anchors, symmetric=True)
 
     def to_dense(self) -> Tensor:
         """The mask as a (N, N) bool tensor."""
@@ -62,7 +65,7 @@ class PositiveMask:
 
     def to(self, device: torch.device | str) -> PositiveMask:
         """The mask on another device."""
-        return PositiveMask(self.bits.to(device), self.anchors)
+        return PositiveMask(self.bits.to(device), self.anchors, symmetric=self.symmetric)
 
     @property
     def device(self) -> torch.device:

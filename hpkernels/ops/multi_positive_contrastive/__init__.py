@@ -126,6 +126,7 @@ def contrastive_branch(
         options.variant,
         options.reweight,
         options.keep_specific_only,
+        positives.symmetric and (specific is None or specific.symmetric),
         backend,
     )
     return loss

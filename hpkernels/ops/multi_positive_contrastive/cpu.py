@@ -1,8 +1,8 @@
 """CPU kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
-Pairs are covered by blocks, whose logits are matrix products, and by rows, which compute the logits of positives and
-sampled negatives alone. Three routes give the same result, and the one with the least work is taken: rows alone; a
-block for each image, which holds most positives, and rows for the pairs across images; blocks of all pairs.
+Pairs are covered by blocks, whose logits are matrix products, or one by one where they are sampled or positives. Three
+routes give the same result, and the one with the least work is taken: "rows", pairs alone; "images", a block for each image,
+which holds most positives, and pairs across images; "blocks", blocks of all pairs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor
 from hpkernels._native import supports_cpu as supports
 from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
+from hpkernels.ops._coarse import blocks
 from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
 
 __all__ = ["backward", "forward", "supports"]
 
-_TILE = 2**20  # logits of a block
+_ROWS, _COLUMNS = 512, 4096  # of a block, but the columns are whole images
+_LARGEST_SQUARE = 2**24  # logits of an image that are held at a time; a block of all pairs of one image is symmetric
 
 
 def forward(
@@ -47,10 +49,11 @@ def forward(
     sums, counts = rows.new_zeros((3, anchors)), rows.new_zeros((2, anchors), dtype=torch.int64)
     sums[0] = -torch.inf
     kernels, route = torch.ops.hpkernels_cpu, choose_route(*relations)
-    for row, column, products in _blocks(rows, route, anchors_per_image):
-        kernels.contrastive_block_forward(products, row, column, 1 / temperature, *relations, sums, counts)
+    for block, columns, products in _blocks(rows, route, anchors_per_image):
+        at = (block.start, columns.start)
+        kernels.contrastive_block_forward(products, *at, 1 / temperature, *relations, sums, counts)
     if route != "blocks":
-        kernels.contrastive_rows_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
+        kernels.contrastive_pairs_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
     log_denominator, agnostic_logits, specific_logits = sums
     usable = log_denominator > -torch.inf
     push, pull, pull_specific = anchor_coefficients(
@@ -80,21 +83,24 @@ def backward(
     anchors_per_image: int,
     temperature: float,
     negative_rate: float,
+    symmetric: bool,
 ) -> Tensor:
     """The gradient of z from the row statistics; logits, probabilities and negatives are computed again."""
     anchors = len(z)
     vectors, positives, specific = z.detach().to(rows.dtype).contiguous(), *_contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
-    specific_t = None if specific is None else _transposed(specific, anchors)
-    relations = (positives, _transposed(positives, anchors), specific, specific_t, drawn, _transposed(drawn, anchors))
+    positives_t = positives if symmetric else _transposed(positives, anchors)
+    specific_t = specific if symmetric or specific is None else _transposed(specific, anchors)
+    relations = (positives, positives_t, specific, specific_t, drawn)
     grad_z = torch.zeros_like(vectors)
     kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
-    for row, column, products in _blocks(vectors, route, anchors_per_image):
-        kernels.contrastive_block_backward(products, row, column, 1 / temperature, *relations, rows)
-        columns = vectors[column : column + products.shape[1]]
-        torch.mm(products, columns, out=grad_z[row : row + len(products)])
+    drawn_t = None if route == "rows" else _transposed(drawn, anchors)
+    for block, columns, products in _blocks(vectors, route, anchors_per_image):
+        at = (block.start, columns.start)
+        kernels.contrastive_block_backward(products, *at, 1 / temperature, *relations, drawn_t, rows)
+        kernels.multiply(products, vectors[columns], grad_z[block], True)
     if route != "blocks":
-        kernels.contrastive_rows_backward(vectors, route == "images", 1 / temperature, *relations, rows, grad_z)
+        kernels.contrastive_pairs_backward(vectors, route == "images", 1 / temperature, *relations, rows, grad_z)
     return (grad_z * grad_loss).to(z.dtype)
 
 
@@ -123,17 +129,29 @@ def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) 
     return contrastive_route(len(positives), len(negatives), *counts)
 
 
-def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, first column and products of the blocks of a route; each block is overwritten by the next."""
-    anchors = len(z)
+def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and products of the blocks of a route; each block is overwritten by the next."""
     if route == "rows":
         return
-    columns = anchors_per_image if route == "images" else anchors
-    rows = min(columns, max(1, _TILE // columns))
-    buffer = z.new_empty((rows, columns))
-    for column in range(0, anchors, columns):
-        others = z[column : column + columns].T
-        # The blocks of an image lie beside its own rows; those of all pairs beside all of them.
-        for row in range(column, column + columns, rows):
-            block = z[row : min(row + rows, column + columns)]
-            yield row, column, torch.mm(block, others, out=buffer[: len(block)])
+    kernels, anchors = torch.ops.hpkernels_cpu, len(z)
+    images = 1 if route == "images" else max(1, _COLUMNS // anchors_per_image)
+    most_columns = min(anchors, images * anchors_per_image)  # whole images
+    square = anchors == most_columns or route == "images"
+    whole = square and most_columns**2 <= _LARGEST_SQUARE
+    rows = most_columns if whole else min(_ROWS, anchors)
+    buffer = z.new_empty(rows * most_columns)
+    for columns in blocks(anchors, most_columns):
+        size = columns.stop - columns.start
+        for part in [columns] if whole else _parts(columns if square else slice(0, anchors), rows):
+            products = buffer[: (part.stop - part.start) * size].view(-1, size)
+            if whole:
+                kernels.square_products(z[part], products)
+            else:
+                kernels.multiply(z[part], z[columns].T, products, False)
+            yield part, columns, products
+
+
+def _parts(whole: slice, size: int) -> list[slice]:
+    return [
+        slice(whole.start + part.start, whole.start + part.stop) for part in blocks(whole.stop - whole.start, size)
+    ]

@@ -171,6 +171,7 @@ def backward(
     anchors_per_image: int,
     temperature: float,
     negative_rate: float,
+    symmetric: bool,
 ) -> Tensor:
     """The gradient of z from the row statistics; logits, probabilities and negatives are computed again."""
     anchors = len(z)

@@ -25,11 +25,11 @@ backends.register("multi_positive_contrastive", "reference", reference)
     mutates_args=(),
     schema="(Tensor z, Tensor positives, Tensor? specific, Tensor specific_weight, Tensor? negatives, Tensor seed,"
     " SymInt anchors_per_image, float temperature, float scale, float negative_rate, str variant, bool reweight,"
-    " bool keep_specific_only, str backend) -> (Tensor loss, Tensor rows)",
+    " bool keep_specific_only, bool symmetric, str backend) -> (Tensor loss, Tensor rows)",
 )
 @full_precision
 def multi_positive_contrastive(z, *arguments):
-    *arguments, backend = arguments
+    *arguments, _, backend = arguments  # whether the relations are symmetric matters to backward only
     return backends.implementation("multi_positive_contrastive", backend).forward(z, *arguments)
 
 
@@ -43,7 +43,8 @@ def _(z, *arguments):
     "hpkernels::multi_positive_contrastive_backward",
     mutates_args=(),
     schema="(Tensor grad_loss, Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor seed,"
-    " Tensor rows, SymInt anchors_per_image, float temperature, float negative_rate, str backend) -> Tensor grad_z",
+    " Tensor rows, SymInt anchors_per_image, float temperature, float negative_rate, bool symmetric, str backend)"
+    " -> Tensor grad_z",
 )
 @full_precision
 def multi_positive_contrastive_backward(grad_loss, *arguments):
@@ -57,16 +58,17 @@ def _(grad_loss, z, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    z, positives, specific, _, negatives, seed, anchors_per_image, temperature, _, negative_rate, *_, backend = inputs
+    z, positives, specific, _, negatives, seed, anchors_per_image, temperature, _, negative_rate, *others = inputs
     _, rows = output
+    symmetric, backend = others[-2:]
     ctx.mark_non_differentiable(rows)
     ctx.save_for_backward(z, positives, specific, negatives, seed, rows)
-    ctx.constants = (anchors_per_image, temperature, negative_rate, backend)
+    ctx.constants = (anchors_per_image, temperature, negative_rate, symmetric, backend)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_z = multi_positive_contrastive_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
-    return grad_z, *(None,) * 13
+    return grad_z, *(None,) * 14
 
 
 multi_positive_contrastive.register_autograd(_backward, setup_context=_setup_context)
