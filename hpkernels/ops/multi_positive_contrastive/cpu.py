@@ -7,6 +7,7 @@ which holds most positives, and pairs across images; "blocks", blocks of all pai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -106,10 +107,13 @@ def backward(
 
 def _negative_bits(negatives: Tensor | None, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     """R bit-packed, (G, ceil(N / 32)) int32."""
-    if negatives is not None:
-        return pack_bits(negatives)
+    return _drawn(int(seed), rows, columns, rate) if negatives is None else pack_bits(negatives)
+
+
+@functools.lru_cache(maxsize=1)  # forward and backward of all branches of a step draw the same
+def _drawn(seed: int, rows: int, columns: int, rate: float) -> Tensor:
     bits = torch.empty((rows, words_per_row(columns)), dtype=torch.int32)
-    torch.ops.hpkernels_cpu.draw_negatives(int(seed), columns, rate, bits)
+    torch.ops.hpkernels_cpu.draw_negatives(seed, columns, rate, bits)
     return bits
 
 
