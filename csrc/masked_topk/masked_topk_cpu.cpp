@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "common/inner_product.h"
@@ -10,146 +11,178 @@
 namespace hpk {
 namespace {
 
-constexpr int64_t kBlock = 64;
-constexpr int64_t kInserted = 128;  // more of the greatest are not kept sorted by insertion
+constexpr int64_t kLeastGroups = 64, kMostGroups = 256;  // of products, by their position; multiples of any vector's length
 
 template <typename T>
 constexpr T kExcluded = -std::numeric_limits<T>::infinity();
 
 template <typename T>
 struct Candidate {
-  T value;
+  T value;  // the coarse product, and then the inner product
   int64_t index;
 };
 
 // What one thread works with.
 template <typename T>
 struct Scratch {
-  std::vector<T> least, most;  // between which the inner products of a query with the pool are
-  std::vector<T> greatest;
+  std::vector<T> values;  // coarse products of a query with the pool
+  std::vector<T> maxima;
+  std::vector<int32_t> positions;
+  std::vector<double> query;
   std::vector<Candidate<T>> candidates;
 };
 
 template <typename Coarse, typename T>
-HPK_HOST_DEVICE void bounds_of(const Coarse* products, T scale, T norm, T error, const CoarseRows<T>& references,
-                               int64_t pool, T* least, T* most) {
+HPK_HOST_DEVICE void scale_of(const Coarse* products, T scale, const T* scales, int64_t count, T* values) {
   HPK_SIMD
-  for (int64_t j = 0; j < pool; ++j) {
-    const T product = scale * static_cast<T>(products[j]) * references.scale[j];
-    const T bound = coarse_bound(norm, error, references.norm[j], references.error[j]);
-    least[j] = product - bound;
-    most[j] = product + bound;
+  for (int64_t j = 0; j < count; ++j) values[j] = scale * static_cast<T>(products[j]) * scales[j];
+}
+
+// The greatest of all values whose position has the same remainder by `groups`, a power of two; NaN is passed over.
+template <typename T>
+HPK_HOST_DEVICE void group_maxima_of(const T* values, int64_t count, int64_t groups, T* maxima) {
+  for (int64_t g = 0; g < groups; ++g) maxima[g] = kExcluded<T>;
+  for (int64_t first = 0; first < count; first += groups) {
+    const int64_t end = count - first < groups ? count - first : groups;
+    HPK_SIMD
+    for (int64_t g = 0; g < end; ++g) maxima[g] = values[first + g] > maxima[g] ? values[first + g] : maxima[g];
   }
 }
 
+// Which of up to 32 values reach a limit; NaN does.
 template <typename T>
-HPK_HOST_DEVICE T greatest_of(const T* values, int64_t count) {
-  T greatest = -std::numeric_limits<T>::infinity();
-  HPK_PRAGMA(omp simd reduction(max : greatest))
-  for (int64_t j = 0; j < count; ++j) greatest = values[j] > greatest ? values[j] : greatest;
-  return greatest;
-}
-
-// Whether a reference of a block may be among the greatest; true for NaN.
-template <typename T>
-HPK_HOST_DEVICE bool any_reaches_of(const T* most, int64_t count, T limit) {
-  int32_t found = 0;
+HPK_HOST_DEVICE uint32_t reaching_of(const T* values, int64_t count, T limit) {
+  uint32_t found = 0;
   HPK_PRAGMA(omp simd reduction(| : found))
-  for (int64_t j = 0; j < count; ++j) found |= !(most[j] < limit);
-  return found != 0;
+  for (int64_t j = 0; j < count; ++j) found |= (values[j] < limit ? 0u : 1u) << j;
+  return found;
 }
 
-#define HPK_DEFINE_BOUNDS(Coarse, T)                                                                                  \
-  HPK_MULTIVERSION void bounds(const Coarse* products, T scale, T norm, T error, const CoarseRows<T>& references,     \
-                               int64_t pool, T* least, T* most) {                                                     \
-    bounds_of(products, scale, norm, error, references, pool, least, most);                                           \
+// The positions of all values that reach a limit, ascending; returns how many there are.
+template <typename T>
+HPK_HOST_DEVICE int64_t list_reaching_of(const T* values, int64_t count, T limit, int32_t* positions) {
+  int64_t listed = 0;
+  for (int64_t first = 0; first < count; first += 32) {
+    uint32_t left = count - first < 32 ? reaching_of(values + first, count - first, limit)
+                                       : reaching_of(values + first, 32, limit);
+    for (; left != 0; left &= left - 1) positions[listed++] = static_cast<int32_t>(first + __builtin_ctz(left));
   }
-HPK_DEFINE_BOUNDS(int32_t, float)
-HPK_DEFINE_BOUNDS(float, float)
-HPK_DEFINE_BOUNDS(double, double)
-#undef HPK_DEFINE_BOUNDS
+  return listed;
+}
+
+// Turns the coarse products of candidates into their inner products.
+template <typename T>
+HPK_HOST_DEVICE void evaluate_of(const double* query, const T* references, int64_t dim, Candidate<T>* first,
+                                 Candidate<T>* last) {
+  for (Candidate<T>* candidate = first; candidate != last; ++candidate) {
+    candidate->value = inner_product(query, references + candidate->index * dim, dim);
+  }
+}
+
+#define HPK_DEFINE_SCALE(Coarse, T)                                                                                   \
+  HPK_MULTIVERSION void scale_products(const Coarse* products, T scale, const T* scales, int64_t count, T* values) {  \
+    scale_of(products, scale, scales, count, values);                                                                 \
+  }
+HPK_DEFINE_SCALE(int32_t, float)
+HPK_DEFINE_SCALE(float, float)
+HPK_DEFINE_SCALE(double, double)
+#undef HPK_DEFINE_SCALE
 
 #define HPK_DEFINE_FOR(T)                                                                                             \
-  HPK_MULTIVERSION T greatest(const T* values, int64_t count) { return greatest_of(values, count); }                  \
-  HPK_MULTIVERSION bool any_reaches(const T* most, int64_t count, T limit) { return any_reaches_of(most, count, limit); } \
-  HPK_MULTIVERSION T product_of(const T* x, const T* y, int64_t dim) { return inner_product(x, y, dim); }
+  HPK_MULTIVERSION void group_maxima(const T* values, int64_t count, int64_t groups, T* maxima) {                     \
+    group_maxima_of(values, count, groups, maxima);                                                                   \
+  }                                                                                                                   \
+  HPK_MULTIVERSION int64_t list_reaching(const T* values, int64_t count, T limit, int32_t* positions) {               \
+    return list_reaching_of(values, count, limit, positions);                                                         \
+  }                                                                                                                   \
+  HPK_MULTIVERSION void evaluate(const double* query, const T* references, int64_t dim, Candidate<T>* first,          \
+                                 Candidate<T>* last) {                                                                \
+    evaluate_of(query, references, dim, first, last);                                                                 \
+  }
 HPK_DEFINE_FOR(float)
 HPK_DEFINE_FOR(double)
 #undef HPK_DEFINE_FOR
 
-// The k-th greatest of `values`, NaN counting as least; -inf if there are fewer.
 template <typename T>
-T kth_greatest(const std::vector<T>& values, int64_t k, std::vector<T>& kept) {
-  const auto count = static_cast<int64_t>(values.size());
-  if (k == 1) return greatest(values.data(), count);
-  if (k > kInserted) {
-    kept = values;
-    for (T& value : kept) value = value != value ? kExcluded<T> : value;
-    std::nth_element(kept.begin(), kept.begin() + (k - 1), kept.end(), [](T a, T b) { return a > b; });
-    return kept[k - 1];
-  }
-  // Sorted by insertion; blocks none of whose values beats the last of those kept are passed over at once.
-  kept.assign(k, kExcluded<T>);
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, count);
-    if (!(greatest(values.data() + begin, end - begin) > kept[k - 1])) continue;
-    for (int64_t j = begin; j < end; ++j) {
-      if (!(values[j] > kept[k - 1])) continue;
-      int64_t place = k - 1;
-      for (; place > 0 && values[j] > kept[place - 1]; --place) kept[place] = kept[place - 1];
-      kept[place] = values[j];
-    }
-  }
-  return kept[k - 1];
-}
-
-template <typename T>
-void exclude(const Exclusions& exclusions, int64_t row, int64_t pool, Scratch<T>& scratch) {
-  const auto leave_out = [&](int64_t j) { scratch.least[j] = scratch.most[j] = kExcluded<T>; };
+void exclude(const Exclusions& exclusions, int64_t row, std::vector<T>& values) {
+  const auto pool = static_cast<int64_t>(values.size());
   if (exclusions.mask != nullptr) {
     const bool* allowed = exclusions.mask + row * pool;
-    for (int64_t j = 0; j < pool; ++j) {
-      if (!allowed[j]) leave_out(j);
-    }
+    for (int64_t j = 0; j < pool; ++j) values[j] = allowed[j] ? values[j] : kExcluded<T>;
   }
   if (exclusions.query_group != nullptr && exclusions.query_group[row] >= 0) {
     const int64_t group = exclusions.query_group[row];
-    for (int64_t j = 0; j < pool; ++j) {
-      if (exclusions.pool_group[j] == group) leave_out(j);
-    }
+    for (int64_t j = 0; j < pool; ++j) values[j] = exclusions.pool_group[j] == group ? kExcluded<T> : values[j];
   }
 }
 
-// Fills the candidates: the inner products of all references that may be among the k greatest of a query.
-template <typename Coarse, typename T>
-void find_candidates(const Coarse* products, const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t pool,
-                     const Exclusions& exclusions, int64_t row, int64_t k, Scratch<T>& scratch) {
-  scratch.least.resize(pool);
-  scratch.most.resize(pool);
-  bounds(products, *query.scale, *query.norm, *query.error, references, pool, scratch.least.data(),
-         scratch.most.data());
-  exclude(exclusions, row, pool, scratch);
-  const T limit = kth_greatest(scratch.least, k, scratch.greatest);
-  scratch.candidates.clear();
-  for (int64_t begin = 0; begin < pool; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, pool);
-    if (!any_reaches(scratch.most.data() + begin, end - begin, limit)) continue;
-    for (int64_t j = begin; j < end; ++j) {
-      if (scratch.most[j] < limit || scratch.most[j] == kExcluded<T>) continue;
-      scratch.candidates.push_back({product_of(query.rows, references.rows + j * references.dim, query.dim), j});
-    }
+// A number that at least k of the values reach, and no much smaller one; -inf if that is not worth finding.
+template <typename T>
+T lower_limit(int64_t k, Scratch<T>& scratch) {
+  const auto count = static_cast<int64_t>(scratch.values.size());
+  int64_t groups = kLeastGroups;
+  while (groups < 4 * k) groups *= 2;
+  if (groups > kMostGroups || (groups >= count && k > 1)) return kExcluded<T>;
+  scratch.maxima.resize(groups);
+  group_maxima(scratch.values.data(), count, groups, scratch.maxima.data());
+  if (k == 1) return *std::max_element(scratch.maxima.begin(), scratch.maxima.end());
+  // As many groups have a maximum of at least the k-th greatest maximum.
+  const auto kth = scratch.maxima.begin() + (k - 1);
+  std::nth_element(scratch.maxima.begin(), kth, scratch.maxima.end(), [](T a, T b) { return a > b; });
+  return *kth;
+}
+
+template <typename T>
+bool is_nan(const Candidate<T>& candidate) {
+  return candidate.value != candidate.value;
+}
+
+template <typename T>
+bool is_better(const Candidate<T>& a, const Candidate<T>& b) {
+  return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
+
+// Lists the references whose inner product may be among the k greatest, `bound` being the most that a coarse product is
+// off, and then computes those products, less some that have turned out too small.
+template <typename T>
+void find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound,
+                     Scratch<T>& scratch) {
+  const auto pool = static_cast<int64_t>(scratch.values.size());
+  scratch.positions.resize(pool);
+  const T limit = lower_limit(k, scratch) - 2 * bound;
+  const int64_t listed = list_reaching(scratch.values.data(), pool, limit, scratch.positions.data());
+  std::vector<Candidate<T>>& candidates = scratch.candidates;
+  candidates.clear();
+  for (int64_t p = 0; p < listed; ++p) {
+    const int32_t reference = scratch.positions[p];
+    if (scratch.values[reference] != kExcluded<T>) candidates.push_back({scratch.values[reference], reference});
   }
+
+  scratch.query.assign(query.rows, query.rows + query.dim);
+  const auto evaluate_these = [&](Candidate<T>* first, Candidate<T>* last) {
+    evaluate(scratch.query.data(), references.rows, query.dim, first, last);
+  };
+  // First those that may be greatest, and what is NaN: most of the others are then out of the question.
+  Candidate<T>* const begin = candidates.data();
+  Candidate<T>* const end = begin + candidates.size();
+  Candidate<T>* const first = std::partition(begin, end, is_nan<T>);
+  Candidate<T>* const likely = end - first > k ? first + k : end;
+  std::nth_element(first, likely, end, is_better<T>);
+  evaluate_these(begin, likely);
+  T least = std::numeric_limits<T>::infinity();
+  for (const Candidate<T>* candidate = first; candidate != likely; ++candidate) least = std::min(least, candidate->value);
+  const auto too_small = [=](const Candidate<T>& other) { return other.value + bound < least; };
+  Candidate<T>* const possible = std::remove_if(likely, end, too_small);
+  evaluate_these(likely, possible);
+  candidates.resize(possible - begin);
 }
 
 template <typename T>
 void choose(std::vector<Candidate<T>>& candidates, int64_t k, T* values, int64_t* indices) {
-  const auto better = [](const Candidate<T>& a, const Candidate<T>& b) {
-    return a.value > b.value || (a.value == b.value && a.index < b.index);
-  };
-  const auto is_nan = [](const Candidate<T>& candidate) { return candidate.value != candidate.value; };
-  const bool nan = std::any_of(candidates.begin(), candidates.end(), is_nan);
+  const bool nan = std::any_of(candidates.begin(), candidates.end(), is_nan<T>);
   const int64_t found = nan ? 0 : std::min<int64_t>(k, candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(), better);
+  std::nth_element(candidates.begin(), candidates.begin() + found, candidates.end(), is_better<T>);
+  std::sort(candidates.begin(), candidates.begin() + found, is_better<T>);
   for (int64_t t = 0; t < k; ++t) {
     values[t] = t < found ? candidates[t].value : nan ? std::numeric_limits<T>::quiet_NaN() : kExcluded<T>;
     indices[t] = values[t] > kExcluded<T> ? candidates[t].index : -1;
@@ -162,12 +195,19 @@ template <typename Coarse, typename T>
 int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const CoarseRows<T>& queries, int64_t rows,
                                const CoarseRows<T>& references, int64_t pool, const Exclusions& exclusions, int64_t k,
                                T* values, int64_t* indices) {
+  const auto greater = [](T a, T b) { return a < b || b != b ? b : a; };  // NaN if there is one
+  const T norm = std::accumulate(references.norm, references.norm + pool, T{0}, greater);
+  const T error = std::accumulate(references.error, references.error + pool, T{0}, greater);
   std::atomic<int64_t> computed{0};
   parallel_for(run, rows, 16, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
+    scratch.values.resize(pool);
     int64_t candidates = 0;
     for (int64_t i = begin; i < end; ++i) {
-      find_candidates(products + i * pool, rows_from(queries, i), references, pool, exclusions, i, k, scratch);
+      const CoarseRows<T> query = rows_from(queries, i);
+      scale_products(products + i * pool, *query.scale, references.scale, pool, scratch.values.data());
+      exclude(exclusions, i, scratch.values);
+      find_candidates(query, references, k, coarse_bound(*query.norm, *query.error, norm, error), scratch);
       candidates += static_cast<int64_t>(scratch.candidates.size());
       choose(scratch.candidates, k, values + i * k, indices + i * k);
     }

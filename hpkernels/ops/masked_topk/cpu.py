@@ -12,7 +12,7 @@ from hpkernels.ops.masked_topk.reference import backward
 
 __all__ = ["backward", "forward", "supports"]
 
-_TILE = 2**20  # products held at a time
+_TILE = 2**21  # products held at a time
 _LEAST_ROWS = 16  # of a block, however large the pool
 
 
