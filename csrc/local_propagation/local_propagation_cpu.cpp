@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "common/exponential.h"
@@ -29,24 +30,87 @@ HPK_MULTIVERSION double clamped_exp_sum(const double* row, int64_t count, double
   return clamped_exp_sum_of(row, count, low, high);
 }
 
-// Quantile of `values`, whose order is lost, by linear interpolation between the two order statistics around it.
+constexpr int64_t kBuckets = 256;
+
+// Sorts `count` values into buckets of equal width between the least and the greatest: buckets[j] is that of row[j].
+// Monotone, so that the buckets of sorted values are sorted. False, and nothing done, unless both ends are finite.
 template <typename T>
-T quantile(std::vector<T>& values, double which) {
-  const double position = which * static_cast<double>(values.size() - 1);
-  const auto below = static_cast<size_t>(position);
-  const auto at = values.begin() + static_cast<int64_t>(below);
-  std::nth_element(values.begin(), at, values.end());
-  if (below + 1 == values.size()) return *at;
-  const T above = *std::min_element(at + 1, values.end());
-  return *at + static_cast<T>(position - static_cast<double>(below)) * (above - *at);
+HPK_HOST_DEVICE bool into_buckets_of(const T* row, int64_t count, int32_t* buckets) {
+  T least = row[0], greatest = row[0];
+  int32_t nan = 0;
+  HPK_PRAGMA(omp simd reduction(min : least) reduction(max : greatest) reduction(| : nan))
+  for (int64_t j = 0; j < count; ++j) {
+    least = row[j] < least ? row[j] : least;
+    greatest = row[j] > greatest ? row[j] : greatest;
+    nan |= row[j] != row[j];
+  }
+  const T scale = static_cast<T>(kBuckets - 1) / (greatest - least);
+  if (nan != 0 || !(scale > 0) || !(scale < std::numeric_limits<T>::infinity())) return false;
+  HPK_SIMD
+  for (int64_t j = 0; j < count; ++j) buckets[j] = static_cast<int32_t>((row[j] - least) * scale);
+  return true;
+}
+
+HPK_MULTIVERSION bool into_buckets(const float* row, int64_t count, int32_t* buckets) {
+  return into_buckets_of(row, count, buckets);
+}
+
+HPK_MULTIVERSION bool into_buckets(const double* row, int64_t count, int32_t* buckets) {
+  return into_buckets_of(row, count, buckets);
+}
+
+// What one thread works with.
+template <typename T>
+struct Scratch {
+  std::vector<T> some;
+  std::vector<int32_t> buckets;
+};
+
+// The order statistics `rank` and rank + 1 of values, of which `smaller` are not among `some`; some is reordered.
+template <typename T>
+std::pair<T, T> neighbours_in(std::vector<T>& some, int64_t rank, int64_t smaller) {
+  const auto at = some.begin() + (rank - smaller);
+  std::nth_element(some.begin(), at, some.end());
+  return {*at, at + 1 == some.end() ? *at : *std::min_element(at + 1, some.end())};
+}
+
+// Quantiles of a row by linear interpolation between the two order statistics around each.
+template <typename T>
+std::pair<T, T> quantiles(const T* row, int64_t count, double low, double high, Scratch<T>& scratch) {
+  scratch.buckets.resize(count);
+  const bool bucketed = into_buckets(row, count, scratch.buckets.data());
+  int32_t sizes[kBuckets] = {};
+  for (int64_t j = 0; bucketed && j < count; ++j) ++sizes[scratch.buckets[j]];
+  const auto quantile = [&](double which) {
+    const double position = which * static_cast<double>(count - 1);
+    const auto rank = static_cast<int64_t>(position);
+    int64_t smaller = 0;
+    if (bucketed) {
+      // Only the values from the bucket of the one order statistic to that of the other need to be looked at.
+      int32_t first = 0;
+      while (smaller + sizes[first] <= rank) smaller += sizes[first++];
+      int32_t last = first;
+      const int64_t wanted = std::min(rank + 1, count - 1);
+      for (int64_t seen = smaller + sizes[first]; seen <= wanted; seen += sizes[last]) ++last;
+      scratch.some.clear();
+      for (int64_t j = 0; j < count; ++j) {
+        if (scratch.buckets[j] >= first && scratch.buckets[j] <= last) scratch.some.push_back(row[j]);
+      }
+    } else {
+      scratch.some.assign(row, row + count);
+    }
+    const auto [below, above] = neighbours_in(scratch.some, rank, smaller);
+    return below + static_cast<T>(position - static_cast<double>(rank)) * (above - below);
+  };
+  const T at_low = quantile(low);
+  return {at_low, quantile(high)};
 }
 
 template <typename T>
 void weights_of_row(const T* row, int64_t i, int64_t height, int64_t width, double sigma, double low, double high,
-                    int64_t window, std::vector<T>& scratch, T* weights) {
+                    int64_t window, Scratch<T>& scratch, T* weights) {
   const int64_t patches = height * width, radius = window / 2, y = i / width, x = i % width;
-  scratch.assign(row, row + patches);
-  const T least = quantile(scratch, low), greatest = quantile(scratch, high);
+  const auto [least, greatest] = quantiles(row, patches, low, high, scratch);
   const T to_mean_units = static_cast<T>(patches) / clamped_exp_sum(row, patches, least, greatest);
   const int64_t y0 = std::max<int64_t>(y - radius, 0), y1 = std::min(y + radius, height - 1);
   const int64_t x0 = std::max<int64_t>(x - radius, 0), x1 = std::min(x + radius, width - 1);
@@ -140,7 +204,7 @@ void local_propagation_weights_cpu(ParallelFor run, const T* logits, int64_t ima
                                    double sigma, double low, double high, int64_t window, T* weights) {
   const int64_t patches = height * width;
   parallel_for(run, images * patches, 16, [=](int64_t begin, int64_t end) {
-    std::vector<T> scratch;
+    Scratch<T> scratch;
     for (int64_t row = begin; row < end; ++row) {
       weights_of_row(logits + row * patches, row % patches, height, width, sigma, low, high, window, scratch,
                      weights + row / patches * window * window * patches);

@@ -15,8 +15,6 @@ from hpkernels.ops import _checks as check
 
 __all__ = ["apply_backward", "apply_forward", "supports", "weights_forward"]
 
-_TILE = 2**22  # logits held at a time
-
 
 def weights_forward(
     query: Tensor,
@@ -33,15 +31,13 @@ def weights_forward(
     (accumulate,) = check.accumulation(query.dtype)
     images, heads, _, dim = query.shape
     patches = height * width
-    at_a_time = min(images, max(1, _TILE // patches**2))
-    logits = query.new_empty((at_a_time, patches, patches), dtype=accumulate)
+    logits = query.new_empty((patches, patches), dtype=accumulate)
     weights = query.new_empty((images, window * window, height, width), dtype=accumulate)
-    for start in range(0, images, at_a_time):
-        some = slice(start, min(start + at_a_time, images))
-        own_query = _heads_joined(query[some, :, prefix_tokens:], accumulate) / (heads * math.sqrt(dim))
-        own_key = _heads_joined(key[some, :, prefix_tokens:], accumulate)
-        tile = torch.bmm(own_query, own_key.mT, out=logits[: some.stop - start])
-        torch.ops.hpkernels_cpu.local_propagation_weights(tile, sigma, low, high, weights[some])
+    for image in range(images):
+        own_query, own_key = (_heads_joined(tokens[image, :, prefix_tokens:], accumulate) for tokens in (query, key))
+        own_query = own_query / (heads * math.sqrt(dim))
+        torch.ops.hpkernels_cpu.multiply(own_query, own_key.T, logits, False)
+        torch.ops.hpkernels_cpu.local_propagation_weights(logits, sigma, low, high, weights[image : image + 1])
     return weights
 
 
@@ -63,5 +59,5 @@ def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
 
 
 def _heads_joined(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, heads, G, d) as (B, G, heads * d)."""
-    return tokens.transpose(1, 2).flatten(2).to(dtype)
+    """(heads, G, d) as (G, heads * d)."""
+    return tokens.transpose(0, 1).flatten(1).to(dtype)

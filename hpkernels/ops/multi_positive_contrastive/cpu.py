@@ -156,6 +156,4 @@ def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[sli
 
 
 def _parts(whole: slice, size: int) -> list[slice]:
-    return [
-        slice(whole.start + part.start, whole.start + part.stop) for part in blocks(whole.stop - whole.start, size)
-    ]
+    return [slice(whole.start + part.start, whole.start + part.stop) for part in blocks(whole.stop - whole.start, size)]
