@@ -62,20 +62,39 @@ Array<float> exp_nonpositive(Array<float> values) {
   return result;
 }
 
-Array<uint32_t> pack(Array<float> products, Array<float> threshold) {
+// The codes (N, D) of rows, and their scale, norm and error (3, N).
+py::tuple coarse_int8(Array<float> rows) {
+  const int64_t count = rows.shape(0), dim = rows.shape(1);
+  Array<int8_t> codes({count, dim});
+  Array<float> stats({int64_t{3}, count});
+  float* of_stats = stats.mutable_data();
+  hpk::coarse_int8_cpu(run, rows.data(), count, dim, codes.mutable_data(), of_stats, of_stats + count,
+                       of_stats + 2 * count);
+  return py::make_tuple(codes, stats);
+}
+
+hpk::CoarseRows<float> coarse_rows(const Array<float>& rows, const Array<float>& stats) {
+  const int64_t count = rows.shape(0);
+  return {rows.data(), rows.shape(1), stats.data(), stats.data() + count, stats.data() + 2 * count};
+}
+
+Array<uint32_t> pack(Array<int32_t> products, Array<float> features, Array<float> stats, Array<float> threshold) {
   const int64_t anchors = threshold.size();
   Array<uint32_t> bits({anchors, hpk::words_per_row(anchors)});
-  hpk::hidden_positives_pack_cpu<float>(run, products.data(), threshold.data(), 0, anchors, anchors,
-                                        bits.mutable_data());
+  const hpk::ProductTile<int32_t> tile{products.data(), 0, anchors, 0, anchors};
+  hpk::hidden_positives_pack_cpu<int32_t, float>(run, tile, coarse_rows(features, stats), threshold.data(), anchors,
+                                                 bits.mutable_data());
   return bits;
 }
 
-py::tuple topk(Array<float> products, int64_t k) {
-  const int64_t rows = products.shape(0), pool = products.shape(1);
+py::tuple topk(Array<int32_t> products, Array<float> query, Array<float> query_stats, Array<float> pool,
+               Array<float> pool_stats, int64_t k) {
+  const int64_t rows = query.shape(0), references = pool.shape(0);
   Array<float> values({rows, k});
   Array<int64_t> indices({rows, k});
-  hpk::masked_topk_select_cpu<float>(run, products.mutable_data(), nullptr, nullptr, nullptr, rows, pool, k,
-                                     values.mutable_data(), indices.mutable_data());
+  hpk::masked_topk_select_cpu<int32_t, float>(run, products.data(), coarse_rows(query, query_stats), rows,
+                                              coarse_rows(pool, pool_stats), references, {}, k, values.mutable_data(),
+                                              indices.mutable_data());
   return py::make_tuple(values, indices);
 }
 
@@ -92,9 +111,9 @@ py::tuple local_propagation(Array<float> logits, Array<float> code, int64_t wind
   return py::make_tuple(weights, mixed, grad);
 }
 
-// Forward and backward by rows, or by one block of everything, with made-up coefficients.
+// Forward and backward by pairs, or by one block of everything, with made-up coefficients.
 Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> agnostic, Array<uint32_t> negatives,
-                         bool rows) {
+                         bool by_pairs) {
   const int64_t anchors = z.shape(0), dim = z.shape(1), per_image = negatives.shape(0);
   const Array<uint32_t> agnostic_t = transpose_bits(agnostic, anchors), negatives_t = transpose_bits(negatives, anchors);
   const hpk::Relations relations{anchors,          per_image,           agnostic.data(),  agnostic_t.data(),
@@ -107,11 +126,16 @@ Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> 
                                      counts.data() + anchors};
   const hpk::AnchorCoefficients<float> known{sums.data(), coefficients.data(), coefficients.data(),
                                              coefficients.data()};
-  Array<float> result({anchors, rows ? dim : anchors});
-  if (rows) {
+  Array<float> result({anchors, by_pairs ? dim : anchors});
+  if (by_pairs) {
     std::fill(result.mutable_data(), result.mutable_data() + result.size(), 0.0f);
-    hpk::contrastive_rows_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, true, found);
-    hpk::contrastive_rows_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, true, known, result.mutable_data());
+    for (const bool across_images : {false, true}) {
+      float* grad = result.mutable_data();
+      hpk::contrastive_sampled_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, found);
+      hpk::contrastive_positives_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, found);
+      hpk::contrastive_sampled_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, known, grad);
+      hpk::contrastive_positives_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, known, grad);
+    }
   } else {
     std::copy(products.data(), products.data() + products.size(), result.mutable_data());
     const hpk::Block<float> block{result.mutable_data(), 0, anchors, 0, anchors};
@@ -130,8 +154,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("transpose_bits", &transpose_bits);
   m.def("repeat_bits", &repeat_bits);
   m.def("exp_nonpositive", &exp_nonpositive);
-  m.def("topk", &topk);
+  m.def("coarse_int8", &coarse_int8);
+  m.def("topk", &topk, "The greatest inner products, from the coarse ones and what is known of the rows.");
   m.def("local_propagation", &local_propagation);
   m.def("contrastive", &contrastive);
-  m.def("pack", &pack, "Threshold and pack the (N, N) products of all anchors.");
+  m.def("pack", &pack, "Threshold and pack the coarse (N, N) products of all anchors.");
 }

@@ -5,8 +5,8 @@
 
 `masked_topk` and `hidden_positives` decide by them where that is safe, and compute the inner product, summed in float64
 and rounded to float32, of the other pairs: results do not depend on how coarse the products are, only time does.
-Processors without fast int8 products, and pairs of rows that int8 is too coarse for, take float32 in the same way; float64
-rows take float64.
+Processors without fast int8 products, and rows that int8 is too coarse for, take float32 products in the same way;
+float64 rows take float64.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 _INT8_FEATURES = range(16, 2**17)
-"""D for int8: 127² times as many is the most that an int32 sum holds, and few are not worth rounding (with D = 1 PyTorch's
-int8 product takes transposed rows for others)."""
+"""D for int8: 127² times as many is the most that an int32 sum holds, and few are not worth rounding (and with D = 1
+PyTorch's int8 product is wrong: it mistakes transposed rows for others)."""
 _MOST_UNDECIDED = 1 / 16
-"""Share of pairs that int8 may leave undecided; above, an inner product each costs more than float32 products of all."""
+"""Share of pairs that int8 may leave undecided: their inner products then cost as much as float32 products of all."""
 
 
 class CoarseRows(NamedTuple):
@@ -85,6 +85,6 @@ def int8_is_fast() -> bool:
     return torch.ops.hpkernels_cpu.has_int8_products()
 
 
-def blocks(count: int, size: int) -> Sequence[slice]:
-    """Slices of up to `size` that make up ``range(count)``."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def blocks(whole: slice, size: int) -> Sequence[slice]:
+    """Slices of up to `size` that make up `whole`."""
+    return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]

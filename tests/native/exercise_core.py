@@ -15,19 +15,25 @@ def main(folder):
     def normal(*shape):
         return random.normal(size=shape).astype(np.float32)
 
+    def topk(query, pool, k):
+        (codes, stats), (pool_codes, pool_stats) = core.coarse_int8(query), core.coarse_int8(pool)
+        core.topk(codes.astype(np.int32) @ pool_codes.T, query, stats, pool, pool_stats, k)
+
     for anchors in (1, 31, 33, 70):
-        rows = normal(anchors, 4)
-        products = rows @ rows.T
-        bits = core.pack(products, normal(anchors))
+        rows = normal(anchors, 5)
+        codes, stats = core.coarse_int8(rows)
+        bits = core.pack(codes.astype(np.int32) @ codes.T, rows, stats, normal(anchors))
         core.transpose_bits(bits, anchors)
         core.repeat_bits(bits[0], anchors, 5 * anchors)
         for per_image in sorted({1, anchors}):
             negatives = core.draw_negatives(4, per_image, anchors, 0.2)
-            for by_rows in (True, False):
-                core.contrastive(rows, products, bits, negatives, by_rows)
+            for by_pairs in (True, False):
+                core.contrastive(rows, rows @ rows.T, bits, negatives, by_pairs)
         for k in sorted({1, min(3, anchors), anchors}):
-            core.topk(products, k)
-    core.topk(normal(2, 300), 200)
+            topk(rows, rows, k)
+    topk(normal(2, 33), normal(300, 33), 40)
+    topk(normal(2, 33), normal(300, 33), 200)
+    core.coarse_int8(np.float32([[np.nan, 1], [np.inf, -np.inf], [1e-45, 0], [3e38, 3e38], [0, 0]]))
     for height, width, window in ((1, 1, 1), (1, 5, 3), (4, 3, 5), (2, 2, 7)):
         logits = normal(2, height * width, height * width)
         core.local_propagation(logits, normal(2, 3, height, width), window)

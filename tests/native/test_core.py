@@ -61,6 +61,12 @@ def test_exponential(core):
     assert core.exp_nonpositive(np.float32([0]))[0] == 1
 
 
+def coarse(core, rows):
+    """The rows as numpy arrays, their int8 codes as wider integers, and their scale, norm and error."""
+    codes, stats = core.coarse_int8(rows.numpy())
+    return rows.numpy(), codes.astype(np.int32), stats
+
+
 @pytest.mark.parametrize("anchors", [1, 31, 32, 33, 64, 95, 130])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pack(core, anchors, threads, generator):
@@ -68,8 +74,36 @@ def test_pack(core, anchors, threads, generator):
     threshold = torch.randn(anchors, generator=generator) * 3
     threshold[::9] = torch.inf
     core.set_threads(threads)
-    expected = words(reference.positives(features, threshold))
-    assert np.array_equal(core.pack((features @ features.T).numpy(), threshold.numpy()), expected)
+    expected = words(reference.positives(features.double(), threshold.double()))
+    rows, codes, stats = coarse(core, features)
+    assert np.array_equal(core.pack(codes @ codes.T, rows, stats, threshold.numpy()), expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, 64, 65, 200, 300])
+def test_topk(core, k, generator):
+    query, pool = (torch.randn(count, 24, generator=generator) for count in (5, 300))
+    (rows, codes, stats), (references, pool_codes, pool_stats) = coarse(core, query), coarse(core, pool)
+    values, indices = core.topk(codes @ pool_codes.T, rows, stats, references, pool_stats, k)
+    exact = (query.double() @ pool.double().T).float().sort(dim=1, descending=True, stable=True)
+    assert np.array_equal(values, exact.values[:, :k]) and np.array_equal(indices, exact.indices[:, :k])
+
+
+@pytest.mark.parametrize("kind", ["normal", "outliers", "tiny", "huge", "zero", "constant"])
+def test_coarse_products_are_within_their_bound(core, kind, generator):
+    rows = torch.randn(64, 48, generator=generator)
+    if kind == "outliers":
+        rows[:, 3] *= 300
+    elif kind in ("tiny", "huge", "zero"):
+        rows *= {"tiny": 1e-39, "huge": 1e18, "zero": 0.0}[kind]
+    elif kind == "constant":
+        rows = rows[:, :1].expand(-1, 48).contiguous()
+    _, codes, (scale, norm, error) = coarse(core, rows)
+    products = (scale[:, None] * (codes @ codes.T).astype(np.float32) * scale).astype(np.float64)
+    exact = (rows.double() @ rows.double().T).numpy()
+    bound = error[:, None] * norm + norm[:, None] * error + np.float32(4 * np.finfo(np.float32).tiny)
+    assert (np.abs(products - exact) <= bound).all()
+    if kind == "normal":  # and the bound is worth having: a hundredth or so of the product of the lengths
+        assert (bound <= 0.025 * norm[:, None] * norm).all()
 
 
 def test_sanitizers_find_nothing(build_core, repository):

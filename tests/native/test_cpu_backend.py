@@ -9,7 +9,10 @@ import torch
 import hpkernels
 from hpkernels import PositiveMask
 from hpkernels.backends import availability
+from hpkernels.ops import _coarse
+from hpkernels.ops.hidden_positives import cpu as discovery
 from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.masked_topk import cpu as topk
 from hpkernels.ops.multi_positive_contrastive import cpu
 from hpkernels.testing import assert_rows_close, random_problem
 
@@ -102,18 +105,124 @@ def test_route_follows_the_work():
     assert cpu.choose_route(PositiveMask.from_labels(many).bits, None, all_pairs) == "blocks"
 
 
+@pytest.mark.parametrize("cut", [{"_SIDE": 8}, {"_LARGEST_SQUARE": 0, "_ROWS": 7}], ids=["squares", "rows"])
+def test_blocks_may_be_cut_in_any_way(route, cut, monkeypatch):
+    problem = random_problem(3, images=5, height=3, width=4, dim=9, dtype=torch.float64)
+    expected = loss_and_gradients(problem, "reference")
+    for name, value in cut.items():
+        monkeypatch.setattr(cpu, name, value)
+    torch.testing.assert_close(loss_and_gradients(problem, "cpu"), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_threads_do_not_matter(route):
     problem = random_problem(1, images=4, height=9, width=8, dim=33)
-    threads = torch.get_num_threads()
+    assert_independent_of_threads(lambda: loss_and_gradients(problem, "cpu"))
+
+
+def test_threads_do_not_matter_to_other_ops():
+    problem = random_problem(1, images=2, height=9, width=8, feature_dim=33, pool_size=100)
+    code, tokens = torch.rand(2, 33, 9, 8), torch.rand(2, 2, 73, 5)
+
+    def results():
+        top = hpkernels.masked_topk(problem.features, problem.pool, k=7, backend="cpu")
+        positives = hpkernels.hidden_positives(problem.features, top.values[:, 0], backend="cpu")
+        return *top, positives.bits, hpkernels.local_propagation(code, tokens, tokens.flip(1), backend="cpu")
+
+    assert_independent_of_threads(results)
+
+
+def assert_independent_of_threads(compute):
+    """Assert that the results have the same bits for several numbers of threads."""
+    threads, results = torch.get_num_threads(), []
     try:
-        results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(loss_and_gradients(problem, "cpu"))
+            results.append(compute())
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_runs_in_inference_mode(route):
+    problem = random_problem(1, images=4, height=9, width=8, dim=33)
+    options = {"anchors_per_image": 72, "seed": 1, "backend": "cpu"}
+    expected = hpkernels.ghp_contrastive(problem.z, problem.features, problem.pool, **options)
+    with torch.inference_mode():
+        loss = hpkernels.ghp_contrastive(problem.z, problem.features, problem.pool, **options)
+    assert torch.equal(loss, expected)
+
+
+@pytest.fixture(params=["int8", "float32"])
+def precision(request, monkeypatch):
+    """Coarse products of this precision."""
+    monkeypatch.setattr(_coarse, "int8_is_fast", lambda: request.param == "int8")
+    return request.param
+
+
+def rows_of(kind, count, generator):
+    """Rows (count, 40) with pairs of equal rows among them."""
+    rows = torch.randn(count, 40, generator=generator)
+    if kind == "alike":  # far more so than int8 can tell
+        rows = rows[:1] + 1e-4 * rows
+    elif kind == "outliers":
+        rows[:, 7] *= 100
+    elif kind in ("tiny", "huge"):
+        rows *= {"tiny": 1e-30, "huge": 1e15}[kind]
+    rows[count // 2 :] = rows[: count - count // 2]
+    return rows
+
+
+each_kind = pytest.mark.parametrize("kind", ["normal", "alike", "outliers", "tiny", "huge"])
+
+
+@each_kind
+@pytest.mark.parametrize("k", [1, 5, 70])
+def test_topk_is_exact(precision, kind, k, generator, monkeypatch):
+    monkeypatch.setattr(topk, "_TILE", 20 * 150)  # several blocks of queries
+    query, pool = rows_of(kind, 90, generator), rows_of(kind, 150, generator)
+    values, indices = hpkernels.masked_topk(query, pool, k, backend="cpu")
+    exact = (query.double() @ pool.double().T).float().sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, exact.values[:, :k]) and torch.equal(indices, exact.indices[:, :k])
+
+
+@each_kind
+def test_discovery_is_exact(precision, kind, generator, monkeypatch):
+    monkeypatch.setattr(discovery, "_ROWS", 32)
+    monkeypatch.setattr(discovery, "_COLUMNS", 64)
+    features = rows_of(kind, 210, generator)
+    products = (features.double() @ features.double().T).float()
+    threshold = products[:, 0].contiguous()  # so that some products equal their thresholds, which is not above them
+    expected = (products > torch.minimum(threshold[:, None], threshold)).fill_diagonal_(False)
+    mask = hpkernels.hidden_positives(features, threshold, backend="cpu")
+    assert torch.equal(mask.to_dense(), expected)
+
+
+def test_precision_follows_what_int8_leaves_undecided(generator, monkeypatch):
+    monkeypatch.setattr(_coarse, "int8_is_fast", lambda: True)
+    for kind, expected in (("normal", True), ("alike", False)):
+        rows = rows_of(kind, 300, generator)
+        products = _coarse.CoarseProducts(rows, rows, 300 * 300)
+        tile = products.tile(slice(0, 300), slice(0, 300))
+        assert tile.dtype == torch.int32
+        threshold = rows.norm(dim=1) ** 2
+        bits = torch.empty(300, 10, dtype=torch.int32)
+        pack = torch.ops.hpkernels_cpu.hidden_positives_pack
+        products.took(pack(tile, 0, 0, rows, products.left.stats, threshold, bits), tile)
+        assert (products.tile(slice(0, 300), slice(0, 300)).dtype == torch.int32) == expected
+
+
+def test_symmetric_relations_need_no_transpose(monkeypatch):
+    transposed = []
+    original = cpu._transposed
+    monkeypatch.setattr(cpu, "_transposed", lambda bits, columns: transposed.append(columns) or original(bits, columns))
+    labels = torch.arange(60) % 7
+    dense = PositiveMask.from_labels(labels).to_dense()
+    for mask, times in ((PositiveMask.from_labels(labels), 1), (PositiveMask.from_dense(dense), 2)):
+        transposed.clear()
+        z = torch.nn.functional.normalize(torch.randn(60, 5)).requires_grad_()
+        hpkernels.multi_positive_contrastive(z, mask, backend="cpu").backward()
+        assert len(transposed) == times  # of the negatives, and of positives that are not known to be symmetric
 
 
 def test_memory_does_not_grow_with_the_pairs():

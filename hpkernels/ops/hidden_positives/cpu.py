@@ -23,9 +23,8 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     anchors = len(features)
     bits = features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
     coarse = CoarseProducts(features, features, _ROWS * _COLUMNS)
-    for rows in blocks(anchors, _ROWS):
-        for after in blocks(anchors - rows.start, _COLUMNS):
-            columns = slice(rows.start + after.start, rows.start + after.stop)
+    for rows in blocks(slice(0, anchors), _ROWS):
+        for columns in blocks(slice(rows.start, anchors), _COLUMNS):
             tile = coarse.tile(rows, columns)
             undecided = torch.ops.hpkernels_cpu.hidden_positives_pack(
                 tile, rows.start, columns.start, features, coarse.left.stats, threshold, bits

@@ -34,7 +34,7 @@ def forward(
     )
     rows = min(anchors, max(_LEAST_ROWS, _TILE // references))
     coarse = CoarseProducts(query.detach().to(accumulate), pool.detach().to(accumulate), rows * references)
-    for block in blocks(anchors, rows):
+    for block in blocks(slice(0, anchors), rows):
         tile = coarse.tile(block, slice(None))
         computed = torch.ops.hpkernels_cpu.masked_topk_select(
             tile,

@@ -1,8 +1,8 @@
 """CPU kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
 Pairs are covered by blocks, whose logits are matrix products, or one by one where they are sampled or positives. Three
-routes give the same result, and the one with the least work is taken: "rows", pairs alone; "images", a block for each image,
-which holds most positives, and pairs across images; "blocks", blocks of all pairs.
+routes give the same result, and the one with the least work is taken: "rows", pairs alone; "images", a block for each
+image, which holds most positives, and pairs across images; "blocks", blocks of all pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficien
 
 __all__ = ["backward", "forward", "supports"]
 
-_ROWS, _COLUMNS = 512, 4096  # of a block, but the columns are whole images
-_LARGEST_SQUARE = 2**24  # logits of an image that are held at a time; a block of all pairs of one image is symmetric
+_SIDE = 2048  # anchors of a block of all pairs; whole images, and at least one
+_LARGEST_SQUARE = 2**24  # logits of a block; images of more anchors are cut into blocks of rows
+_ROWS = 512  # of such a block
 
 
 def forward(
@@ -50,9 +51,12 @@ def forward(
     sums, counts = rows.new_zeros((3, anchors)), rows.new_zeros((2, anchors), dtype=torch.int64)
     sums[0] = -torch.inf
     kernels, route = torch.ops.hpkernels_cpu, choose_route(*relations)
-    for block, columns, products in _blocks(rows, route, anchors_per_image):
-        at = (block.start, columns.start)
-        kernels.contrastive_block_forward(products, *at, 1 / temperature, *relations, sums, counts)
+    for block, columns, products, mirrored in _blocks(rows, route, anchors_per_image):
+        tiles = [(block.start, columns.start, products)]
+        if mirrored:
+            tiles.append((columns.start, block.start, products.T.contiguous()))
+        for row, column, tile in tiles:
+            kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
     if route != "blocks":
         kernels.contrastive_pairs_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
     log_denominator, agnostic_logits, specific_logits = sums
@@ -96,10 +100,12 @@ def backward(
     grad_z = torch.zeros_like(vectors)
     kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
     drawn_t = None if route == "rows" else _transposed(drawn, anchors)
-    for block, columns, products in _blocks(vectors, route, anchors_per_image):
+    for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):
         at = (block.start, columns.start)
         kernels.contrastive_block_backward(products, *at, 1 / temperature, *relations, drawn_t, rows)
         kernels.multiply(products, vectors[columns], grad_z[block], True)
+        if mirrored:
+            kernels.multiply(products.T, vectors[block], grad_z[columns], True)
     if route != "blocks":
         kernels.contrastive_pairs_backward(vectors, route == "images", 1 / temperature, *relations, rows, grad_z)
     return (grad_z * grad_loss).to(z.dtype)
@@ -133,27 +139,26 @@ def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) 
     return contrastive_route(len(positives), len(negatives), *counts)
 
 
-def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and products of the blocks of a route; each block is overwritten by the next."""
+def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[slice, slice, Tensor, bool]]:
+    """The blocks of a route: rows, columns, products, and whether the block stands for its mirror image as well.
+
+    Each block is overwritten by the next. Columns are whole images.
+    """
     if route == "rows":
         return
     kernels, anchors = torch.ops.hpkernels_cpu, len(z)
-    images = 1 if route == "images" else max(1, _COLUMNS // anchors_per_image)
-    most_columns = min(anchors, images * anchors_per_image)  # whole images
-    square = anchors == most_columns or route == "images"
-    whole = square and most_columns**2 <= _LARGEST_SQUARE
-    rows = most_columns if whole else min(_ROWS, anchors)
-    buffer = z.new_empty(rows * most_columns)
-    for columns in blocks(anchors, most_columns):
+    side = anchors_per_image if route == "images" else anchors_per_image * max(1, _SIDE // anchors_per_image)
+    side = min(side, anchors)
+    symmetric = side**2 <= _LARGEST_SQUARE
+    rows = side if symmetric else min(_ROWS, side)
+    buffer = z.new_empty(rows * side)
+    for columns in blocks(slice(0, anchors), side):
         size = columns.stop - columns.start
-        for part in [columns] if whole else _parts(columns if square else slice(0, anchors), rows):
+        within = columns if route == "images" else slice(0, columns.stop if symmetric else anchors)
+        for part in blocks(within, rows):
             products = buffer[: (part.stop - part.start) * size].view(-1, size)
-            if whole:
+            if part == columns:
                 kernels.square_products(z[part], products)
             else:
                 kernels.multiply(z[part], z[columns].T, products, False)
-            yield part, columns, products
-
-
-def _parts(whole: slice, size: int) -> list[slice]:
-    return [slice(whole.start + part.start, whole.start + part.stop) for part in blocks(whole.stop - whole.start, size)]
+            yield part, columns, products, symmetric and part != columns
