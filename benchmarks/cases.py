@@ -57,14 +57,14 @@ class Case:
 
 
 _FULL = {
-    "masked_topk": {"k=1": (4, 16, 64), "k=8": (16,), "k=32": (16,)},
+    "masked_topk": {"k=1": (4, 16, 64), "k=8": (16, 64), "k=32": (16, 64)},
     "hidden_positives": {"forward": (1, 4, 16)},
     "multi_positive_contrastive": {"labels": (1, 4), "sampled": (1, 4, 16)},
     "local_propagation": {
         "weights": (4, 16),
         "apply": (4, 16),
         "apply+backward": (4, 16),
-        "whole": (4,),
+        "whole+backward": (1, 4),
     },
     "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
     "training_step": {"forward+backward": (1, 4)},
@@ -147,10 +147,9 @@ def _local_propagation(case: Case) -> Inputs:
     tokens = (2, case.images, HEADS, PREFIX_TOKENS + height * width, HEAD_DIM)
     query, key = torch.randn(tokens, generator=generator)
     weights = hpkernels.local_propagation_weights(query, key, case.grid)
-    inputs = {"code": code, "query": query, "key": key, "grid": case.grid, "weights": weights}
-    if case.call.startswith("apply"):
-        inputs |= {"attention": _dense(weights), "grad": torch.randn(code.shape, generator=generator)}
-    return inputs
+    grad = torch.randn(code.shape, generator=generator)
+    inputs = {"code": code, "query": query, "key": key, "grid": case.grid, "weights": weights, "grad": grad}
+    return inputs | ({"attention": _dense(weights)} if case.call.startswith("apply") else {})
 
 
 def _dense(weights: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from benchmarks.cases import Case
 from benchmarks.providers import provider
 
 REPETITIONS = 5  # at least, unless BUDGET is spent before
+FEWEST_REPETITIONS = 3  # even so
 MOST_REPETITIONS = 50
 ENOUGH = 0.5  # seconds after which REPETITIONS suffice
-BUDGET = 10.0  # seconds of a provider's calls in one case, after which no other begins
-LONG_CALL = 5.0  # seconds; longer calls are timed once, in the process that measures their memory
+BUDGET = 10.0  # seconds of a provider's calls in one case
+LONG_CALL = 60.0  # seconds; longer calls are timed once, in the process that measures their memory
 _TIMEOUT = 300.0  # seconds of a process that measures memory
 
 
@@ -56,7 +57,9 @@ def times(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
 
 def _finished(seconds: list[float]) -> bool:
     count, total = len(seconds), sum(seconds)
-    return total >= BUDGET or count >= MOST_REPETITIONS or (count >= REPETITIONS and total >= ENOUGH)
+    if total >= BUDGET:
+        return count >= FEWEST_REPETITIONS
+    return count >= MOST_REPETITIONS or (count >= REPETITIONS and total >= ENOUGH)
 
 
 def seconds_of(call: Callable[[], object]) -> float:

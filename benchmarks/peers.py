@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Outputs, applied, differentiate, leaf, provides
+from benchmarks.providers import Outputs, applied, attention_of, backend_provider, differentiate, leaf, provides
+from hpkernels.ops._coarse import without_int8
 
 
 @provides("masked_topk", "torch-topk")
@@ -26,6 +27,12 @@ def _faiss(inputs: Inputs) -> Outputs:
     return {"values": torch.from_numpy(values), "indices": torch.from_numpy(indices)}
 
 
+@provides("masked_topk", "cpu-float32")
+def _topk_without_int8(inputs: Inputs) -> Outputs:
+    with without_int8():
+        return backend_provider("masked_topk", inputs, "cpu")
+
+
 @provides("hidden_positives", "torch-matmul", most_anchors=12544)
 def _matmul(inputs: Inputs) -> Outputs:
     features, threshold = inputs["features"], inputs["threshold"]
@@ -41,16 +48,21 @@ def _matmul(inputs: Inputs) -> Outputs:
     most_anchors=3136,
 )
 def _metric_learning(inputs: Inputs) -> Outputs:
+    from pytorch_metric_learning.distances import DotProductSimilarity
     from pytorch_metric_learning.losses import SupConLoss
 
     z = leaf(inputs["z"])
-    return differentiate(SupConLoss(inputs["settings"]["temperature"])(z, inputs["labels"]), z=z)
+    similarity = DotProductSimilarity(normalize_embeddings=False)  # the rows are unit vectors already
+    loss = SupConLoss(inputs["settings"]["temperature"], distance=similarity)
+    return differentiate(loss(z, inputs["labels"]), z=z)
 
 
-@provides("local_propagation", "torch-bmm", "apply", "apply+backward")
+@provides("local_propagation", "torch-bmm", "apply", "apply+backward", "whole+backward")
 def _bmm(inputs: Inputs) -> Outputs:
+    attention = attention_of(inputs)
+
     def apply(code: Tensor) -> Tensor:
-        return torch.bmm(code.flatten(2), inputs["attention"].mT).view_as(code)
+        return torch.bmm(code.flatten(2), attention.mT).view_as(code)
 
     return applied(inputs, apply)
 

@@ -138,11 +138,11 @@ def _multi_positive_contrastive(inputs: Inputs, backend: str) -> Outputs:
 
 
 def _local_propagation(inputs: Inputs, backend: str) -> Outputs:
-    code, query, key = inputs["code"], inputs["query"], inputs["key"]
+    query, key = inputs["query"], inputs["key"]
     if inputs["call"] == "weights":
         return {"weights": hpkernels.local_propagation_weights(query, key, inputs["grid"], backend=backend)}
-    if inputs["call"] == "whole":
-        return {"mixed": hpkernels.local_propagation(code, query, key, backend=backend)}
+    if inputs["call"] == "whole+backward":
+        return applied(inputs, lambda code: hpkernels.local_propagation(code, query, key, backend=backend))
     return applied(inputs, lambda code: hpkernels.apply_local_propagation(code, inputs["weights"], backend=backend))
 
 
@@ -201,6 +201,11 @@ _BACKEND_CALLS = {
 }
 
 
+def backend_provider(op: str, inputs: Inputs, backend: str) -> Outputs:
+    """The results of a backend of hpkernels."""
+    return _BACKEND_CALLS[op](inputs, backend)
+
+
 @cache
 def _compiled(function: Callable) -> Callable:
     # The number of rows and columns differs from case to case; fixed ones give code that is at least as fast.
@@ -226,12 +231,17 @@ def _compiled_ghp(inputs: Inputs) -> Outputs:
     return differentiate(loss, z=z, z_mixed=z_mixed)
 
 
-@provides("local_propagation", "published", "apply", "apply+backward", "whole", most_anchors=_PRODUCTS_LIMIT)
+@provides("local_propagation", "published", "apply", "apply+backward", "whole+backward", most_anchors=_PRODUCTS_LIMIT)
 def _published_propagation(inputs: Inputs) -> Outputs:
-    if inputs["call"] == "whole":
-        attention = published.attention(inputs["query"], inputs["key"], inputs["grid"])
-        return {"mixed": published.propagate(inputs["code"], attention)}
-    return applied(inputs, lambda code: published.propagate(code, inputs["attention"]))
+    attention = attention_of(inputs)
+    return applied(inputs, lambda code: published.propagate(code, attention))
+
+
+def attention_of(inputs: Inputs) -> Tensor:
+    """The masked attention (B, G, G): given, or computed in the published way where the call includes that."""
+    if "attention" in inputs:
+        return inputs["attention"]
+    return published.attention(inputs["query"], inputs["key"], inputs["grid"])
 
 
 @provides("local_propagation", "compiled", "apply", "apply+backward", most_anchors=_PRODUCTS_LIMIT, compiles=True)

@@ -153,11 +153,11 @@ hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
   return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
 }
 
-std::tuple<int64_t, int64_t, int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
-                                                                       Tensor negatives) {
+std::tuple<int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
+                                                     Tensor negatives) {
   const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
   const hpk::PairCounts counts = hpk::count_pairs_cpu(run, relations);
-  return {counts.positives, counts.positives_within, counts.sampled, counts.sampled_within};
+  return {counts.all, counts.within_images};
 }
 
 template <typename T>
@@ -276,7 +276,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("hidden_positives_pack(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor threshold,"
         " Tensor(a!) bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int, int, int)");
+  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
   m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
   m.def("square_products(Tensor z, Tensor(a!) out) -> ()");
   m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"

@@ -1,16 +1,20 @@
 """The one cost model: FLOPs, bytes, workspace and time of each op by each route. Needs neither a GPU nor torch.
 
 Times are those of a perfect implementation at the published (for the CPU: measured) rates of a device: the larger of
-arithmetic and traffic. They have not been compared with measured times systematically yet.
+arithmetic and traffic. docs/benchmarks.md says how far measured times are from them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROW_COST = 4.0
-"""What a logit that is computed by itself costs, in logits of a matrix product: estimated on a CPU, where it is bound
-by the caches. The CPU backend chooses its route by it."""
+_BLOCK_FLOPS, _PAIR_FLOPS = 4, 8
+"""FLOPs for each logit and feature of `multi_positive_contrastive`, forward and backward. In a block both multiply, but
+half of it as products are symmetric, and backward once more for the gradient. Pairs by themselves are multiplied in
+both and added to the gradients of both anchors."""
+_PAIR_SLOWDOWN = 1.75
+"""How much slower the arithmetic of pairs by themselves is than that of blocks: the CPU backend chooses its route by
+it. Measured 2026-11-25, 2 threads of an AMD EPYC (Zen 4): 82 and 144 GFLOP/s over forward and backward."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -24,12 +28,15 @@ class Device:
         vector: FLOP/s of float32 arithmetic outside matrix products.
         bandwidth: bytes/s of its memory.
         source: of the figures.
+        ranking: FLOP/s of products that similarities are ranked and compared by, where that is not the rate of the
+            dtype: the CPU backend decides all but close cases by int8 products.
     """
 
     matrix: dict[str, float]
     vector: float
     bandwidth: float
     source: str
+    ranking: float | None = None
 
 
 def _rates(half: float, single: float, double: float) -> dict[str, float]:
@@ -42,7 +49,9 @@ DEVICES = {
     "A100": Device(_rates(312e12, 19.5e12, 19.5e12), 19.5e12, 2.04e12, "NVIDIA data sheet, SXM 80 GB"),
     "RTX 4090": Device(_rates(165e12, 82.6e12, 1.29e12), 82.6e12, 1.01e12, "NVIDIA Ada white paper"),
     # Half precision is computed in float32 there.
-    "CPU": Device(_rates(130e9, 130e9, 65e9), 40e9, 20e9, "measured 2026-11-24, 2 threads of an Intel Xeon (AVX-512)"),
+    "CPU": Device(
+        _rates(200e9, 200e9, 100e9), 60e9, 20e9, "measured 2026-11-25, 2 threads of an AMD EPYC (Zen 4)", ranking=870e9
+    ),
 }
 
 
@@ -87,28 +96,32 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Work:
-    """Work before it is put on a device: products as matrices, products by rows, traffic, workspace."""
+    """Work before it is put on a device: FLOPs of products, of products that rank, and of pairs; traffic; workspace."""
 
     matrix: float = 0.0
-    rows: float = 0.0
+    ranking: float = 0.0
+    pairs: float = 0.0
     bytes: float = 0.0
     workspace: float = 0.0
 
     def __add__(self, other: _Work) -> _Work:
-        total = (self.matrix + other.matrix, self.rows + other.rows, self.bytes + other.bytes)
-        return _Work(*total, max(self.workspace, other.workspace))
+        total = {name: getattr(self, name) + getattr(other, name) for name in ("matrix", "ranking", "pairs", "bytes")}
+        return _Work(**total, workspace=max(self.workspace, other.workspace))
 
     def __mul__(self, times: float) -> _Work:
-        return _Work(self.matrix * times, self.rows * times, self.bytes * times, self.workspace)
+        return _Work(self.matrix * times, self.ranking * times, self.pairs * times, self.bytes * times, self.workspace)
 
     def on(self, device: Device, dtype: str) -> RouteCost:
-        """The cost on a device: rows run at the matrix rate over `ROW_COST`, or the vector rate if that is less."""
-        by_rows = min(device.matrix[dtype] / ROW_COST, device.vector)
-        compute = self.matrix / device.matrix[dtype] + self.rows / by_rows
+        """The cost on a device: pairs run at the matrix rate over `_PAIR_SLOWDOWN`, or the vector rate if less."""
+        matrix = device.matrix[dtype]
+        ranking = matrix if device.ranking is None or dtype == "float64" else device.ranking
+        by_pairs = min(matrix / _PAIR_SLOWDOWN, device.vector)
+        compute = self.matrix / matrix + self.ranking / ranking + self.pairs / by_pairs
         traffic = self.bytes / device.bandwidth
         milliseconds = 1e3 * max(compute, traffic)
         bound = "compute" if compute >= traffic else "memory"
-        return RouteCost(self.matrix + self.rows, self.bytes, self.workspace, milliseconds, bound)
+        flops = self.matrix + self.ranking + self.pairs
+        return RouteCost(flops, self.bytes, self.workspace, milliseconds, bound)
 
 
 def estimate(
@@ -129,7 +142,7 @@ def estimate(
     branches: int = 2,
     specific: bool = True,
     dtype: str = "float16",
-    device: str = "H200",
+    device: str | Device = "H200",
 ) -> Estimate:
     """Estimate the cost of an op, forward and backward, by each of its routes.
 
@@ -150,7 +163,7 @@ def estimate(
         branches: of "ghp_contrastive": 2 with `z_mixed`.
         specific: whether "ghp_contrastive" discovers task-specific positives as well.
         dtype: of the inputs.
-        device: a name in `hpkernels.cost.DEVICES`.
+        device: a name in `hpkernels.cost.DEVICES`, or a `hpkernels.cost.Device` of your own.
 
     Returns:
         The cost of each route. All of them give the same result.
@@ -187,27 +200,25 @@ def estimate(
             sources = (features_dim, D) if specific else (features_dim,)
             found = [_topk(N, M, dim, 1, size) + _discovery(N, dim, size) for dim in sources]
             routes = {name: sum(found, work * branches) for name, work in routes.items()}
-    return Estimate(op, device, {name: work.on(DEVICES[device], dtype) for name, work in routes.items()})
+    name, rates = ("custom", device) if isinstance(device, Device) else (device, DEVICES[device])
+    return Estimate(op, name, {route: work.on(rates, dtype) for route, work in routes.items()})
 
 
-def contrastive_route(
-    anchors: int,
-    anchors_per_image: int,
-    positives: float,
-    positives_within: float,
-    sampled: float,
-    sampled_within: float,
-) -> str:
-    """The route of `multi_positive_contrastive` with the least work, from numbers of pairs: all, and within images."""
-    pairs, within = positives + sampled, positives_within + sampled_within
-    work = contrastive_logits(anchors, anchors_per_image, pairs, within)
-    return min(work, key=lambda route: work[route][0] + ROW_COST * work[route][1])
+def contrastive_route(anchors: int, anchors_per_image: int, pairs: float, within_images: float) -> str:
+    """The route of `multi_positive_contrastive` with the least work, from the number of pairs in A, S and R."""
+    work = contrastive_logits(anchors, anchors_per_image, pairs, within_images)
+
+    def cost(route: str) -> float:
+        in_blocks, by_themselves = work[route]
+        return _BLOCK_FLOPS * in_blocks + _PAIR_SLOWDOWN * _PAIR_FLOPS * by_themselves
+
+    return min(work, key=cost)
 
 
 def contrastive_logits(
     anchors: int, anchors_per_image: int, pairs: float, within_images: float
 ) -> dict[str, tuple[float, float]]:
-    """How many logits each route computes in matrix products, and how many by rows."""
+    """How many logits each route computes in blocks, and how many pair by pair."""
     return {
         "rows": (0, pairs),
         "images": (anchors * anchors_per_image, pairs - within_images),
@@ -216,27 +227,25 @@ def contrastive_logits(
 
 
 def _contrastive(n: int, dim: int, per_image: int, pairs: float, within: float, size: int) -> dict[str, _Work]:
-    """Forward takes one product a logit; backward takes it again and one more for the gradient.
-
-    By rows, backward visits sampled pairs from both sides, as their relation is not symmetric.
-    """
     masks = n * n / 8
-    traffic = 6 * n * dim * size + 5 * masks
     return {
         name: _Work(
-            6.0 * in_blocks * dim, 2.0 * by_rows * dim + 8.0 * by_rows * dim, traffic, 2 * masks + 4.0 * n * dim
+            matrix=_BLOCK_FLOPS * in_blocks * dim,
+            pairs=_PAIR_FLOPS * by_themselves * dim,
+            bytes=6 * n * dim * size + 4 * masks,
+            workspace=2 * masks + 4.0 * n * dim,
         )
-        for name, (in_blocks, by_rows) in contrastive_logits(n, per_image, pairs, within).items()
+        for name, (in_blocks, by_themselves) in contrastive_logits(n, per_image, pairs, within).items()
     }
 
 
 def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:
-    return _Work(matrix=2.0 * n * m * dim, bytes=(n + m) * dim * size + 12.0 * n * k)
+    return _Work(ranking=2.0 * n * m * dim, bytes=(n + m) * dim * size + 12.0 * n * k)
 
 
 def _discovery(n: int, dim: int, size: int) -> _Work:
     """The relation is symmetric: half of the products decide it, both halves are written."""
-    return _Work(matrix=1.0 * n * n * dim, bytes=n * dim * size + n * n / 8, workspace=n * n / 8)
+    return _Work(ranking=1.0 * n * n * dim, bytes=n * dim * size + n * n / 8, workspace=n * n / 8)
 
 
 def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, size: int) -> dict[str, _Work]:
@@ -246,10 +255,10 @@ def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, si
     return {"weights and stencil": weights + apply, "stencil (cached weights)": apply}
 
 
-def _check(op: str, dtype: str, device: str, **shares: float) -> None:
+def _check(op: str, dtype: str, device: str | Device, **shares: float) -> None:
     ops = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive")
     for name, value, known in (("op", op, ops), ("dtype", dtype, _BYTES), ("device", device, DEVICES)):
-        if value not in known:
+        if not isinstance(value, Device) and value not in known:
             raise ValueError(f"estimate: `{name}` must be one of {', '.join(known)}, got {value!r}")
     for name, share in shares.items():
         if not 0 <= share <= 1:

@@ -2,29 +2,44 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import hpkernels
 from hpkernels import PositiveMask
-from hpkernels.cost import DEVICES, contrastive_route, estimate
+from hpkernels.cost import DEVICES, Device, contrastive_route, estimate
+from hpkernels.ops import _coarse
 from hpkernels.ops.hidden_positives import cpu as discovery
 from hpkernels.ops.masked_topk import cpu as topk
 from hpkernels.ops.multi_positive_contrastive import cpu as contrastive
+from hpkernels.testing import random_problem
 
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """Counts the FLOPs of matrix products."""
+    """The FLOPs of each matrix product that the CPU backend makes."""
     counted = []
-    product = torch.mm
+    kernels, tile = torch.ops.hpkernels_cpu, _coarse.CoarseProducts.tile
+    multiply, square_products = kernels.multiply, kernels.square_products
 
-    def mm(a, b, **keywords):
-        counted.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
-        return product(a, b, **keywords)
+    def counting_tile(self, *blocks):
+        products = tile(self, *blocks)
+        counted.append(2 * products.numel() * self.left.rows.shape[1])
+        return products
 
-    monkeypatch.setattr(torch, "mm", mm)
+    def counting_multiply(left, right, out, accumulate):
+        counted.append(2 * out.numel() * left.shape[1])
+        multiply(left, right, out, accumulate)
+
+    def counting_square(z, out):
+        counted.append(out.numel() * z.shape[1])  # but for the tiles on the diagonal, half of them is copied
+        square_products(z, out)
+
+    monkeypatch.setattr(_coarse.CoarseProducts, "tile", counting_tile)
+    monkeypatch.setattr(kernels, "multiply", counting_multiply)
+    monkeypatch.setattr(kernels, "square_products", counting_square)
     return counted
 
 
@@ -35,7 +50,7 @@ def test_topk_is_counted(multiplied):
 
 
 def test_discovery_is_counted(multiplied, monkeypatch):
-    monkeypatch.setattr(discovery, "_TILE", 1)  # the smallest blocks, which come nearest to half of the products
+    monkeypatch.setattr(discovery, "_ROWS", 32)  # the smallest blocks, which come nearest to half of the products
     discovery.forward(torch.rand(960, 24), torch.rand(960))
     flops = estimate("hidden_positives", N=960, features_dim=24, anchors_per_image=960).routes["symmetric"].flops
     assert flops <= sum(multiplied) <= 1.05 * flops
@@ -44,6 +59,7 @@ def test_discovery_is_counted(multiplied, monkeypatch):
 @pytest.mark.parametrize("route", ["images", "blocks"])
 def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
     monkeypatch.setattr(contrastive, "choose_route", lambda *_: route)
+    monkeypatch.setattr(contrastive, "_SIDE", 20)
     z = torch.nn.functional.normalize(torch.rand(60, 8)).requires_grad_()
     mask = PositiveMask.from_labels(torch.arange(60) // 20)
     loss = hpkernels.multi_positive_contrastive(z, mask, anchors_per_image=20, negative_rate=0.0, backend="cpu")
@@ -51,6 +67,52 @@ def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
     sizes = {"N": 60, "D": 8, "anchors_per_image": 20, "negative_rate": 0.0}
     costs = estimate("multi_positive_contrastive", **sizes, density=19 / 60, within_image_share=1.0)
     assert sum(multiplied) == costs.routes[route].flops
+
+
+def rates_of_this_machine():
+    """A device with the rates that PyTorch's matrix products have here."""
+
+    def flops_per_second(multiply):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            multiply()
+            seconds.append(time.perf_counter() - start)
+        return 2 * 512 * 2048 * 512 / min(seconds)
+
+    left, right = torch.rand(512, 512), torch.rand(2048, 512)
+    codes, other_codes = (127 * left).to(torch.int8), (127 * right).to(torch.int8)
+    single = flops_per_second(lambda: left @ right.T)
+    ranking = flops_per_second(lambda: torch._int_mm(codes, other_codes.T)) if _coarse.int8_is_fast() else None
+    return Device({"float32": single}, single, DEVICES["CPU"].bandwidth, "measured", ranking=ranking)
+
+
+def test_measured_times_are_near():
+    """docs/benchmarks.md states the factor."""
+    problem = random_problem(images=4, height=28, width=28, dim=512, feature_dim=384, pool_size=2048)
+    sizes = {"N": 3136, "dtype": "float32", "device": rates_of_this_machine()}
+    z = problem.z.requires_grad_()
+
+    def loss():
+        options = {"anchors_per_image": 784, "negative_rate": 0.02, "seed": 0, "backend": "cpu"}
+        hpkernels.multi_positive_contrastive(z, positives, **options).backward()
+
+    threshold = hpkernels.masked_topk(problem.features, problem.pool).values[:, 0]
+    positives = hpkernels.hidden_positives(problem.features, threshold)
+    density = positives.count().sum().item() / 3136**2
+    for op, call in {
+        "masked_topk": lambda: hpkernels.masked_topk(problem.features, problem.pool, backend="cpu"),
+        "hidden_positives": lambda: hpkernels.hidden_positives(problem.features, threshold, backend="cpu"),
+        "multi_positive_contrastive": loss,
+    }.items():
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        cost = estimate(op, **sizes, density=density, within_image_share=1.0)
+        measured = 1e3 * min(seconds) / cost.routes[cost.best].milliseconds
+        assert 0.5 <= measured <= 5, f"{op} takes {measured:.1f} times as long as estimated"
 
 
 def test_loss_is_the_sum_of_its_parts():

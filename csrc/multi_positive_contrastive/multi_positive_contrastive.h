@@ -51,9 +51,9 @@ struct AnchorCoefficients {
 // R as bits: word `word` of row `row`, for all words of all rows.
 void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t columns, double rate, uint32_t* bits);
 
-// How many bits of A and S, and of R for all anchors, are set: in all, and within the images.
+// How many pairs are in A, in S and in R: in all, and within the images.
 struct PairCounts {
-  int64_t positives, positives_within, sampled, sampled_within;
+  int64_t all, within_images;
 };
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations);
 

@@ -29,29 +29,23 @@ void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t co
 }
 
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations) {
-  std::atomic<int64_t> positives{0}, positives_within{0}, sampled{0}, sampled_within{0};
+  std::atomic<int64_t> all{0}, within{0};  // integers: the order of the additions does not matter
   parallel_for(run, relations.anchors, 64, [&](int64_t begin, int64_t end) {
     const int64_t words = words_per_row(relations.anchors);
-    PairCounts counts{0, 0, 0, 0};
+    PairCounts counts{0, 0};
     for (int64_t anchor = begin; anchor < end; ++anchor) {
       const AnchorBits own = bits_of(relations, anchor);
       const int64_t first = image_start(relations, anchor), last = first + relations.per_image;
-      for (const uint32_t* row : {own.agnostic, own.specific}) {
+      for (const uint32_t* row : {own.agnostic, own.specific, own.negatives}) {
         if (row == nullptr) continue;
-        counts.positives += count_bits(row, words);
-        counts.positives_within += count_bits_between(row, first, last);
+        counts.all += count_bits(row, words);
+        counts.within_images += count_bits_between(row, first, last);
       }
-      if (anchor < relations.per_image) {
-        counts.sampled += count_bits(own.negatives, words) * (relations.anchors / relations.per_image);
-      }
-      counts.sampled_within += count_bits_between(own.negatives, first, last);
     }
-    positives += counts.positives;  // integers: the order of the additions does not matter
-    positives_within += counts.positives_within;
-    sampled += counts.sampled;
-    sampled_within += counts.sampled_within;
+    all += counts.all;
+    within += counts.within_images;
   });
-  return {positives, positives_within, sampled, sampled_within};
+  return {all, within};
 }
 
 }  // namespace hpk

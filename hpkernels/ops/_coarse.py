@@ -12,7 +12,8 @@ float64 rows take float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class CoarseProducts:
         """Products of blocks of `left` (N, D) and `right` (M, D) of the same dtype, at most `tile` at a time."""
         self._sets = (left.contiguous(), right.contiguous())
         self._tile = tile
-        self._use(int8_is_fast() and left.dtype == torch.float32 and left.shape[1] in _INT8_FEATURES)
+        self._use(_int8_allowed and int8_is_fast() and left.dtype == torch.float32 and left.shape[1] in _INT8_FEATURES)
 
     def _use(self, int8: bool) -> None:
         left, right = self._sets
@@ -77,6 +78,20 @@ def coarse_rows(rows: Tensor, int8: bool) -> CoarseRows:
     codes = torch.empty_like(rows, dtype=torch.int8)
     torch.ops.hpkernels_cpu.coarse_int8(rows, codes, stats)
     return CoarseRows(rows, codes, stats)
+
+
+_int8_allowed = True
+
+
+@contextmanager
+def without_int8() -> Iterator[None]:
+    """Inside the ``with`` block coarse products are float32, as on processors without fast int8 products."""
+    global _int8_allowed
+    _int8_allowed, before = False, _int8_allowed
+    try:
+        yield
+    finally:
+        _int8_allowed = before
 
 
 @functools.cache

@@ -204,7 +204,8 @@ def test_opcheck(case):
             torch.library.opcheck(forward, (z, *masks, weight, negatives, seed, *settings))
         _, rows = forward(batch.z, *masks, weight, negatives, seed, *settings)
         torch.library.opcheck(
-            backward, (torch.ones_like(weight), batch.z, *masks, negatives, seed, rows, 12, 0.3, 0.1, False, case.backend)
+            backward,
+            (torch.ones_like(weight), batch.z, *masks, negatives, seed, rows, 12, 0.3, 0.1, False, case.backend),
         )
 
 
