@@ -221,8 +221,8 @@ def contrastive_logits(
     """How many logits each route computes in blocks, and how many pair by pair."""
     return {
         "rows": (0, pairs),
+        "blocks": (anchors * anchors, 0),  # before "images", which is the same for one image
         "images": (anchors * anchors_per_image, pairs - within_images),
-        "blocks": (anchors * anchors, 0),
     }
 
 

@@ -36,9 +36,13 @@ void transposed_windows_of(const Block<T>& block, const Relations& relations, in
   const AnchorBits own = bits_of(relations, anchor);
   const int64_t first = block.column, count = block.columns;
   window_of(own.agnostic_t, first, count, scratch.agnostic_t);
-  scratch.in_denominators.resize(words_per_row(count));
-  repeat_bits(relations.negatives_t + anchor * words_per_row(relations.per_image), relations.per_image, count,
-              scratch.in_denominators.data());
+  const uint32_t* sampled_by = relations.negatives_t + anchor * words_per_row(relations.per_image);
+  if (count < relations.per_image) {
+    window_of(sampled_by, first % relations.per_image, count, scratch.in_denominators);
+  } else {
+    scratch.in_denominators.resize(words_per_row(count));
+    repeat_bits(sampled_by, relations.per_image, count, scratch.in_denominators.data());
+  }
   for (std::size_t word = 0; word < scratch.in_denominators.size(); ++word) {
     scratch.in_denominators[word] |= scratch.agnostic_t[word];
   }

@@ -58,7 +58,7 @@ struct PairCounts {
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations);
 
 // A block: the products <z_i, z_j> (rows, columns) of anchors i from `row` and j from `column` on; overwritten. The columns
-// are whole images.
+// are whole images, or a part of one.
 template <typename T>
 struct Block {
   T* products;

@@ -10,9 +10,12 @@ namespace hpk {
 namespace {
 
 HPK_MULTIVERSION void draw_row(uint64_t seed, uint32_t row, int64_t columns, uint64_t threshold, uint32_t* bits) {
+  const bool all = threshold > 0xFFFFFFFFu, none = threshold == 0;
   const int64_t words = words_per_row(columns);
   for (int64_t word = 0; word < words; ++word) {
-    bits[word] = bernoulli_word(seed, row, static_cast<uint32_t>(word), threshold) & valid_bits(word, columns);
+    const uint32_t drawn =
+        all ? ~0u : none ? 0u : bernoulli_word(seed, row, static_cast<uint32_t>(word), threshold);
+    bits[word] = drawn & valid_bits(word, columns);
   }
 }
 

@@ -12,7 +12,7 @@ float64 rows take float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -100,6 +100,6 @@ def int8_is_fast() -> bool:
     return torch.ops.hpkernels_cpu.has_int8_products()
 
 
-def blocks(whole: slice, size: int) -> Sequence[slice]:
+def blocks(whole: slice, size: int) -> list[slice]:
     """Slices of up to `size` that make up `whole`."""
     return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]

@@ -22,9 +22,7 @@ from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficien
 
 __all__ = ["backward", "forward", "supports"]
 
-_SIDE = 2048  # anchors of a block of all pairs; whole images, and at least one
-_LARGEST_SQUARE = 2**24  # logits of a block; images of more anchors are cut into blocks of rows
-_ROWS = 512  # of such a block
+_SIDE = 1024  # anchors of a block at the most: whole images, or a part of one
 
 
 def forward(
@@ -54,7 +52,7 @@ def forward(
     for block, columns, products, mirrored in _blocks(rows, route, anchors_per_image):
         tiles = [(block.start, columns.start, products)]
         if mirrored:
-            tiles.append((columns.start, block.start, products.T.contiguous()))
+            tiles.append((columns.start, block.start, products.T.clone(memory_format=torch.contiguous_format)))
         for row, column, tile in tiles:
             kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
     if route != "blocks":
@@ -142,23 +140,29 @@ def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) 
 def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[slice, slice, Tensor, bool]]:
     """The blocks of a route: rows, columns, products, and whether the block stands for its mirror image as well.
 
-    Each block is overwritten by the next. Columns are whole images.
+    Each block is overwritten by the next. Columns are whole images, or a part of one.
     """
     if route == "rows":
         return
-    kernels, anchors = torch.ops.hpkernels_cpu, len(z)
-    side = anchors_per_image if route == "images" else anchors_per_image * max(1, _SIDE // anchors_per_image)
-    side = min(side, anchors)
-    symmetric = side**2 <= _LARGEST_SQUARE
-    rows = side if symmetric else min(_ROWS, side)
-    buffer = z.new_empty(rows * side)
-    for columns in blocks(slice(0, anchors), side):
-        size = columns.stop - columns.start
-        within = columns if route == "images" else slice(0, columns.stop if symmetric else anchors)
-        for part in blocks(within, rows):
-            products = buffer[: (part.stop - part.start) * size].view(-1, size)
-            if part == columns:
-                kernels.square_products(z[part], products)
-            else:
-                kernels.multiply(z[part], z[columns].T, products, False)
-            yield part, columns, products, symmetric and part != columns
+    kernels, images = torch.ops.hpkernels_cpu, blocks(slice(0, len(z)), anchors_per_image)
+    buffer = z.new_empty(min(len(z), _SIDE) ** 2)
+    for scope in images if route == "images" else [slice(0, len(z))]:
+        parts = _parts(scope, anchors_per_image)
+        for last, columns in enumerate(parts):
+            for part in parts[: last + 1]:
+                shape = (part.stop - part.start, columns.stop - columns.start)
+                products = buffer[: shape[0] * shape[1]].view(shape)
+                if part == columns:
+                    kernels.square_products(z[part], products)
+                else:
+                    kernels.multiply(z[part], z[columns].T, products, False)
+                yield part, columns, products, part != columns
+
+
+def _parts(scope: slice, anchors_per_image: int) -> list[slice]:
+    """Some images cut into parts of up to `_SIDE` anchors."""
+    if anchors_per_image <= _SIDE:
+        return blocks(scope, _SIDE // anchors_per_image * anchors_per_image)
+    pieces = -(-anchors_per_image // _SIDE)
+    size = -(-anchors_per_image // pieces)
+    return [part for image in blocks(scope, anchors_per_image) for part in blocks(image, size)]
