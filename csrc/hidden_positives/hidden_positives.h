@@ -1,7 +1,7 @@
 // Launch signatures of hidden_positives. All tensors are contiguous.
 #pragma once
 
-#include "coarse_products/coarse_products.h"
+#include "common/coarse_products.h"
 
 namespace hpk {
 

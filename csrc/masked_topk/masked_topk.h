@@ -1,7 +1,7 @@
 // Launch signatures of masked_topk. All tensors are contiguous.
 #pragma once
 
-#include "coarse_products/coarse_products.h"
+#include "common/coarse_products.h"
 
 namespace hpk {
 

@@ -32,7 +32,7 @@ class CoarseRows(NamedTuple):
     Attributes:
         rows: (N, D) float32 or float64, contiguous.
         codes: (N, D) q, int8 or the rows themselves.
-        stats: (3, N) scale, norm and error of each row (``csrc/coarse_products/coarse_products.h``).
+        stats: (3, N) scale, norm and error of each row (``csrc/common/coarse_products.h``).
     """
 
     rows: Tensor

@@ -1,4 +1,4 @@
-#include "coarse_products/coarse_products.h"
+#include "common/coarse_products.h"
 
 #include <cmath>
 
