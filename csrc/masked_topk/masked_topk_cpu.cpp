@@ -26,10 +26,10 @@ struct Candidate {
 template <typename T>
 struct Scratch {
   std::vector<T> values;  // coarse products of a query with the pool
-  std::vector<T> maxima;
+  std::vector<T> some;
   std::vector<int32_t> positions;
   std::vector<double> query;
-  std::vector<Candidate<T>> candidates;
+  std::vector<Candidate<T>> candidates, others;
 };
 
 template <typename Coarse, typename T>
@@ -116,22 +116,6 @@ void exclude(const Exclusions& exclusions, int64_t row, std::vector<T>& values) 
   }
 }
 
-// A number that at least k of the values reach, and no much smaller one; -inf if that is not worth finding.
-template <typename T>
-T lower_limit(int64_t k, Scratch<T>& scratch) {
-  const auto count = static_cast<int64_t>(scratch.values.size());
-  int64_t groups = kLeastGroups;
-  while (groups < 4 * k) groups *= 2;
-  if (groups > kMostGroups || (groups >= count && k > 1)) return kExcluded<T>;
-  scratch.maxima.resize(groups);
-  group_maxima(scratch.values.data(), count, groups, scratch.maxima.data());
-  if (k == 1) return *std::max_element(scratch.maxima.begin(), scratch.maxima.end());
-  // As many groups have a maximum of at least the k-th greatest maximum.
-  const auto kth = scratch.maxima.begin() + (k - 1);
-  std::nth_element(scratch.maxima.begin(), kth, scratch.maxima.end(), [](T a, T b) { return a > b; });
-  return *kth;
-}
-
 template <typename T>
 bool is_nan(const Candidate<T>& candidate) {
   return candidate.value != candidate.value;
@@ -142,39 +126,65 @@ bool is_better(const Candidate<T>& a, const Candidate<T>& b) {
   return a.value > b.value || (a.value == b.value && a.index < b.index);
 }
 
+// The k-th greatest of some values, which are reordered and lose what is NaN; -inf if there are fewer.
+template <typename T>
+T kth_greatest(int64_t k, std::vector<T>& some) {
+  some.erase(std::remove_if(some.begin(), some.end(), [](T value) { return value != value; }), some.end());
+  if (static_cast<int64_t>(some.size()) < k) return kExcluded<T>;
+  std::nth_element(some.begin(), some.begin() + (k - 1), some.end(), [](T a, T b) { return a > b; });
+  return some[k - 1];
+}
+
+// A number that at least k of the coarse products reach, if so many are allowed, and few more.
+template <typename T>
+T lower_limit(int64_t k, Scratch<T>& scratch) {
+  const auto count = static_cast<int64_t>(scratch.values.size());
+  int64_t groups = kLeastGroups;
+  while (groups < 4 * k) groups *= 2;
+  if (groups > kMostGroups || groups > count) {
+    scratch.some = scratch.values;
+  } else {
+    // As many groups have a maximum of at least the k-th greatest maximum.
+    scratch.some.resize(groups);
+    group_maxima(scratch.values.data(), count, groups, scratch.some.data());
+  }
+  return kth_greatest(k, scratch.some);
+}
+
 // Lists the references whose inner product may be among the k greatest, `bound` being the most that a coarse product is
 // off, and then computes those products, less some that have turned out too small.
 template <typename T>
 void find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound,
                      Scratch<T>& scratch) {
   const auto pool = static_cast<int64_t>(scratch.values.size());
+  const T likely = lower_limit(k, scratch);
   scratch.positions.resize(pool);
-  const T limit = lower_limit(k, scratch) - 2 * bound;
-  const int64_t listed = list_reaching(scratch.values.data(), pool, limit, scratch.positions.data());
-  std::vector<Candidate<T>>& candidates = scratch.candidates;
+  const int64_t listed =
+      list_reaching(scratch.values.data(), pool, likely - 2 * bound, scratch.positions.data());
+  std::vector<Candidate<T>>&candidates = scratch.candidates, &others = scratch.others;
   candidates.clear();
+  others.clear();
   for (int64_t p = 0; p < listed; ++p) {
     const int32_t reference = scratch.positions[p];
-    if (scratch.values[reference] != kExcluded<T>) candidates.push_back({scratch.values[reference], reference});
+    const T value = scratch.values[reference];
+    if (value != kExcluded<T>) (value >= likely ? candidates : others).push_back({value, reference});
   }
 
   scratch.query.assign(query.rows, query.rows + query.dim);
-  const auto evaluate_these = [&](Candidate<T>* first, Candidate<T>* last) {
-    evaluate(scratch.query.data(), references.rows, query.dim, first, last);
+  const auto evaluate_from = [&](std::size_t first) {
+    Candidate<T>* const begin = candidates.data();
+    evaluate(scratch.query.data(), references.rows, query.dim, begin + first, begin + candidates.size());
   };
-  // First those that may be greatest, and what is NaN: most of the others are then out of the question.
-  Candidate<T>* const begin = candidates.data();
-  Candidate<T>* const end = begin + candidates.size();
-  Candidate<T>* const first = std::partition(begin, end, is_nan<T>);
-  Candidate<T>* const likely = end - first > k ? first + k : end;
-  std::nth_element(first, likely, end, is_better<T>);
-  evaluate_these(begin, likely);
-  T least = std::numeric_limits<T>::infinity();
-  for (const Candidate<T>* candidate = first; candidate != likely; ++candidate) least = std::min(least, candidate->value);
-  const auto too_small = [=](const Candidate<T>& other) { return other.value + bound < least; };
-  Candidate<T>* const possible = std::remove_if(likely, end, too_small);
-  evaluate_these(likely, possible);
-  candidates.resize(possible - begin);
+  // First those that are likely: most of the others are then out of the question.
+  evaluate_from(0);
+  scratch.some.clear();
+  for (const Candidate<T>& candidate : candidates) scratch.some.push_back(candidate.value);
+  const T least = kth_greatest(k, scratch.some);
+  const std::size_t evaluated = candidates.size();
+  for (const Candidate<T>& other : others) {
+    if (!(other.value + bound < least)) candidates.push_back(other);  // NaN is a candidate
+  }
+  evaluate_from(evaluated);
 }
 
 template <typename T>
