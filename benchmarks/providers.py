@@ -59,7 +59,7 @@ class Provider:
 _registry: dict[str, list[Provider]] = {}
 # In anchors. What is published is run as far as its matrices of all pairs fit into the memory of a workstation; others
 # that hold such matrices stop before, which shows their growth as well and keeps a full run short.
-_PUBLISHED_LIMIT, _PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272, 3136
+_PUBLISHED_LIMIT, _PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272, 6272
 _PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
 
 

@@ -1,3 +1,5 @@
+#include <initializer_list>
+
 #include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
 
@@ -26,6 +28,16 @@ void list_pairs(const Relations& relations, bool across_images, int64_t anchor,
   list_columns(scratch.either.data(), words, scratch.columns);
 }
 
+// Which of the listed columns are in A_i, and which of these only that puts into the anchor's denominator.
+template <typename T>
+void list_agnostic(const AnchorBits& own, Scratch<T>& scratch) {
+  restrict_to(scratch.columns, own.agnostic, scratch.listed);
+  restrict_to(scratch.columns, own.negatives, scratch.denominator);
+  for (std::size_t word = 0; word < scratch.listed.size(); ++word) {
+    scratch.denominator[word] = scratch.listed[word] & ~scratch.denominator[word];
+  }
+}
+
 template <typename T>
 void forward_row(const T* z, int64_t dim, T scale, const Relations& relations, bool across_images, int64_t anchor,
                  const AnchorSums<T>& sums, Scratch<T>& scratch) {
@@ -36,13 +48,9 @@ void forward_row(const T* z, int64_t dim, T scale, const Relations& relations, b
   scratch.logits.resize(count);
   dots(z + anchor * dim, z, scratch.columns.data(), count, dim, scale, scratch.logits.data());
 
-  restrict_to(scratch.columns, own.agnostic, scratch.listed);
+  list_agnostic(own, scratch);
   sums.agnostic_logits[anchor] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
   sums.agnostic_count[anchor] += count_bits(scratch.listed.data(), words_per_row(count));
-  restrict_to(scratch.columns, own.negatives, scratch.denominator);
-  for (std::size_t word = 0; word < scratch.listed.size(); ++word) {
-    scratch.denominator[word] = scratch.listed[word] & ~scratch.denominator[word];
-  }
   scratch.masked.resize(count);
   mask_logits(scratch.logits.data(), scratch.denominator.data(), count, scratch.masked.data());
   T& log_denominator = sums.log_denominator[anchor];
@@ -88,12 +96,8 @@ void backward_row(const T* z, int64_t dim, T scale, const Relations& relations, 
   T* coefficients = scratch.coefficients.data();
   dots(z + anchor * dim, z, scratch.columns.data(), count, dim, scale, scratch.logits.data());
 
-  restrict_to(scratch.columns, own.agnostic, scratch.listed);
+  list_agnostic(own, scratch);
   subtract(scratch.listed.data(), count, anchors.pull[anchor], coefficients);
-  restrict_to(scratch.columns, own.negatives, scratch.denominator);
-  for (std::size_t word = 0; word < scratch.listed.size(); ++word) {
-    scratch.denominator[word] = scratch.listed[word] & ~scratch.denominator[word];
-  }
   add_softmax(logits, scratch.denominator.data(), count, anchors.log_denominator[anchor], anchors.push[anchor],
               coefficients);
   list_in_denominators(relations, own, anchor, scratch);

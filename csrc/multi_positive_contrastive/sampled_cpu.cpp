@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
