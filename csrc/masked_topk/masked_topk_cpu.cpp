@@ -29,7 +29,7 @@ struct Scratch {
   std::vector<T> some;
   std::vector<int32_t> positions;
   std::vector<double> query;
-  std::vector<Candidate<T>> candidates, others;
+  std::vector<Candidate<T>> candidates;
 };
 
 template <typename Coarse, typename T>
@@ -140,7 +140,7 @@ template <typename T>
 T lower_limit(int64_t k, Scratch<T>& scratch) {
   const auto count = static_cast<int64_t>(scratch.values.size());
   int64_t groups = kLeastGroups;
-  while (groups < 4 * k) groups *= 2;
+  while (groups < 2 * k) groups *= 2;
   if (groups > kMostGroups || groups > count) {
     scratch.some = scratch.values;
   } else {
@@ -151,48 +151,51 @@ T lower_limit(int64_t k, Scratch<T>& scratch) {
   return kth_greatest(k, scratch.some);
 }
 
-// Lists the references whose inner product may be among the k greatest, `bound` being the most that a coarse product is
-// off, and then computes those products, less some that have turned out too small.
-template <typename T>
-void find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound,
-                     Scratch<T>& scratch) {
-  const auto pool = static_cast<int64_t>(scratch.values.size());
-  const T likely = lower_limit(k, scratch);
-  scratch.positions.resize(pool);
+// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted` says yes to, to the candidates,
+// and computes their inner products.
+template <typename T, typename Wanted>
+void add_candidates(const CoarseRows<T>& references, T limit, Scratch<T>& scratch, Wanted wanted) {
+  const std::vector<T>& values = scratch.values;
+  std::vector<Candidate<T>>& candidates = scratch.candidates;
+  const std::size_t before = candidates.size();
   const int64_t listed =
-      list_reaching(scratch.values.data(), pool, likely - 2 * bound, scratch.positions.data());
-  std::vector<Candidate<T>>&candidates = scratch.candidates, &others = scratch.others;
-  candidates.clear();
-  others.clear();
+      list_reaching(values.data(), static_cast<int64_t>(values.size()), limit, scratch.positions.data());
   for (int64_t p = 0; p < listed; ++p) {
     const int32_t reference = scratch.positions[p];
-    const T value = scratch.values[reference];
-    if (value != kExcluded<T>) (value >= likely ? candidates : others).push_back({value, reference});
+    const T value = values[reference];
+    if (wanted(value) && value != kExcluded<T>) candidates.push_back({value, reference});
   }
+  Candidate<T>* const begin = candidates.data();
+  evaluate(scratch.query.data(), references.rows, references.dim, begin + before, begin + candidates.size());
+}
 
+// Finds references, the k with the greatest inner products among them, and computes these products; `bound` is the most
+// that a coarse product is off. Returns how many it computed.
+template <typename T>
+int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound,
+                        Scratch<T>& scratch) {
+  std::vector<Candidate<T>>& candidates = scratch.candidates;
+  candidates.clear();
+  scratch.positions.resize(scratch.values.size());
   scratch.query.assign(query.rows, query.rows + query.dim);
-  const auto evaluate_from = [&](std::size_t first) {
-    Candidate<T>* const begin = candidates.data();
-    evaluate(scratch.query.data(), references.rows, query.dim, begin + first, begin + candidates.size());
-  };
-  // First those that are likely: most of the others are then out of the question.
-  evaluate_from(0);
+  // First those that are likely: their inner products then put most of the others out of the question.
+  const T likely = lower_limit(k, scratch);
+  add_candidates(references, likely, scratch, [](T) { return true; });
   scratch.some.clear();
   for (const Candidate<T>& candidate : candidates) scratch.some.push_back(candidate.value);
   const T least = kth_greatest(k, scratch.some);
-  const std::size_t evaluated = candidates.size();
-  for (const Candidate<T>& other : others) {
-    if (!(other.value + bound < least)) candidates.push_back(other);  // NaN is a candidate
-  }
-  evaluate_from(evaluated);
+  add_candidates(references, least - bound, scratch, [=](T value) { return value < likely; });
+  const auto computed = static_cast<int64_t>(candidates.size());
+  const auto too_small = [=](const Candidate<T>& candidate) { return candidate.value < least; };
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_small), candidates.end());
+  return computed;
 }
 
 template <typename T>
 void choose(std::vector<Candidate<T>>& candidates, int64_t k, T* values, int64_t* indices) {
   const bool nan = std::any_of(candidates.begin(), candidates.end(), is_nan<T>);
   const int64_t found = nan ? 0 : std::min<int64_t>(k, candidates.size());
-  std::nth_element(candidates.begin(), candidates.begin() + found, candidates.end(), is_better<T>);
-  std::sort(candidates.begin(), candidates.begin() + found, is_better<T>);
+  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(), is_better<T>);
   for (int64_t t = 0; t < k; ++t) {
     values[t] = t < found ? candidates[t].value : nan ? std::numeric_limits<T>::quiet_NaN() : kExcluded<T>;
     indices[t] = values[t] > kExcluded<T> ? candidates[t].index : -1;
@@ -217,8 +220,7 @@ int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const Co
       const CoarseRows<T> query = rows_from(queries, i);
       scale_products(products + i * pool, *query.scale, references.scale, pool, scratch.values.data());
       exclude(exclusions, i, scratch.values);
-      find_candidates(query, references, k, coarse_bound(*query.norm, *query.error, norm, error), scratch);
-      candidates += static_cast<int64_t>(scratch.candidates.size());
+      candidates += find_candidates(query, references, k, coarse_bound(*query.norm, *query.error, norm, error), scratch);
       choose(scratch.candidates, k, values + i * k, indices + i * k);
     }
     computed += candidates;

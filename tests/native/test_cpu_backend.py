@@ -175,6 +175,13 @@ def rows_of(kind, count, generator):
 each_kind = pytest.mark.parametrize("kind", ["normal", "alike", "outliers", "tiny", "huge"])
 
 
+def test_products_may_overflow(precision, generator):
+    query, pool = 1e25 * rows_of("normal", 10, generator), 1e25 * rows_of("normal", 40, generator)
+    values, indices = hpkernels.masked_topk(query, pool, 3, backend="cpu")
+    positive = (query.double() @ pool.double().T > 0).int().sort(dim=1, descending=True, stable=True)
+    assert (values == torch.inf).all() and torch.equal(indices, positive.indices[:, :3])
+
+
 @each_kind
 @pytest.mark.parametrize("k", [1, 5, 70])
 def test_topk_is_exact(precision, kind, k, generator, monkeypatch):
