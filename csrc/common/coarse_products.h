@@ -44,8 +44,8 @@ HPK_HOST_DEVICE T coarse_bound(T norm_i, T error_i, T norm_j, T error_j) {
   return error_i * norm_j + norm_i * error_j + kCoarseUnderflow<T>;
 }
 
-// Rounds rows (count, dim) to int8: q = round(x / scale) with scale = max |x| / 127. Rows that are not finite get an
-// error that is not finite either, so that no coarse product with them decides anything.
+// Rounds rows (count, dim) to int8: q = round(x / scale) with scale = max |x| / 127. Rows that are not finite, or so long
+// that products may overflow, get an error that is not finite either, so that no coarse product with them decides anything.
 void coarse_int8_cpu(ParallelFor run, const float* rows, int64_t count, int64_t dim, int8_t* codes, float* scale,
                      float* norm, float* error);
 

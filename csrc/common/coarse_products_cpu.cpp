@@ -41,6 +41,13 @@ HPK_MULTIVERSION float round_row(const float* row, int64_t dim, int8_t* codes, d
   return scale;
 }
 
+// The error of a row of this norm: infinite where products with it may overflow, which then decide nothing.
+template <typename T>
+T error_of(double rest, double norm, double half_rounding) {
+  const bool may_overflow = !(norm < std::sqrt(static_cast<double>(std::numeric_limits<T>::max())));
+  return may_overflow ? std::numeric_limits<T>::infinity() : static_cast<T>(rest * kUp + half_rounding * norm);
+}
+
 }  // namespace
 
 void coarse_int8_cpu(ParallelFor run, const float* rows, int64_t count, int64_t dim, int8_t* codes, float* scale,
@@ -52,7 +59,7 @@ void coarse_int8_cpu(ParallelFor run, const float* rows, int64_t count, int64_t 
       scale[i] = round_row(rows + i * dim, dim, codes + i * dim, &left);
       const double rest = std::sqrt(left), size = (std::sqrt(squares(rows + i * dim, dim)) + rest) * kUp;
       norm[i] = static_cast<float>(size);
-      error[i] = static_cast<float>(rest * kUp + half_rounding * size);
+      error[i] = error_of<float>(rest, size, half_rounding);
     }
   });
 }
@@ -63,8 +70,9 @@ void coarse_unrounded_cpu(ParallelFor run, const T* rows, int64_t count, int64_t
   parallel_for(run, count, 64, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       scale[i] = 1;
-      norm[i] = static_cast<T>(std::sqrt(squares(rows + i * dim, dim)) * kUp);
-      error[i] = half_rounding * norm[i];
+      const double size = std::sqrt(squares(rows + i * dim, dim)) * kUp;
+      norm[i] = static_cast<T>(size);
+      error[i] = error_of<T>(0, size, half_rounding);
     }
   });
 }

@@ -218,9 +218,13 @@ int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const Co
     int64_t candidates = 0;
     for (int64_t i = begin; i < end; ++i) {
       const CoarseRows<T> query = rows_from(queries, i);
+      const T bound = coarse_bound(*query.norm, *query.error, norm, error);
       scale_products(products + i * pool, *query.scale, references.scale, pool, scratch.values.data());
+      if (!(bound < std::numeric_limits<T>::infinity())) {  // coarse products that say nothing, and may be infinite
+        std::fill(scratch.values.begin(), scratch.values.end(), std::numeric_limits<T>::quiet_NaN());
+      }
       exclude(exclusions, i, scratch.values);
-      candidates += find_candidates(query, references, k, coarse_bound(*query.norm, *query.error, norm, error), scratch);
+      candidates += find_candidates(query, references, k, bound, scratch);
       choose(scratch.candidates, k, values + i * k, indices + i * k);
     }
     computed += candidates;

@@ -180,6 +180,8 @@ def test_products_may_overflow(precision, generator):
     values, indices = hpkernels.masked_topk(query, pool, 3, backend="cpu")
     positive = (query.double() @ pool.double().T > 0).int().sort(dim=1, descending=True, stable=True)
     assert (values == torch.inf).all() and torch.equal(indices, positive.indices[:, :3])
+    mask = hpkernels.hidden_positives(pool, torch.full((40,), 3e38), backend="cpu")
+    assert torch.equal(mask.to_dense(), (pool.double() @ pool.double().T > 0).fill_diagonal_(False))
 
 
 @each_kind
