@@ -97,10 +97,10 @@ def folder_name(device: str, threads: int) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+" if files under version control differ from it."""
+    """The commit of the checkout, with "+" if files under version control, other than results, differ from it."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -70,6 +70,31 @@ HPK_HOST_DEVICE int64_t list_reaching_of(const T* values, int64_t count, T limit
   return listed;
 }
 
+// Keeps the candidates that may reach `least` as far as their inner products in T tell, which are off by `slack` at the
+// most; returns the end of those kept.
+template <typename T>
+HPK_HOST_DEVICE Candidate<T>* narrow_of(const T* query, const T* references, int64_t dim, T least, T slack,
+                                        Candidate<T>* first, Candidate<T>* last) {
+  constexpr int64_t kSums = 64;
+  Candidate<T>* kept = first;
+  for (Candidate<T>* candidate = first; candidate != last; ++candidate) {
+    const T* reference = references + candidate->index * dim;
+    T sums[kSums] = {};
+    int64_t d = 0;
+    for (; d + kSums <= dim; d += kSums) {
+      HPK_SIMD
+      for (int64_t s = 0; s < kSums; ++s) sums[s] += query[d + s] * reference[d + s];
+    }
+    for (; d < dim; ++d) sums[d % kSums] += query[d] * reference[d];
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
+      HPK_SIMD
+      for (int64_t s = 0; s < half; ++s) sums[s] += sums[s + half];
+    }
+    if (!(sums[0] + slack < least)) *kept++ = *candidate;  // NaN is kept
+  }
+  return kept;
+}
+
 // Turns the coarse products of candidates into their inner products.
 template <typename T>
 HPK_HOST_DEVICE void evaluate_of(const double* query, const T* references, int64_t dim, Candidate<T>* first,
@@ -94,6 +119,10 @@ HPK_DEFINE_SCALE(double, double)
   }                                                                                                                   \
   HPK_MULTIVERSION int64_t list_reaching(const T* values, int64_t count, T limit, int32_t* positions) {               \
     return list_reaching_of(values, count, limit, positions);                                                         \
+  }                                                                                                                   \
+  HPK_MULTIVERSION Candidate<T>* narrow(const T* query, const T* references, int64_t dim, T least, T slack,           \
+                                        Candidate<T>* first, Candidate<T>* last) {                                    \
+    return narrow_of(query, references, dim, least, slack, first, last);                                              \
   }                                                                                                                   \
   HPK_MULTIVERSION void evaluate(const double* query, const T* references, int64_t dim, Candidate<T>* first,          \
                                  Candidate<T>* last) {                                                                \
@@ -151,41 +180,47 @@ T lower_limit(int64_t k, Scratch<T>& scratch) {
   return kth_greatest(k, scratch.some);
 }
 
-// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted` says yes to, to the candidates,
-// and computes their inner products.
+// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted` says yes to, to the candidates.
 template <typename T, typename Wanted>
-void add_candidates(const CoarseRows<T>& references, T limit, Scratch<T>& scratch, Wanted wanted) {
+void add_candidates(T limit, Scratch<T>& scratch, Wanted wanted) {
   const std::vector<T>& values = scratch.values;
-  std::vector<Candidate<T>>& candidates = scratch.candidates;
-  const std::size_t before = candidates.size();
   const int64_t listed =
       list_reaching(values.data(), static_cast<int64_t>(values.size()), limit, scratch.positions.data());
   for (int64_t p = 0; p < listed; ++p) {
     const int32_t reference = scratch.positions[p];
     const T value = values[reference];
-    if (wanted(value) && value != kExcluded<T>) candidates.push_back({value, reference});
+    if (wanted(value) && value != kExcluded<T>) scratch.candidates.push_back({value, reference});
   }
-  Candidate<T>* const begin = candidates.data();
-  evaluate(scratch.query.data(), references.rows, references.dim, begin + before, begin + candidates.size());
 }
 
-// Finds references, the k with the greatest inner products among them, and computes these products; `bound` is the most
-// that a coarse product is off. Returns how many it computed.
+// Finds references, the k with the greatest inner products among them, and computes these products. A coarse product is
+// off by `bound` at the most, one in T by `slack`. Returns how many it computed, in T or more.
 template <typename T>
-int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound,
+int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound, T slack,
                         Scratch<T>& scratch) {
   std::vector<Candidate<T>>& candidates = scratch.candidates;
   candidates.clear();
   scratch.positions.resize(scratch.values.size());
   scratch.query.assign(query.rows, query.rows + query.dim);
+  const auto evaluate_from = [&](std::size_t first) {
+    Candidate<T>* const begin = candidates.data();
+    evaluate(scratch.query.data(), references.rows, query.dim, begin + first, begin + candidates.size());
+  };
   // First those that are likely: their inner products then put most of the others out of the question.
   const T likely = lower_limit(k, scratch);
-  add_candidates(references, likely, scratch, [](T) { return true; });
+  add_candidates(likely, scratch, [](T) { return true; });
+  evaluate_from(0);
   scratch.some.clear();
   for (const Candidate<T>& candidate : candidates) scratch.some.push_back(candidate.value);
   const T least = kth_greatest(k, scratch.some);
-  add_candidates(references, least - bound, scratch, [=](T value) { return value < likely; });
+
+  const std::size_t evaluated = candidates.size();
+  add_candidates(least - bound, scratch, [=](T value) { return value < likely; });
   const auto computed = static_cast<int64_t>(candidates.size());
+  Candidate<T>* const begin = candidates.data();
+  Candidate<T>* const end = begin + candidates.size();
+  candidates.resize(narrow(query.rows, references.rows, query.dim, least, slack, begin + evaluated, end) - begin);
+  evaluate_from(evaluated);
   const auto too_small = [=](const Candidate<T>& candidate) { return candidate.value < least; };
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_small), candidates.end());
   return computed;
@@ -219,12 +254,13 @@ int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const Co
     for (int64_t i = begin; i < end; ++i) {
       const CoarseRows<T> query = rows_from(queries, i);
       const T bound = coarse_bound(*query.norm, *query.error, norm, error);
+      const T slack = coarse_rounding<T>(query.dim) * *query.norm * norm + kCoarseUnderflow<T>;
       scale_products(products + i * pool, *query.scale, references.scale, pool, scratch.values.data());
       if (!(bound < std::numeric_limits<T>::infinity())) {  // coarse products that say nothing, and may be infinite
         std::fill(scratch.values.begin(), scratch.values.end(), std::numeric_limits<T>::quiet_NaN());
       }
       exclude(exclusions, i, scratch.values);
-      candidates += find_candidates(query, references, k, bound, scratch);
+      candidates += find_candidates(query, references, k, bound, slack, scratch);
       choose(scratch.candidates, k, values + i * k, indices + i * k);
     }
     computed += candidates;
