@@ -180,7 +180,8 @@ T lower_limit(int64_t k, Scratch<T>& scratch) {
   return kth_greatest(k, scratch.some);
 }
 
-// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted` says yes to, to the candidates.
+// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted(product, reference)` says yes to,
+// to the candidates.
 template <typename T, typename Wanted>
 void add_candidates(T limit, Scratch<T>& scratch, Wanted wanted) {
   const std::vector<T>& values = scratch.values;
@@ -189,12 +190,12 @@ void add_candidates(T limit, Scratch<T>& scratch, Wanted wanted) {
   for (int64_t p = 0; p < listed; ++p) {
     const int32_t reference = scratch.positions[p];
     const T value = values[reference];
-    if (wanted(value) && value != kExcluded<T>) scratch.candidates.push_back({value, reference});
+    if (wanted(value, reference) && value != kExcluded<T>) scratch.candidates.push_back({value, reference});
   }
 }
 
 // Finds references, the k with the greatest inner products among them, and computes these products. A coarse product is
-// off by `bound` at the most, one in T by `slack`. Returns how many it computed, in T or more.
+// off by `bound` at the most, whichever the reference, and one in T by `slack`. Returns how many it computed, in T or more.
 template <typename T>
 int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound, T slack,
                         Scratch<T>& scratch) {
@@ -208,14 +209,17 @@ int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& referen
   };
   // First those that are likely: their inner products then put most of the others out of the question.
   const T likely = lower_limit(k, scratch);
-  add_candidates(likely, scratch, [](T) { return true; });
+  add_candidates(likely, scratch, [](T, int32_t) { return true; });
   evaluate_from(0);
   scratch.some.clear();
   for (const Candidate<T>& candidate : candidates) scratch.some.push_back(candidate.value);
   const T least = kth_greatest(k, scratch.some);
 
   const std::size_t evaluated = candidates.size();
-  add_candidates(least - bound, scratch, [=](T value) { return value < likely; });
+  add_candidates(least - bound, scratch, [&](T value, int32_t reference) {
+    const T own = coarse_bound(*query.norm, *query.error, references.norm[reference], references.error[reference]);
+    return value < likely && value + own >= least;
+  });
   const auto computed = static_cast<int64_t>(candidates.size());
   Candidate<T>* const begin = candidates.data();
   Candidate<T>* const end = begin + candidates.size();
@@ -230,7 +234,7 @@ template <typename T>
 void choose(std::vector<Candidate<T>>& candidates, int64_t k, T* values, int64_t* indices) {
   const bool nan = std::any_of(candidates.begin(), candidates.end(), is_nan<T>);
   const int64_t found = nan ? 0 : std::min<int64_t>(k, candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(), is_better<T>);
+  if (!nan) std::sort(candidates.begin(), candidates.end(), is_better<T>);  // few more than k
   for (int64_t t = 0; t < k; ++t) {
     values[t] = t < found ? candidates[t].value : nan ? std::numeric_limits<T>::quiet_NaN() : kExcluded<T>;
     indices[t] = values[t] > kExcluded<T> ? candidates[t].index : -1;
