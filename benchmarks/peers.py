@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Outputs, applied, attention_of, backend_provider, differentiate, leaf, provides
-from hpkernels.ops._coarse import without_int8
+from benchmarks.providers import Outputs, applied, attention_of, differentiate, leaf, provides
 
 
 @provides("masked_topk", "torch-topk")
@@ -25,12 +24,6 @@ def _faiss(inputs: Inputs) -> Outputs:
     index.add(inputs["pool"].numpy())
     values, indices = index.search(inputs["query"].numpy(), inputs["k"])
     return {"values": torch.from_numpy(values), "indices": torch.from_numpy(indices)}
-
-
-@provides("masked_topk", "cpu-float32")
-def _topk_without_int8(inputs: Inputs) -> Outputs:
-    with without_int8():
-        return backend_provider("masked_topk", inputs, "cpu")
 
 
 @provides("hidden_positives", "torch-matmul", most_anchors=12544)

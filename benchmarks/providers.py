@@ -18,6 +18,7 @@ import hpkernels
 from benchmarks import published
 from benchmarks.cases import Case, Inputs
 from hpkernels import backends
+from hpkernels.ops._coarse import without_int8
 from training.model import to_map, to_rows
 
 Outputs = dict[str, Tensor]
@@ -93,6 +94,8 @@ def _registered() -> dict[str, list[Provider]]:
             _registry.setdefault(op, []).append(
                 Provider(backend, partial(run, backend=backend), None, missing, most_anchors=limit)
             )
+    missing = "" if (state := backends.availability("masked_topk", "cpu")).ok else state.reason
+    _registry["masked_topk"].append(Provider("cpu-float32", _masked_topk_without_int8, None, missing))
     return _registry
 
 
@@ -125,6 +128,11 @@ def leaf(value: Tensor) -> Tensor:
 def _masked_topk(inputs: Inputs, backend: str) -> Outputs:
     top = hpkernels.masked_topk(inputs["query"], inputs["pool"], inputs["k"], backend=backend)
     return {"values": top.values, "indices": top.indices}
+
+
+def _masked_topk_without_int8(inputs: Inputs) -> Outputs:
+    with without_int8():
+        return _masked_topk(inputs, "cpu")
 
 
 def _hidden_positives(inputs: Inputs, backend: str) -> Outputs:
@@ -199,11 +207,6 @@ _BACKEND_CALLS = {
     "ghp_contrastive": _ghp_contrastive,
     "training_step": _training_step,
 }
-
-
-def backend_provider(op: str, inputs: Inputs, backend: str) -> Outputs:
-    """The results of a backend of hpkernels."""
-    return _BACKEND_CALLS[op](inputs, backend)
 
 
 @cache

@@ -136,7 +136,7 @@ def test_roofline():
 
 
 def test_route_follows_the_pairs():
-    assert contrastive_route(1000, 100, pairs=1000, within_images=1000) == "rows"
+    assert contrastive_route(1000, 100, pairs=1000, within_images=1000) == "pairs"
     assert contrastive_route(1000, 100, pairs=60_000, within_images=58_000) == "images"
     assert contrastive_route(1000, 100, pairs=900_000, within_images=90_000) == "blocks"
 

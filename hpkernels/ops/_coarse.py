@@ -23,7 +23,7 @@ _INT8_FEATURES = range(16, 2**17)
 """D for int8: 127² times as many is the most that an int32 sum holds, and few are not worth rounding (and with D = 1
 PyTorch's int8 product is wrong: it mistakes transposed rows for others)."""
 _MOST_UNDECIDED = 1 / 16
-"""Share of pairs that int8 may leave undecided: their inner products then cost as much as float32 products of all."""
+"""Share of pairs that int8 may leave undecided: with many more, float32 products of all would take less time."""
 
 
 class CoarseRows(NamedTuple):

@@ -17,7 +17,7 @@ from hpkernels.ops.multi_positive_contrastive import cpu
 from hpkernels.testing import assert_rows_close, random_problem
 
 OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
-ROUTES = ("rows", "images", "blocks")
+ROUTES = ("pairs", "images", "blocks")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -100,7 +100,7 @@ def test_single_precision_is_as_good_as_plain_pytorch(route):
 def test_route_follows_the_work():
     few, many = (torch.arange(600) // group for group in (2, 200))
     none, all_pairs = pack_bits(torch.zeros(100, 600, dtype=torch.bool)), pack_bits(torch.ones(100, 600).bool())
-    assert cpu.choose_route(PositiveMask.from_labels(few).bits, None, none) == "rows"
+    assert cpu.choose_route(PositiveMask.from_labels(few).bits, None, none) == "pairs"
     assert cpu.choose_route(PositiveMask.from_labels(torch.arange(600) // 100).bits, None, none) == "images"
     assert cpu.choose_route(PositiveMask.from_labels(many).bits, None, all_pairs) == "blocks"
 

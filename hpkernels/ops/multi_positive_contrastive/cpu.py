@@ -1,7 +1,7 @@
 """CPU kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
 Pairs are covered by blocks, whose logits are matrix products, or one by one where they are sampled or positives. Three
-routes give the same result, and the one with the least work is taken: "rows", pairs alone; "images", a block for each
+routes give the same result, and the one with the least work is taken: "pairs", pairs alone; "images", a block for each
 image, which holds most positives, and pairs across images; "blocks", blocks of all pairs.
 """
 
@@ -97,7 +97,7 @@ def backward(
     relations = (positives, positives_t, specific, specific_t, drawn)
     grad_z = torch.zeros_like(vectors)
     kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
-    drawn_t = None if route == "rows" else _transposed(drawn, anchors)
+    drawn_t = None if route == "pairs" else _transposed(drawn, anchors)
     for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):
         at = (block.start, columns.start)
         kernels.contrastive_block_backward(products, *at, 1 / temperature, *relations, drawn_t, rows)
@@ -132,7 +132,7 @@ def _transposed(bits: Tensor, columns: int) -> Tensor:
 
 
 def choose_route(positives: Tensor, specific: Tensor | None, negatives: Tensor) -> str:
-    """The route with the least work: "rows", "images" or "blocks"."""
+    """The route with the least work: "pairs", "images" or "blocks"."""
     counts = torch.ops.hpkernels_cpu.contrastive_count_pairs(positives, specific, negatives)
     return contrastive_route(len(positives), len(negatives), *counts)
 
@@ -142,7 +142,7 @@ def _blocks(z: Tensor, route: str, anchors_per_image: int) -> Iterator[tuple[sli
 
     Each block is overwritten by the next. Columns are whole images, or a part of one.
     """
-    if route == "rows":
+    if route == "pairs":
         return
     kernels, images = torch.ops.hpkernels_cpu, blocks(slice(0, len(z)), anchors_per_image)
     buffer = z.new_empty(min(len(z), _SIDE) ** 2)
