@@ -43,6 +43,8 @@ def forward(
     """The loss and the (4, N) row statistics, for bit-packed positives (N, ceil(N / 32))."""
     (accumulate,) = check.accumulation(z.dtype)
     anchors = len(z)
+    if specific_weight == 0:
+        specific = None  # it adds nothing, and must not have a say in the route
     rows, positives, specific = z.detach().to(accumulate).contiguous(), *_contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
     relations = (positives, specific, drawn)
@@ -90,6 +92,8 @@ def backward(
 ) -> Tensor:
     """The gradient of z from the row statistics; logits, probabilities and negatives are computed again."""
     anchors = len(z)
+    if not rows[3].any():  # as in forward
+        specific = None
     vectors, positives, specific = z.detach().to(rows.dtype).contiguous(), *_contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
     positives_t = positives if symmetric else _transposed(positives, anchors)
