@@ -15,8 +15,10 @@
 // processor at hand. What it calls must be inlined into it (HPK_HOST_DEVICE) to be compiled for the same set.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(HPK_BASELINE_ONLY)
 #define HPK_MULTIVERSION __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#define HPK_HAS_AVX512_VERSIONS 1
 #else
 #define HPK_MULTIVERSION
+#define HPK_HAS_AVX512_VERSIONS 0
 #endif
 
 #define HPK_PRAGMA(text) _Pragma(#text)

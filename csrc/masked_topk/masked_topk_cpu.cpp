@@ -4,13 +4,19 @@
 #include <atomic>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "common/inner_product.h"
 
+#if HPK_HAS_AVX512_VERSIONS
+#include <immintrin.h>
+#endif
+
 namespace hpk {
 namespace {
 
+constexpr int64_t kListSlack = 16;  // positions after the last that a list may write to
 constexpr int64_t kLeastGroups = 64, kMostGroups = 256;  // of products, by their position; multiples of any vector's length
 
 template <typename T>
@@ -47,6 +53,42 @@ HPK_HOST_DEVICE void group_maxima_of(const T* values, int64_t count, int64_t gro
     HPK_SIMD
     for (int64_t g = 0; g < end; ++g) maxima[g] = values[first + g] > maxima[g] ? values[first + g] : maxima[g];
   }
+}
+
+// How many values reach a limit; NaN does not.
+template <typename T>
+HPK_HOST_DEVICE int64_t count_reaching_of(const T* values, int64_t count, T limit) {
+  int32_t reaching = 0;
+  HPK_PRAGMA(omp simd reduction(+ : reaching))
+  for (int64_t j = 0; j < count; ++j) reaching += values[j] >= limit ? 1 : 0;
+  return reaching;
+}
+
+// A number that at least k of the values reach, and no more than that unless some are equal; -inf if there are fewer
+// than k, not counting NaN and -inf.
+template <typename T>
+HPK_HOST_DEVICE T reached_by_of(int64_t k, const T* values, int64_t count) {
+  T low = std::numeric_limits<T>::infinity(), high = kExcluded<T>;
+  int32_t valid = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const bool counts = values[j] > kExcluded<T>;
+    low = counts && values[j] < low ? values[j] : low;
+    high = values[j] > high ? values[j] : high;
+    valid += counts ? 1 : 0;
+  }
+  if (valid < k) return kExcluded<T>;
+  for (int64_t reaching = valid; reaching > k;) {  // at least k, from first to last, reach `low`
+    const T middle = low / 2 + high / 2;
+    if (!(low < middle && middle < high)) return count_reaching_of(values, count, high) >= k ? high : low;
+    const int64_t above = count_reaching_of(values, count, middle);
+    if (above >= k) {
+      low = middle;
+      reaching = above;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 // Which of up to 32 values reach a limit; NaN does.
@@ -120,6 +162,9 @@ HPK_DEFINE_SCALE(double, double)
   HPK_MULTIVERSION int64_t list_reaching(const T* values, int64_t count, T limit, int32_t* positions) {               \
     return list_reaching_of(values, count, limit, positions);                                                         \
   }                                                                                                                   \
+  HPK_MULTIVERSION T reached_by(int64_t k, const T* values, int64_t count) {                                          \
+    return reached_by_of(k, values, count);                                                                           \
+  }                                                                                                                   \
   HPK_MULTIVERSION Candidate<T>* narrow(const T* query, const T* references, int64_t dim, T least, T slack,           \
                                         Candidate<T>* first, Candidate<T>* last) {                                    \
     return narrow_of(query, references, dim, least, slack, first, last);                                              \
@@ -131,6 +176,37 @@ HPK_DEFINE_SCALE(double, double)
 HPK_DEFINE_FOR(float)
 HPK_DEFINE_FOR(double)
 #undef HPK_DEFINE_FOR
+
+#if HPK_HAS_AVX512_VERSIONS
+// Compilers do not find the instruction that moves the chosen lanes of a vector together.
+__attribute__((target("avx512f"))) int64_t list_reaching_avx512(const float* values, int64_t count, float limit,
+                                                                int32_t* positions) {
+  const __m512 limits = _mm512_set1_ps(limit);
+  const __m512i step = _mm512_set1_epi32(16);
+  __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t listed = 0;
+  for (int64_t first = 0; first < count; first += 16) {
+    const auto valid = static_cast<__mmask16>(count - first < 16 ? (1u << (count - first)) - 1 : 0xffffu);
+    const __m512 loaded = _mm512_maskz_loadu_ps(valid, values + first);
+    const __mmask16 found = _mm512_mask_cmp_ps_mask(valid, loaded, limits, _CMP_NLT_UQ);
+    _mm512_storeu_si512(positions + listed, _mm512_maskz_compress_epi32(found, lanes));
+    listed += __builtin_popcount(found);
+    lanes = _mm512_add_epi32(lanes, step);
+  }
+  return listed;
+}
+#endif
+
+// `positions` has room for kListSlack more than `count`.
+template <typename T>
+int64_t list(const T* values, int64_t count, T limit, int32_t* positions) {
+#if HPK_HAS_AVX512_VERSIONS
+  if constexpr (std::is_same_v<T, float>) {
+    if (__builtin_cpu_supports("avx512f")) return list_reaching_avx512(values, count, limit, positions);
+  }
+#endif
+  return list_reaching(values, count, limit, positions);
+}
 
 template <typename T>
 void exclude(const Exclusions& exclusions, int64_t row, std::vector<T>& values) {
@@ -155,89 +231,68 @@ bool is_better(const Candidate<T>& a, const Candidate<T>& b) {
   return a.value > b.value || (a.value == b.value && a.index < b.index);
 }
 
-// The k-th greatest of some values, which are reordered and lose what is NaN; -inf if there are fewer.
-template <typename T>
-T kth_greatest(int64_t k, std::vector<T>& some) {
-  some.erase(std::remove_if(some.begin(), some.end(), [](T value) { return value != value; }), some.end());
-  if (static_cast<int64_t>(some.size()) < k) return kExcluded<T>;
-  std::nth_element(some.begin(), some.begin() + (k - 1), some.end(), [](T a, T b) { return a > b; });
-  return some[k - 1];
-}
-
 // A number that at least k of the coarse products reach, if so many are allowed, and few more.
 template <typename T>
 T lower_limit(int64_t k, Scratch<T>& scratch) {
   const auto count = static_cast<int64_t>(scratch.values.size());
   int64_t groups = kLeastGroups;
   while (groups < 2 * k) groups *= 2;
-  if (groups > kMostGroups || groups > count) {
-    scratch.some = scratch.values;
-  } else {
-    // As many groups have a maximum of at least the k-th greatest maximum.
-    scratch.some.resize(groups);
-    group_maxima(scratch.values.data(), count, groups, scratch.some.data());
-  }
-  return kth_greatest(k, scratch.some);
-}
-
-// Adds the references whose coarse product reaches `limit`, or is NaN, and that `wanted(product, reference)` says yes to,
-// to the candidates.
-template <typename T, typename Wanted>
-void add_candidates(T limit, Scratch<T>& scratch, Wanted wanted) {
-  const std::vector<T>& values = scratch.values;
-  const int64_t listed =
-      list_reaching(values.data(), static_cast<int64_t>(values.size()), limit, scratch.positions.data());
-  for (int64_t p = 0; p < listed; ++p) {
-    const int32_t reference = scratch.positions[p];
-    const T value = values[reference];
-    if (wanted(value, reference) && value != kExcluded<T>) scratch.candidates.push_back({value, reference});
-  }
+  if (groups > kMostGroups || groups > count) return reached_by(k, scratch.values.data(), count);
+  // As many groups have a maximum of at least the k-th greatest maximum.
+  scratch.some.resize(groups);
+  group_maxima(scratch.values.data(), count, groups, scratch.some.data());
+  return reached_by(k, scratch.some.data(), groups);
 }
 
 // Finds references, the k with the greatest inner products among them, and computes these products. A coarse product is
-// off by `bound` at the most, whichever the reference, and one in T by `slack`. Returns how many it computed, in T or more.
+// off by `bound` at the most, whichever the reference, and one in T by `slack`. Leaves `found` candidates and returns how
+// many inner products it computed, in T or more.
 template <typename T>
 int64_t find_candidates(const CoarseRows<T>& query, const CoarseRows<T>& references, int64_t k, T bound, T slack,
-                        Scratch<T>& scratch) {
-  std::vector<Candidate<T>>& candidates = scratch.candidates;
-  candidates.clear();
-  scratch.positions.resize(scratch.values.size());
+                        Scratch<T>& scratch, int64_t& found) {
+  const std::vector<T>& values = scratch.values;
+  const auto pool = static_cast<int64_t>(values.size());
+  int32_t* const positions = scratch.positions.data();
+  Candidate<T>* const candidates = scratch.candidates.data();
   scratch.query.assign(query.rows, query.rows + query.dim);
-  const auto evaluate_from = [&](std::size_t first) {
-    Candidate<T>* const begin = candidates.data();
-    evaluate(scratch.query.data(), references.rows, query.dim, begin + first, begin + candidates.size());
-  };
   // First those that are likely: their inner products then put most of the others out of the question.
   const T likely = lower_limit(k, scratch);
-  add_candidates(likely, scratch, [](T, int32_t) { return true; });
-  evaluate_from(0);
-  scratch.some.clear();
-  for (const Candidate<T>& candidate : candidates) scratch.some.push_back(candidate.value);
-  const T least = kth_greatest(k, scratch.some);
+  const int64_t reaching = list(values.data(), pool, likely, positions);
+  Candidate<T>* end = candidates;
+  for (int64_t p = 0; p < reaching; ++p) {  // without branches, which no processor would foresee
+    *end = {values[positions[p]], positions[p]};
+    end += end->value != kExcluded<T>;
+  }
+  evaluate(scratch.query.data(), references.rows, query.dim, candidates, end);
+  scratch.some.resize(end - candidates);
+  for (std::size_t c = 0; c < scratch.some.size(); ++c) scratch.some[c] = candidates[c].value;
+  const T least = reached_by(k, scratch.some.data(), end - candidates);
 
-  const std::size_t evaluated = candidates.size();
-  add_candidates(least - bound, scratch, [&](T value, int32_t reference) {
+  Candidate<T>* const others = end;
+  const int64_t within = list(values.data(), pool, least - bound, positions);
+  for (int64_t p = 0; p < within; ++p) {
+    const int32_t reference = positions[p];
+    const T value = values[reference];
     const T own = coarse_bound(*query.norm, *query.error, references.norm[reference], references.error[reference]);
-    return value < likely && value + own >= least;
-  });
-  const auto computed = static_cast<int64_t>(candidates.size());
-  Candidate<T>* const begin = candidates.data();
-  Candidate<T>* const end = begin + candidates.size();
-  candidates.resize(narrow(query.rows, references.rows, query.dim, least, slack, begin + evaluated, end) - begin);
-  evaluate_from(evaluated);
+    *end = {value, reference};
+    end += (value < likely) & (value + own >= least) & (value != kExcluded<T>);
+  }
+  const int64_t computed = end - candidates;
+  end = narrow(query.rows, references.rows, query.dim, least, slack, others, end);
+  evaluate(scratch.query.data(), references.rows, query.dim, others, end);
   const auto too_small = [=](const Candidate<T>& candidate) { return candidate.value < least; };
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_small), candidates.end());
+  found = std::remove_if(candidates, end, too_small) - candidates;
   return computed;
 }
 
 template <typename T>
-void choose(std::vector<Candidate<T>>& candidates, int64_t k, T* values, int64_t* indices) {
-  const bool nan = std::any_of(candidates.begin(), candidates.end(), is_nan<T>);
-  const int64_t found = nan ? 0 : std::min<int64_t>(k, candidates.size());
-  if (!nan) std::sort(candidates.begin(), candidates.end(), is_better<T>);  // few more than k
+void choose(Candidate<T>* first, Candidate<T>* last, int64_t k, T* values, int64_t* indices) {
+  const bool nan = std::any_of(first, last, is_nan<T>);
+  const int64_t found = nan ? 0 : std::min<int64_t>(k, last - first);
+  if (!nan) std::sort(first, last, is_better<T>);  // few more than k
   for (int64_t t = 0; t < k; ++t) {
-    values[t] = t < found ? candidates[t].value : nan ? std::numeric_limits<T>::quiet_NaN() : kExcluded<T>;
-    indices[t] = values[t] > kExcluded<T> ? candidates[t].index : -1;
+    values[t] = t < found ? first[t].value : nan ? std::numeric_limits<T>::quiet_NaN() : kExcluded<T>;
+    indices[t] = values[t] > kExcluded<T> ? first[t].index : -1;
   }
 }
 
@@ -254,6 +309,8 @@ int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const Co
   parallel_for(run, rows, 16, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
     scratch.values.resize(pool);
+    scratch.positions.resize(pool + kListSlack);
+    scratch.candidates.resize(pool + 1);  // one more is written before it is known to be none
     int64_t candidates = 0;
     for (int64_t i = begin; i < end; ++i) {
       const CoarseRows<T> query = rows_from(queries, i);
@@ -264,8 +321,9 @@ int64_t masked_topk_select_cpu(ParallelFor run, const Coarse* products, const Co
         std::fill(scratch.values.begin(), scratch.values.end(), std::numeric_limits<T>::quiet_NaN());
       }
       exclude(exclusions, i, scratch.values);
-      candidates += find_candidates(query, references, k, bound, slack, scratch);
-      choose(scratch.candidates, k, values + i * k, indices + i * k);
+      int64_t found = 0;
+      candidates += find_candidates(query, references, k, bound, slack, scratch, found);
+      choose(scratch.candidates.data(), scratch.candidates.data() + found, k, values + i * k, indices + i * k);
     }
     computed += candidates;
   });
