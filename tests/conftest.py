@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from hypothesis import settings
 # The same few examples on every run: a failure in continuous integration reproduces anywhere.
 settings.register_profile("hpkernels", deadline=None, derandomize=True, database=None, max_examples=12)
 settings.load_profile("hpkernels")
+
+# Before any kernel is imported: without a GPU the Triton kernels are tested in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,146 @@
+"""What the Triton kernels of all ops share: whether they can run, their configurations, their launch, small functions.
+
+Kernels are plain ``@triton.jit`` functions. The host chooses tile sizes from ``hpkernels/ops/<op>/triton.json``, by kernel,
+architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a table of
+one's own, which the environment variable ``HPKERNELS_TRITON_TABLE`` names. Under ``TRITON_INTERPRET=1`` the kernels run
+on the CPU, with tiles so small that tests of a few anchors take several of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.backends import Availability
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TABLE_VARIABLE = "HPKERNELS_TRITON_TABLE"
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+"""Whether kernels run on the CPU, one program after another; decided when they are imported."""
+
+_LEAST_VERSION = (3, 6)
+
+
+def register(op: str) -> None:
+    """Enter ``hpkernels/ops/<op>/triton.py``, or, without Triton, the reason why it is missing."""
+    if triton is None:
+        module = SimpleNamespace(supports=supports)
+    else:
+        module = importlib.import_module(f"hpkernels.ops.{op}.triton")
+    # Never run on a GPU so far: only for those who ask for it by name.
+    backends.register(op, "triton", module, automatic=False)
+
+
+def supports(device_type: str, dtype: torch.dtype) -> Availability:
+    """Whether the Triton kernels can run: on GPUs, and on the CPU under Triton's interpreter."""
+    if triton is None:
+        return Availability(False, "Triton is not installed; pip install 'triton>=3.6'")
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < _LEAST_VERSION:
+        return Availability(False, f"the Triton kernels need Triton 3.6, this is {triton.__version__}")
+    if dtype not in DTYPES:
+        return Availability(False, f"the Triton kernels take float16, bfloat16 and float32, not {dtype}")
+    if device_type == "cuda" and not INTERPRETED:
+        return Availability(True, f"compiled by Triton {triton.__version__} when first used")
+    if device_type == "cpu" and INTERPRETED:
+        return Availability(True, "interpreted (TRITON_INTERPRET=1): slow, for tests")
+    if INTERPRETED:
+        return Availability(False, "TRITON_INTERPRET=1 is set, so the Triton kernels take tensors on the CPU only")
+    return Availability(False, f"the Triton kernels take tensors on a GPU, not on {device_type}")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on the device of its first argument, a tensor, once for each point of `grid`."""
+    on = arguments[0].device
+    with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants)
+
+
+def configuration(kernel: Any, like: Tensor) -> dict[str, int]:
+    """The tile sizes, ``num_warps`` and ``num_stages`` of `kernel` for elements and the device of `like`."""
+    return dict(_lookup(kernel.__name__, architecture(like.device), like.element_size()))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of `dtype` that need not be exact are computed: TF32 only where PyTorch's setting allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The column of the table that a device uses."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # Others, like consumer Blackwell, have no more shared memory than the smallest of Ampere.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def _lookup(kernel: str, arch: str, element_size: int) -> dict[str, int]:
+    by_size = table()[kernel][arch]
+    return by_size.get(str(element_size)) or by_size["any"]
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Configurations by kernel, architecture and element size in bytes, or "any"; one's own come first."""
+    files = sorted(Path(__file__).parent.glob("*/triton.json"))
+    own = os.environ.get(TABLE_VARIABLE)
+    entries: dict = {}
+    for file in [*files, Path(own)] if own else files:
+        for kernel, by_arch in json.loads(file.read_text()).items():
+            for arch, by_size in by_arch.items():
+                entries.setdefault(kernel, {}).setdefault(arch, {}).update(by_size)
+    return entries
+
+
+if triton is not None:
+    _INTERPRETED = tl.constexpr(INTERPRETED)
+
+    @triton.jit
+    def multiply(a, b, sums, PRECISION: tl.constexpr):
+        """`sums` and the matrix product of `a` and `b`, in float32."""
+        if _INTERPRETED:  # whose product of bfloat16 numbers is one of their bit patterns
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+    @triton.jit
+    def load_rows(base, rows, row_stride, columns, column_stride, count, dim):
+        """A tile (rows, columns) of a (count, dim) matrix; 0 outside of it."""
+        inside = (rows >= 0) & (rows < count)
+        at = base + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+        return tl.load(at, mask=inside[:, None] & (columns < dim)[None, :], other=0.0)
+
+    @triton.jit
+    def row_products(
+        left, left_rows, left_stride, left_step, left_count,
+        right, right_rows, right_stride, right_step, right_count,
+        dim, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """The inner products, float32, of rows of two matrices (., dim) with any strides."""
+        sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
+        for start in range(0, dim, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            a = load_rows(left, left_rows, left_stride, columns, left_step, left_count, dim)
+            b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
+            sums = multiply(a, tl.trans(b), sums, PRECISION)
+        return sums
