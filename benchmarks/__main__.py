@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare``: see docs/benchmarks.md."""
+"""``python -m benchmarks run | plot | tables | compare | resources``: see docs/benchmarks.md and docs/triton.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plots, results, tables
+from benchmarks import plots, resources, results, tables
 from benchmarks.cases import OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import run
 from benchmarks.verify import WrongResultError
+from hpkernels.ops import _triton
 
-_PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+_DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("before", type=Path)
     command.add_argument("after", type=Path)
     command.set_defaults(command=_compare)
+
+    command = commands.add_parser("resources", help="compile the Triton kernels for each target: registers, spills")
+    command.add_argument(
+        "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
+    )
+    command.set_defaults(command=_resources)
     return parser
 
 
@@ -103,7 +110,7 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    tables.write_tables(_PAGE, RESULTS)
+    tables.write_tables(_DOCS / "benchmarks.md", RESULTS)
     return 0
 
 
@@ -111,6 +118,26 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
         print(line)
     return 0
+
+
+def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    reason = resources.reason_to_skip()
+    if reason:
+        parser.error(reason)
+    dtypes = resources.CHECKED_DTYPES if options.check else resources.DTYPES
+    rows, complaints = resources.compile_all(
+        resources.jobs(dtypes), lambda line: print(f"\r{line}", end="", flush=True)
+    )
+    print()
+    file = resources.committed()
+    complaints += resources.complaints(rows, resources.read(file) if options.check else [])
+    complaints += resources.unused(rows, _triton.table())
+    if not options.check:
+        resources.write(file, rows)
+        resources.write_tables(_DOCS / "triton.md", RESULTS)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
 
 
 if __name__ == "__main__":

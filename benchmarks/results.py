@@ -17,6 +17,8 @@ import torch
 import hpkernels
 
 RESULTS = Path(__file__).parent / "results"
+RESOURCES = "resources.csv"
+"""What benchmarks/resources.py writes: no times, and other columns."""
 
 
 @dataclass
@@ -134,8 +136,8 @@ def _parse(kind: str, text: str) -> str | int | float | None:
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of all CSV files of a folder."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+    """The rows of all CSV files of a folder, but for those of the compiler."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.name != RESOURCES for row in read(path)]
 
 
 def write(folder: Path, rows: Iterable[Row]) -> list[Path]:

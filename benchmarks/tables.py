@@ -16,12 +16,21 @@ def write_tables(page: Path, results: Path) -> None:
     Raises:
         ValueError: the page has not both comments, in this order.
     """
-    text = page.read_text()
-    begin, end = text.find(BEGIN), text.find(END)
-    if not 0 <= begin < end:
-        raise ValueError(f"{page} must have the lines {BEGIN} and {END}")
     tables = [_device_tables(read_folder(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    page.write_text(text[: begin + len(BEGIN)] + "\n" + "\n".join(filter(None, tables)) + text[end:])
+    replace_between(page, BEGIN, END, "\n".join(filter(None, tables)))
+
+
+def replace_between(page: Path, begin: str, end: str, lines: str) -> None:
+    """Replace what stands between two comments of a page.
+
+    Raises:
+        ValueError: the page has not both, in this order.
+    """
+    text = page.read_text()
+    first, last = text.find(begin), text.find(end)
+    if not 0 <= first < last:
+        raise ValueError(f"{page} must have the lines {begin} and {end}")
+    page.write_text(text[: first + len(begin)] + "\n" + lines + text[last:])
 
 
 def _device_tables(rows: list[Row]) -> str:

@@ -1,7 +1,7 @@
 """What the Triton kernels of all ops share: whether they can run, their configurations, their launch, small functions.
 
-Kernels are plain ``@triton.jit`` functions. The host chooses tile sizes from ``hpkernels/ops/<op>/triton.json``, by kernel,
-architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a table of
+Kernels are plain ``@triton.jit`` functions. The host chooses tile sizes from ``hpkernels/ops/<op>/triton.json``, by
+kernel, architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a table of
 one's own, which the environment variable ``HPKERNELS_TRITON_TABLE`` names. Under ``TRITON_INTERPRET=1`` the kernels run
 on the CPU, with tiles so small that tests of a few anchors take several of them.
 """
@@ -102,15 +102,41 @@ def _lookup(kernel: str, arch: str, element_size: int) -> dict[str, int]:
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """Configurations by kernel, architecture and element size in bytes, or "any"; one's own come first."""
-    files = sorted(Path(__file__).parent.glob("*/triton.json"))
-    own = os.environ.get(TABLE_VARIABLE)
+    """Configurations by kernel, architecture and element size in bytes, or "any"; one's own come first.
+
+    Raises:
+        ValueError: the file that ``HPKERNELS_TRITON_TABLE`` names is no table of these kernels.
+    """
     entries: dict = {}
-    for file in [*files, Path(own)] if own else files:
-        for kernel, by_arch in json.loads(file.read_text()).items():
+    for file in sorted(Path(__file__).parent.glob("*/triton.json")):
+        entries |= json.loads(file.read_text())
+    file = os.environ.get(TABLE_VARIABLE)
+    if file:
+        try:
+            own = json.loads(Path(file).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{TABLE_VARIABLE} must name a JSON file that can be read, got {file}: {error}") from error
+        _check(own, entries, file)
+        for kernel, by_arch in own.items():
             for arch, by_size in by_arch.items():
-                entries.setdefault(kernel, {}).setdefault(arch, {}).update(by_size)
+                entries[kernel][arch] |= by_size
     return entries
+
+
+def _check(given: Any, like: dict | int, where: str) -> None:
+    """Refuse what has not the form of `like`: all keys of a configuration, some keys elsewhere, positive integers."""
+    keys = given.keys() if isinstance(given, dict) else None
+    if isinstance(like, int):
+        right, expected = type(given) is int and given > 0, "a positive integer"
+    elif any(isinstance(value, int) for value in like.values()):
+        right, expected = keys == like.keys(), f"an object of {', '.join(like)}"
+    else:
+        right, expected = keys is not None and keys <= like.keys(), f"an object of some of {', '.join(like)}"
+    if not right:
+        got = repr(given) if keys is None else ", ".join(keys)
+        raise ValueError(f"{TABLE_VARIABLE}: {where} must be {expected}, got {got}")
+    for key in keys or ():
+        _check(given[key], like[key], f"{where}: {key}")
 
 
 if triton is not None:
@@ -144,3 +170,18 @@ if triton is not None:
             b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
             sums = multiply(a, tl.trans(b), sums, PRECISION)
         return sums
+
+    @triton.jit
+    def products_and_tile(
+        base, rows, own, columns, features, count, dim, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        """The inner products of `rows` and `columns` of a contiguous (count, dim) matrix, and `features` of the columns.
+
+        If `features` are all there are, WHOLE, `own` is that tile of the rows, and each column is loaded once for both.
+        """
+        tile = load_rows(base, columns, dim, features, 1, count, dim)
+        if WHOLE:
+            products = multiply(own, tl.trans(tile), tl.zeros((rows.shape[0], columns.shape[0]), tl.float32), PRECISION)
+        else:
+            products = row_products(base, rows, dim, 1, count, base, columns, dim, 1, count, dim, PRECISION, BLOCK_D)
+        return products, tile

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import hpkernels
 from hpkernels import masked_topk
+from hpkernels.ops import _triton
 from hpkernels.testing import (
     assert_rows_close,
     available_cases,
@@ -417,3 +418,37 @@ def test_nan_shows_where_values_cannot_be_read(case):
     query[2, 1] = math.nan
     values = find(query, pool).values
     assert values[2].isnan().all() and values[:2].isfinite().all() and values[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("k", [100, 128, 129])  # what the Triton kernel keeps at most, and more
+@pytest.mark.parametrize("restricted", [False, True], ids=["all", "restricted"])
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
+def test_many_values(case, restricted, k, monkeypatch):
+    if case.backend == "triton":
+        monkeypatch.setattr("hpkernels.ops.masked_topk.triton._BLOCK_PRODUCTS", 3 * 140)  # blocks of three rows
+    query, pool = (value.mul(4).round().div(4) for value in inputs(7, 140, 5))  # exact products, and so ties
+    options = restrictions(7, 140) if restricted else {}
+    expected = oracle(query, pool, k, **options)
+    query, pool = query.to(case.device), pool.to(case.device)
+    options = {name: value.to(case.device) for name, value in options.items()}
+    values, indices = masked_topk(query, pool, k, **options, backend=case.backend)
+    assert torch.equal(values.cpu(), expected[0]) and torch.equal(indices.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
+def test_nan_comes_first(case):
+    find = torch.compile(partial(masked_topk, backend=case.backend), fullgraph=True, backend="eager")
+    query, pool = inputs(5, 40, device=case.device)
+    query[2, 1] = math.nan
+    values = find(query, pool, 3).values
+    assert values[2].isnan().all() and values[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_products_are_summed_in_the_order_of_discovery():
+    pytest.importorskip("triton")
+    table = _triton.table()
+    discovery = table["hidden_positives_fwd_kernel"]
+    for kernel in ("masked_topk_top1_fwd_kernel", "masked_topk_fwd_kernel"):
+        for arch, by_size in table[kernel].items():
+            for size, entry in by_size.items():
+                assert entry["BLOCK_D"] == discovery[arch][size]["BLOCK_D"], (kernel, arch, size)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
+from hpkernels.ops import _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.multi_positive_contrastive import cpu, reference
 
+_triton.register("multi_positive_contrastive")
 backends.register("multi_positive_contrastive", "cpu", cpu)
 backends.register("multi_positive_contrastive", "reference", reference)
 

@@ -1,0 +1,265 @@
+"""Triton kernels of `masked_topk`: the products of a tile of queries and a tile of references never leave registers.
+
+The pool is split over programs when there are few queries; PyTorch combines what the parts found. More than `MOST_KEPT`
+values of a row do not fit in registers: blocks of rows then take the steps of the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hpkernels.ops import _triton
+from hpkernels.ops._triton import load_rows, row_products, supports
+from hpkernels.ops.masked_topk import reference
+
+__all__ = ["backward", "forward", "supports"]
+
+MOST_KEPT = 128
+_PROGRAMS = 1024  # a few for each multiprocessor of the largest GPUs
+_LEAST_TILES = 2  # of a program: otherwise combining the parts takes longer than they do
+_BLOCK_PRODUCTS = 2**24  # held at a time where k > MOST_KEPT
+
+_NAN_BITS = tl.constexpr(0x7FC00000)
+_LAST_INDEX = tl.constexpr(0x7FFFFFFF)
+_NOTHING_FOUND = tl.constexpr(~0x7F800000 << 32)  # the key of -inf, but for its index
+_LEAST_KEY, _GREATEST_KEY = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
+
+
+def forward(
+    query: Tensor,
+    pool: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    pool_group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """values (N, k) and indices (N, k)."""
+    if k > MOST_KEPT:
+        return _forward_of_row_blocks(query, pool, k, mask, query_group, pool_group)
+    kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
+    config = _triton.configuration(kernel, query)
+    queries, references = len(query), len(pool)
+    parts, share = _split(references, config["BLOCK_M"], triton.cdiv(queries, config["BLOCK_N"]))
+    grid = (triton.cdiv(queries, config["BLOCK_N"]), parts)
+    inputs = (
+        *(query, *query.stride(), queries, pool, *pool.stride(), references, query.shape[1]),
+        *(mask, *((0, 0) if mask is None else mask.stride())),
+        *(None if group is None else group.contiguous() for group in (query_group, pool_group)),
+        share,
+    )
+    if k == 1:
+        values = query.new_empty((queries, parts), dtype=torch.float32)
+        indices = torch.empty_like(values, dtype=torch.int64)
+        _triton.launch(kernel, grid, *inputs, values, indices, **config)
+        if parts > 1:
+            values, part = values.max(dim=1, keepdim=True)  # the first of equal maxima
+            indices = indices.gather(1, part)
+        return values, indices
+    keys = query.new_empty((queries, parts * k), dtype=torch.int64)
+    _triton.launch(kernel, grid, *inputs, keys, k, BLOCK_K=max(16, triton.next_power_of_2(k)), **config)
+    return _values_and_indices(keys.topk(k, dim=1).values)
+
+
+def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
+    (queries, k), (references, dim) = indices.shape, pool.shape
+    grad_values, indices = grad_values.contiguous(), indices.contiguous()
+    grad_query = query.new_empty((queries, dim))
+    config = _triton.configuration(masked_topk_query_bwd_kernel, pool)
+    grid = (triton.cdiv(queries, config["BLOCK_N"]), triton.cdiv(dim, config["BLOCK_D"]))
+    inputs = (indices, grad_values, pool, *pool.stride(), grad_query, queries, references, k, dim)
+    _triton.launch(masked_topk_query_bwd_kernel, grid, *inputs, **config)
+
+    # Entries of indices in the order of the references they name, so that each reference sums a range of them.
+    named, order = indices.flatten().sort(stable=True)
+    first = torch.searchsorted(named, torch.arange(references + 1, device=named.device))
+    config = _triton.configuration(masked_topk_pool_bwd_kernel, query)
+    columns = triton.cdiv(dim, config["BLOCK_D"])
+    parts, _ = _split(len(order), config["BLOCK_E"], references * columns)
+    sums = pool.new_empty((parts, references, dim), dtype=torch.float32)
+    inputs = (order, first, grad_values, query, *query.stride(), sums, queries, references, k, dim)
+    _triton.launch(masked_topk_pool_bwd_kernel, (references, columns, parts), *inputs, **config)
+    return grad_query, sums.sum(dim=0).to(pool.dtype)
+
+
+def _split(count: int, block: int, others: int) -> tuple[int, int]:
+    """In how many parts to split `count`, each of `others` programs, and a part's length, a multiple of `block`."""
+    tiles = triton.cdiv(count, block)
+    wanted = max(1, min(_PROGRAMS // others, tiles // _LEAST_TILES))
+    share = triton.cdiv(tiles, wanted) * block
+    return triton.cdiv(count, share), share
+
+
+def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_keys` put together; index -1 with -inf and NaN."""
+    bits = (keys >> 32).to(torch.int32)
+    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return values, (~keys & 0x7FFFFFFF).masked_fill(~(values > -torch.inf), -1)
+
+
+def _forward_of_row_blocks(query, pool, k, mask, query_group, pool_group):
+    rows = max(1, _BLOCK_PRODUCTS // len(pool))
+    found = []
+    for start in range(0, len(query), rows):
+        block = slice(start, start + rows)
+        of_rows = (None if given is None else given[block] for given in (mask, query_group))
+        found.append(reference.forward(query[block], pool, k, *of_rows, pool_group))
+    values, indices = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+@triton.jit
+def masked_topk_top1_fwd_kernel(
+    query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
+    mask, mask_stride, mask_step, query_group, pool_group, share,
+    values, indices,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """values[i, s], indices[i, s] = max, argmax over {m in part s of the pool, allowed} of <query_i, pool_m>
+
+    Reads each query tile and the part of the pool once a program, the mask once; writes 12 bytes a query and part.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    index = tl.full((BLOCK_N,), -1, tl.int32)
+    for start in range(part * share, tl.minimum((part + 1) * share, references), BLOCK_M):
+        columns = start + tl.arange(0, BLOCK_M)
+        products = _allowed_products(
+            query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
+            mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D,
+        )  # fmt: skip
+        greatest = tl.max(products, axis=1)  # which passes over NaN
+        first = tl.min(tl.where(products == greatest[:, None], columns[None, :], _LAST_INDEX), axis=1)
+        index = tl.where(greatest > value, first, index)
+        value = tl.maximum(value, greatest, propagate_nan=tl.PropagateNan.ALL)
+        is_nan = tl.max((products != products).to(tl.int32), axis=1) > 0
+        value = tl.where(is_nan, float("nan"), value)
+    index = tl.where(value > float("-inf"), index, -1)
+    at = rows.to(tl.int64) * tl.num_programs(1) + part
+    tl.store(values + at, value, mask=rows < queries)
+    tl.store(indices + at, index.to(tl.int64), mask=rows < queries)
+
+
+@triton.jit
+def masked_topk_fwd_kernel(
+    query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
+    mask, mask_stride, mask_step, query_group, pool_group, share,
+    keys, k,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """keys[i, s] = the k greatest, in any order, over {m in part s of the pool, allowed} of key(<query_i, pool_m>, m)
+
+    Reads each query tile and the part of the pool once a program, the mask once; writes 8 k bytes a query and part.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    slots = tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
+    # Keys are distinct: each can be found, and replaced, by its value.
+    best = tl.where(slots < k, _NOTHING_FOUND + slots, _GREATEST_KEY) + tl.zeros((BLOCK_N, BLOCK_K), tl.int64)
+    for start in range(part * share, tl.minimum((part + 1) * share, references), BLOCK_M):
+        columns = start + tl.arange(0, BLOCK_M)
+        products = _allowed_products(
+            query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
+            mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D,
+        )  # fmt: skip
+        beats = ~(products <= _value(tl.min(best, axis=1))[:, None])  # NaN does; an equal value comes too late
+        candidates = tl.where(beats, _keys(products, columns[None, :]), _LEAST_KEY)
+        rounds = tl.minimum(tl.max(tl.sum(beats.to(tl.int32), axis=1), axis=0), k)
+        for _ in range(rounds):
+            candidate = tl.max(candidates, axis=1)[:, None]
+            candidates = tl.where(candidates == candidate, _LEAST_KEY, candidates)
+            worst = tl.min(best, axis=1)[:, None]
+            best = tl.where((best == worst) & (candidate > worst), candidate, best)
+    at = (rows.to(tl.int64)[:, None] * tl.num_programs(1) + part) * k + slots
+    tl.store(keys + at, best, mask=(rows < queries)[:, None] & (slots < k))
+
+
+@triton.jit
+def _allowed_products(
+    query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
+    mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<query_i, pool_m> of a tile, float32; -inf where m may not be chosen."""
+    products = row_products(
+        query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references,
+        dim, "ieee", BLOCK_D,
+    )  # fmt: skip
+    allowed = (columns < references)[None, :]
+    if mask is not None:
+        # Rows beyond the last take its mask: the fewer predicates, the fewer registers.
+        at = mask + tl.minimum(rows, queries - 1).to(tl.int64)[:, None] * mask_stride
+        at += columns.to(tl.int64)[None, :] * mask_step
+        allowed = tl.load(at, mask=allowed, other=0)
+    if query_group is not None:
+        own = tl.load(query_group + rows, mask=rows < queries, other=-1)[:, None]
+        other = tl.load(pool_group + columns, mask=columns < references, other=-1)[None, :]
+        allowed = allowed & ((own != other) | (own < 0))
+    return tl.where(allowed, products, float("-inf"))
+
+
+@triton.jit
+def _keys(values, indices):
+    """int64 numbers in the order of the values, equal ones by descending index; NaN is the greatest value."""
+    bits = tl.where(values == 0, 0, values.to(tl.int32, bitcast=True))  # -0 equals 0
+    bits = tl.where(values == values, bits, _NAN_BITS)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative numbers are signed magnitudes
+    return (bits.to(tl.int64) << 32) | (_LAST_INDEX - indices)
+
+
+@triton.jit
+def _value(key):
+    """The value in a key."""
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def masked_topk_query_bwd_kernel(
+    indices, grad_values, pool, pool_stride, pool_step, grad_query, queries, references, k, dim,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_query_i = sum_t grad_values[i, t] pool[indices[i, t]]
+
+    Reads k rows of the pool, and 12 k bytes, a query and writes one row.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for t in range(k):
+        at = rows.to(tl.int64) * k + t
+        chosen = tl.load(indices + at, mask=rows < queries, other=-1)
+        weight = tl.load(grad_values + at, mask=chosen >= 0, other=0.0)
+        sums += weight[:, None] * load_rows(pool, chosen, pool_stride, columns, pool_step, references, dim)
+    at = grad_query + rows.to(tl.int64)[:, None] * dim + columns[None, :]
+    inside = (rows < queries)[:, None] & (columns < dim)[None, :]
+    tl.store(at, sums.to(grad_query.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def masked_topk_pool_bwd_kernel(
+    order, first, grad_values, query, query_stride, query_step, sums, queries, references, k, dim,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """sums[s, m] = sum over {(i, t) in part s of those with indices[i, t] = m} of grad_values[i, t] query_i
+
+    Entries (i, t) of reference m are order[first[m] : first[m + 1]]. Reads 12 bytes and a row of queries an entry.
+    """
+    m, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start, stop = tl.load(first + m), tl.load(first + m + 1)
+    share = tl.cdiv(stop - start, tl.num_programs(2))
+    start += part * share
+    stop = tl.minimum(start + share, stop)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(start, stop, BLOCK_E):
+        places = at + tl.arange(0, BLOCK_E)
+        entries = tl.load(order + places, mask=places < stop, other=-1)
+        weights = tl.load(grad_values + entries, mask=entries >= 0, other=0.0)
+        rows = tl.where(entries >= 0, entries // k, -1)
+        products = weights[:, None] * load_rows(query, rows, query_stride, columns, query_step, queries, dim)
+        total += tl.sum(products, axis=0)
+    tl.store(sums + (part * references + m) * dim + columns, total, mask=columns < dim)

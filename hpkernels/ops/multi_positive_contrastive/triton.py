@@ -1,0 +1,294 @@
+"""Triton kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
+
+Two routes give the same result. "blocks": tiles of all pairs. "lists": tiles of the pairs of each image, which hold most
+positives; across images the sampled negatives of each patch position, which its anchors share, and the listed positives.
+The host rules lists out where they cannot pay; where they may, the kernels of both routes are launched and a number on
+the device, from the counts of the bits, lets those of one do nothing. So no call waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
+from hpkernels.ops import _triton
+from hpkernels.ops._triton import supports
+from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
+from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
+from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
+    PARTS,
+    contrastive_blocks_bwd_kernel,
+    contrastive_blocks_fwd_kernel,
+)
+from hpkernels.ops.multi_positive_contrastive.triton_pairs import (
+    contrastive_pairs_bwd_kernel,
+    contrastive_pairs_fwd_kernel,
+)
+from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
+    sampled_columns_bwd_kernel,
+    sampled_gather_bwd_kernel,
+    sampled_rows_bwd_kernel,
+    sampled_rows_fwd_kernel,
+)
+
+__all__ = ["backward", "forward", "supports"]
+
+_MOST_LISTED = 2**26  # positives across images: 256 MiB of columns
+_STAGED_BYTES = 2**28  # of gradients of sampled columns at a time
+_PROGRAMS = 512  # that forward splits columns to reach where there are few rows
+_SPLITS = 4  # of each position's list in the gradients of its columns
+
+
+class _Lists(NamedTuple):
+    """Pairs across images by their first anchor, or patch position: where each list starts, and its columns."""
+
+    offsets: Tensor
+    columns: Tensor
+    sampled_offsets: Tensor
+    sampled_columns: Tensor
+
+
+class _Pairs:
+    """The masks, the negatives, and with `lists_allowed` the lists; `enabled`, on the device, is 1 for lists."""
+
+    def __init__(self, z, positives, specific, negatives, seed, group, rate, lists_allowed) -> None:
+        self.z, self.positives = z.detach().contiguous(), positives.contiguous()
+        self.specific = None if specific is None else specific.contiguous()
+        self.anchors, self.dim = z.shape
+        self.group, self.rate = group, rate
+        self.negatives = bits.draw(seed, group, self.anchors, rate) if negatives is None else pack_bits(negatives)
+        self.enabled = positives.new_zeros(())
+        self.lists = self._find_lists() if lists_allowed else None
+
+    def _find_lists(self) -> _Lists:
+        capacity = min(math.ceil(MOST_LISTED_DENSITY * self.anchors**2), _MOST_LISTED)
+        sampled_capacity = self.sampled_capacity(self.group)
+        across = (self.positives, self.specific, self.group)
+        offsets = bits.offsets_of(bits.count(*across))
+        sampled_offsets = bits.offsets_of(bits.count(self.negatives))
+        fit = (offsets[-1] <= capacity) & (sampled_offsets[-1] <= sampled_capacity)
+        self.enabled = fit.to(torch.int32)
+        columns = bits.columns_of(self.positives, offsets, self.enabled, capacity, self.specific, self.group)
+        sampled = bits.columns_of(self.negatives, sampled_offsets, self.enabled, sampled_capacity)
+        return _Lists(offsets, columns, sampled_offsets, sampled)
+
+    def sampled_capacity(self, positions: int) -> int:
+        """Room for the negatives drawn at some positions, ten standard deviations above their expected number."""
+        expected = self.rate * positions * self.anchors
+        return math.ceil(min(expected + 10 * math.sqrt(expected) + 64, positions * self.anchors))
+
+    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, S and R bit-packed; A again if there is no S, for the kernels do not read it then."""
+        return self.positives, self.positives if self.specific is None else self.specific, self.negatives
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, D, words of a row of masks, G."""
+        return self.anchors, self.dim, self.positives.shape[1], self.group
+
+    def options(self) -> dict[str, object]:
+        """Constants of the kernels of blocks."""
+        return {"HAS_SPECIFIC": self.specific is not None, "PRECISION": _triton.precision(self.z.dtype)}
+
+
+def forward(
+    z: Tensor,
+    positives: Tensor,
+    specific: Tensor | None,
+    specific_weight: Tensor,
+    negatives: Tensor | None,
+    seed: Tensor,
+    anchors_per_image: int,
+    temperature: float,
+    scale: float,
+    negative_rate: float,
+    variant: str,
+    reweight: bool,
+    keep_specific_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the (4, N) row statistics, for bit-packed positives (N, ceil(N / 32))."""
+    lists_allowed = _lists_allowed(len(z), anchors_per_image, negatives, negative_rate)
+    pairs = _Pairs(z, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
+    parts = _blocks_forward(pairs, 1 / temperature, within=False)
+    if lists_allowed:
+        within = _blocks_forward(pairs, 1 / temperature, within=True)
+        parts = torch.cat((parts, within, _lists_forward(pairs, 1 / temperature)))
+    log_denominator = parts[:, 0].logsumexp(dim=0)
+    agnostic_count, specific_count, agnostic_logits, specific_logits = parts[:, 1:].sum(dim=0)
+    usable = log_denominator > -torch.inf
+    push, pull, pull_specific = anchor_coefficients(
+        agnostic_count,
+        specific_count,
+        usable,
+        specific_weight,
+        anchors_per_image=anchors_per_image,
+        scale=scale,
+        variant=variant,
+        reweight=reweight,
+        keep_specific_only=keep_specific_only,
+    )
+    log_denominator = log_denominator.where(usable, 0)
+    loss = (push * log_denominator - pull * agnostic_logits - pull_specific * specific_logits).sum()
+    loss = loss + (pairs.z * 0).sum(dtype=loss.dtype)  # 0, or NaN if z is not finite
+    return loss, torch.stack((log_denominator, push, pull, pull_specific))
+
+
+def backward(
+    grad_loss: Tensor,
+    z: Tensor,
+    positives: Tensor,
+    specific: Tensor | None,
+    negatives: Tensor | None,
+    seed: Tensor,
+    rows: Tensor,
+    anchors_per_image: int,
+    temperature: float,
+    negative_rate: float,
+    symmetric: bool,
+) -> Tensor:
+    """The gradient of z from the row statistics; logits, probabilities, negatives and lists are computed again."""
+    lists_allowed = symmetric and _lists_allowed(len(z), anchors_per_image, negatives, negative_rate)
+    pairs = _Pairs(z, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
+    # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
+    largest = rows[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
+    numbers = torch.cat((rows[:1], rows[1:] / largest))
+    grad_z = torch.empty_like(pairs.z, dtype=rows.dtype)
+    _blocks_backward(pairs, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
+    if lists_allowed:
+        _blocks_backward(pairs, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
+        _lists_backward(pairs, numbers, grad_z, 1 / temperature)
+    return (grad_z * (grad_loss * largest / temperature)).to(z.dtype)
+
+
+def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: float) -> bool:
+    """Whether lists may take less time than blocks; given negatives may be any number, so they take blocks."""
+    return negatives is None and lists_may_pay(anchors, group, rate)
+
+
+def _empty_parts(pairs: _Pairs, parts: int) -> Tensor:
+    """Parts of the rows that add nothing."""
+    empty = pairs.z.new_zeros((parts, PARTS, pairs.anchors), dtype=torch.float32)
+    empty[:, 0] = -torch.inf
+    return empty
+
+
+def _row_blocks(pairs: _Pairs, rows: int, within: bool) -> int:
+    if within:
+        return pairs.anchors // pairs.group * triton.cdiv(pairs.group + 31, rows)
+    return triton.cdiv(pairs.anchors, rows)
+
+
+def _blocks_forward(pairs: _Pairs, scale: float, within: bool) -> Tensor:
+    config = _triton.configuration(contrastive_blocks_fwd_kernel, pairs.z)
+    blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
+    tiles = triton.cdiv(pairs.group + 31 if within else pairs.anchors, config["BLOCK_COLUMNS"])
+    splits = min(tiles, triton.cdiv(_PROGRAMS, blocks))
+    parts = _empty_parts(pairs, splits)
+    _triton.launch(
+        contrastive_blocks_fwd_kernel,
+        (blocks, splits),
+        *(pairs.z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
+        **pairs.options(),
+        ENABLED_IF=int(within),
+        WITHIN=within,
+        **config,
+    )
+    return parts
+
+
+def _blocks_backward(
+    pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool
+) -> None:
+    config = _triton.configuration(contrastive_blocks_bwd_kernel, pairs.z)
+    blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
+    _triton.launch(
+        contrastive_blocks_bwd_kernel,
+        (blocks, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
+        *(pairs.z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
+        **pairs.options(),
+        ENABLED_IF=int(within),
+        WITHIN=within,
+        SYMMETRIC=symmetric,
+        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        **config,
+    )
+
+
+def _lists_forward(pairs: _Pairs, scale: float) -> Tensor:
+    sampled, listed = parts = _empty_parts(pairs, 2)
+    lists, images = pairs.lists, pairs.anchors // pairs.group
+    config = _triton.configuration(sampled_rows_fwd_kernel, pairs.z)
+    _triton.launch(
+        sampled_rows_fwd_kernel,
+        (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
+        *(pairs.z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, sampled, scale),
+        *(pairs.anchors, pairs.dim, pairs.group),
+        PRECISION=_triton.precision(pairs.z.dtype),
+        **config,
+    )
+    _triton.launch(
+        contrastive_pairs_fwd_kernel,
+        (pairs.anchors,),
+        *(pairs.z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
+        HAS_SPECIFIC=pairs.specific is not None,
+        **_triton.configuration(contrastive_pairs_fwd_kernel, pairs.z),
+    )
+    return parts
+
+
+def _lists_backward(pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float) -> None:
+    lists, images = pairs.lists, pairs.anchors // pairs.group
+    config = _triton.configuration(contrastive_pairs_bwd_kernel, pairs.z)
+    _triton.launch(
+        contrastive_pairs_bwd_kernel,
+        (pairs.anchors, triton.cdiv(pairs.dim, config["BLOCK_D"])),
+        *(pairs.z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
+        HAS_SPECIFIC=pairs.specific is not None,
+        **config,
+    )
+    sampled = (pairs.z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, numbers)
+    sizes = (pairs.anchors, pairs.dim, pairs.group)
+    config = _triton.configuration(sampled_rows_bwd_kernel, pairs.z)
+    _triton.launch(
+        sampled_rows_bwd_kernel,
+        (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
+        *(*sampled, grad, scale, *sizes),
+        PRECISION=_triton.precision(pairs.z.dtype),
+        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        **config,
+    )
+    _sampled_columns_backward(pairs, sampled, sizes, grad, scale)
+
+
+def _sampled_columns_backward(pairs: _Pairs, sampled: tuple, sizes: tuple, grad: Tensor, scale: float) -> None:
+    """What the sampled columns get from the rows: products by position are staged, and gathered by column."""
+    positions = bits.transpose(pairs.negatives, pairs.anchors)
+    config = _triton.configuration(sampled_columns_bwd_kernel, pairs.z)
+    gather = _triton.configuration(sampled_gather_bwd_kernel, grad)
+    expected_bytes = 4 * pairs.dim * max(pairs.rate, 1e-6) * pairs.anchors  # of a position
+    words_at_a_time = max(1, int(_STAGED_BYTES / expected_bytes / 32))
+    for first_word in range(0, positions.shape[1], words_at_a_time):
+        words = positions[:, first_word : first_word + words_at_a_time]
+        count = min(32 * words.shape[1], pairs.group - 32 * first_word)
+        capacity = pairs.sampled_capacity(count)
+        slots = bits.offsets_of(bits.count(words.contiguous()))
+        staged = grad.new_empty((capacity, pairs.dim))
+        _triton.launch(
+            sampled_columns_bwd_kernel,
+            (count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
+            *(*sampled, positions, slots, staged, scale, *sizes, positions.shape[1], first_word, capacity),
+            PRECISION=_triton.precision(pairs.z.dtype),
+        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+            **config,
+        )
+        _triton.launch(
+            sampled_gather_bwd_kernel,
+            (triton.cdiv(pairs.anchors, gather["BLOCK_COLUMNS"]), triton.cdiv(pairs.dim, gather["BLOCK_GRAD"])),
+            *(staged, slots, pairs.enabled, grad, pairs.anchors, pairs.dim, capacity),
+            **gather,
+        )

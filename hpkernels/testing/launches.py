@@ -1,0 +1,241 @@
+"""Launches of the Triton kernels: recording those of a call, and the calls that launch every kernel.
+
+On the meta device the calls take no memory and compute nothing, so what they launch at the sizes of the paper can be
+recorded, and compiled, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.ops import _triton
+
+NEGATIVE_RATE, TEMPERATURE = 0.02, 0.6
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: ``kernel[grid](*arguments, **constants)``, its constants with ``num_warps`` and ``num_stages``.
+
+    `size` is the element size, or "any", of the entry of the configuration table that it was configured by.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: dict[str, Any]
+    size: str
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+    @property
+    def key(self) -> tuple:
+        """What the time of a launch depends on: shapes and strides, sizes and constants."""
+        arguments = ((a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in self.arguments)
+        return self.name, self.grid, *arguments, *sorted(self.constants.items())
+
+    def make(self) -> None:
+        """Make the launch, again."""
+        _triton.launch(self.kernel, self.grid, *self.arguments, **self.constants)
+
+
+@contextmanager
+def recorded(architecture: str | None = None, *, run: bool = False) -> Iterator[list[Launch]]:
+    """Collect the launches inside the ``with`` block; they are made only with `run`.
+
+    Args:
+        architecture: the column of the configuration tables to launch with; None: that of each tensor's device.
+        run: make the launches as well.
+    """
+    launches: list[Launch] = []
+    sizes: dict[str, str] = {}
+    launch, configuration, architecture_of = _triton.launch, _triton.configuration, _triton.architecture
+
+    def configure(kernel: Any, like: Tensor) -> dict[str, int]:
+        size = str(like.element_size())
+        known = _triton.table()[kernel.__name__][_triton.architecture(like.device)]
+        sizes[kernel.__name__] = size if size in known else "any"
+        return configuration(kernel, like)
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        launches.append(Launch(kernel, tuple(grid), arguments, constants, sizes[kernel.__name__]))
+        if run:
+            launch(kernel, grid, *arguments, **constants)
+
+    with (
+        patch.object(_triton, "launch", record),
+        patch.object(_triton, "configuration", configure),
+        patch.object(_triton, "architecture", lambda device: architecture or architecture_of(device)),
+    ):
+        yield launches
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B, (H, W), D, Df and M of a training step, heads and features of each of the attention; as in the paper.
+
+    The patches of `large_grid` are more than one program holds the logits of.
+    """
+
+    images: int = 64
+    grid: tuple[int, int] = (28, 28)
+    dim: int = 512
+    feature_dim: int = 384
+    pool_size: int = 2048
+    heads: int = 6
+    head_dim: int = 64
+    large_grid: tuple[int, int] = (64, 64)
+
+    @property
+    def group(self) -> int:
+        """G = H * W."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def anchors(self) -> int:
+        """N = B * G."""
+        return self.images * self.group
+
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def kernel_calls(op: str, dtype: torch.dtype, device: torch.device | str, sizes: Sizes | None = None) -> Calls:
+    """Calls of the functions of the op's Triton backend that between them launch each of its kernels in each variant.
+
+    Args:
+        op: the name under which the op's backends are registered.
+        dtype: of the inputs.
+        device: of the inputs; "meta" only to record.
+        sizes: of the inputs; None: those of the paper.
+
+    Returns:
+        Functions without arguments by a name that says what is called.
+    """
+    make = _Inputs(dtype, torch.device(device))
+    return _CALLS[op](backends.implementation(op, "triton"), make, sizes or Sizes())
+
+
+class _Inputs:
+    """Random tensors of one dtype on one device, the same each time.
+
+    They are of multiples of 2^-8, so that inner products are exact, in whatever order summed.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, deviation: float = 1.0) -> Tensor:
+        numbers = deviation * torch.randn(shape, generator=self._generator, device=self.device)
+        return ((numbers * 256).round() / 256).to(self.dtype)
+
+    def unit_rows(self, count: int, dim: int) -> Tensor:
+        """About L2-normalised rows."""
+        return self.normal(count, dim, deviation=1 / math.sqrt(dim))
+
+    def integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=self._generator, device=self.device)
+
+    def threshold(self, count: int, dim: int) -> Tensor:
+        """What one of a thousand products of `unit_rows` exceeds: 3.1 of their standard deviations."""
+        return torch.full((count,), 3.1 / math.sqrt(dim), device=self.device)
+
+    def bernoulli(self, rate: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, device=self.device) < rate
+
+    def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((), value, dtype=dtype, device=self.device)
+
+
+def _masked_topk(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+    query, pool = make.unit_rows(sizes.anchors, sizes.feature_dim), make.unit_rows(sizes.pool_size, sizes.feature_dim)
+    few = query[: sizes.group]
+    mask = make.bernoulli(0.9, len(few), len(pool))
+    groups = make.integers(sizes.images, len(query)), make.integers(2 * sizes.images, len(pool))
+    calls: Calls = {}
+    for k in (1, 8, 32, 128):
+        if k <= len(pool):
+            calls[f"forward, k={k}"] = partial(kernels.forward, query, pool, k)
+            calls[f"forward, k={k}, few queries"] = partial(kernels.forward, few, pool, k)
+    for k in (1, 8):
+        calls[f"forward, k={k}, mask"] = partial(kernels.forward, few, pool, k, mask)
+        calls[f"forward, k={k}, groups"] = partial(kernels.forward, query, pool, k, None, *groups)
+        calls[f"forward, k={k}, mask and groups"] = partial(
+            kernels.forward, few, pool, k, mask, groups[0][: len(few)], groups[1]
+        )
+        grad, indices = make.normal(len(query), k).float(), make.integers(len(pool), len(query), k)
+        calls[f"backward, k={k}"] = partial(kernels.backward, grad, indices, query, pool)
+    return calls
+
+
+def _hidden_positives(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+    return {
+        f"forward, D={dim}": partial(
+            kernels.forward, make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim)
+        )
+        for dim in (sizes.feature_dim, sizes.dim)
+    }
+
+
+def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+    z, other = make.unit_rows(sizes.anchors, sizes.dim), make.unit_rows(sizes.anchors, sizes.dim)
+    threshold = make.threshold(sizes.anchors, sizes.dim)
+    weight, grad_loss, seed = make.scalar(0.5), make.scalar(1.0), make.scalar(0, torch.int64)
+    discover = cache(backends.implementation("hidden_positives", "triton").forward)
+
+    def call(rate: float, with_specific: bool, symmetric: bool = True) -> tuple[Tensor, ...]:
+        relations = (discover(z, threshold), discover(other, threshold) if with_specific else None)
+        options = (sizes.group, TEMPERATURE, 1.0, rate, "joint", True, False)
+        loss, rows = kernels.forward(z, *relations, weight, None, seed, *options)
+        options = (sizes.group, TEMPERATURE, rate, symmetric)
+        return loss, rows, kernels.backward(grad_loss, z, *relations, None, seed, rows, *options)
+
+    return {
+        "sampled": partial(call, NEGATIVE_RATE, False),
+        "sampled, specific": partial(call, NEGATIVE_RATE, True),
+        "sampled, specific, not symmetric": partial(call, NEGATIVE_RATE, True, symmetric=False),
+        "all": partial(call, 1.0, False),
+        "all, specific": partial(call, 1.0, True),
+        "all, not symmetric": partial(call, 1.0, False, symmetric=False),
+        "all, specific, not symmetric": partial(call, 1.0, True, symmetric=False),
+    }
+
+
+def _local_propagation(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+    calls: Calls = {}
+    for height, width in (sizes.grid, (sizes.grid[0] // 2, sizes.grid[1] // 2), sizes.large_grid):
+        images = sizes.images if (height, width) == sizes.grid else 1
+        # As a ViT computes them: one matrix of queries, keys and values.
+        tokens = make.normal(images, 1 + height * width, 3, sizes.heads, sizes.head_dim).permute(2, 0, 3, 1, 4)
+        options = (height, width, 28.0, 0.1, 0.9, 3, 1)
+        calls[f"weights, {height} x {width}"] = partial(kernels.weights_forward, tokens[0], tokens[1], *options)
+    planes = make.normal(sizes.images, sizes.dim, *sizes.grid)
+    layouts = {"planes": planes, "channels last": planes.contiguous(memory_format=torch.channels_last)}
+    for window in (3, 5):
+        weights = make.normal(sizes.images, window * window, *sizes.grid).float()
+        for layout, code in layouts.items():
+            for name in ("apply_forward", "apply_backward"):
+                calls[f"{name}, window {window}, {layout}"] = partial(getattr(kernels, name), code, weights)
+    return calls
+
+
+_CALLS: dict[str, Callable[[Any, _Inputs, Sizes], Calls]] = {
+    "hidden_positives": _hidden_positives,
+    "local_propagation": _local_propagation,
+    "masked_topk": _masked_topk,
+    "multi_positive_contrastive": _multi_positive_contrastive,
+}

@@ -1,0 +1,211 @@
+"""The Triton kernels of all ops: their table of configurations, and what they compile to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import resources, results
+from benchmarks.resources import TARGETS, Row
+from hpkernels import backends
+from hpkernels.ops import _triton
+from hpkernels.testing.launches import Launch, kernel_calls, recorded
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = {"interpreter", *TARGETS}
+ROW = Row("a_fwd_kernel", "sm_80", "2", "float16", "BLOCK_N=64 HAS_MASK=True", 4, 3, 128, shared_bytes=4096)
+
+
+@pytest.fixture
+def own_table(monkeypatch, tmp_path):
+    """``own_table(text)``: the table with a file of one's own that holds `text`, or without one for None."""
+
+    def table(text):
+        file = tmp_path / "own.json"
+        if text is not None:
+            file.write_text(text)
+        monkeypatch.setenv(_triton.TABLE_VARIABLE, str(file))
+        return _triton.table.__wrapped__()
+
+    return table
+
+
+@pytest.mark.parametrize("op", backends.registered_ops())
+def test_table_of_an_op(op, repository):
+    kernels = json.loads((repository / "hpkernels" / "ops" / op / "triton.json").read_text())
+    for kernel, by_arch in kernels.items():
+        assert by_arch.keys() == ARCHITECTURES, kernel
+        (names,) = {tuple(sorted(entry)) for by_size in by_arch.values() for entry in by_size.values()}
+        assert {"num_warps", "num_stages"} < set(names), kernel
+        for by_size in by_arch.values():
+            assert by_size.keys() in ({"any"}, {"2", "4"}), kernel
+            assert all(type(value) is int and value > 0 for entry in by_size.values() for value in entry.values())
+
+
+@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
+@pytest.mark.parametrize("op", backends.registered_ops())
+def test_every_kernel_is_launched(op, dtype, repository):
+    kernels = json.loads((repository / "hpkernels" / "ops" / op / "triton.json").read_text())
+    for arch in TARGETS:
+        with recorded(arch) as launches:
+            for call in kernel_calls(op, dtype, "meta").values():
+                call()
+        assert set(kernels) <= {launch.name for launch in launches}
+
+
+def test_own_table_comes_first(own_table):
+    kernel, by_arch = next(iter(_triton.table().items()))
+    size, entry = next(iter(by_arch["sm_90"].items()))
+    changed = entry | {"num_warps": 2 * entry["num_warps"]}
+    table = own_table(json.dumps({kernel: {"sm_90": {size: changed}}}))
+    assert table[kernel]["sm_90"] == by_arch["sm_90"] | {size: changed}
+    assert table[kernel]["sm_80"] == by_arch["sm_80"]
+    assert own_table("{}") == _triton.table()
+
+
+FOUND = "hidden_positives_fwd_kernel"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, r"must name a JSON file that can be read, got .*own\.json: .*No such file"),
+        ("{", r"must name a JSON file that can be read, got .*own\.json: "),
+        ("3", r"own\.json must be an object of some of .*hidden_positives_fwd_kernel.*, got 3"),
+        ('{"a_kernel": {}}', r"own\.json must be an object of some of .*, got a_kernel"),
+        ('{"KERNEL": {"sm_70": {}}}', r"KERNEL must be an object of some of .*sm_80.*, got sm_70"),
+        ('{"KERNEL": {"sm_90": {"8": {}}}}', r"KERNEL: sm_90 must be an object of some of .*2.*4, got 8"),
+        ('{"KERNEL": {"sm_90": {"2": []}}}', r"KERNEL: sm_90: 2 must be an object of BLOCK_N, .*num_stages, got \[\]"),
+        ('{"KERNEL": {"sm_90": {"2": {"BLOCK": 2}}}}', r"2 must be an object of BLOCK_N, .*num_stages, got BLOCK$"),
+        ('{"KERNEL": {"sm_90": {"2": ENTRY}}}', r"2: num_warps must be a positive integer, got '4'"),
+    ],
+)
+def test_errors_of_own_tables(text, message, own_table):
+    entry = _triton.table()[FOUND]["sm_90"]["2"] | {"num_warps": "4"}
+    text = text and text.replace("KERNEL", FOUND).replace("ENTRY", json.dumps(entry))
+    with pytest.raises(ValueError, match=rf"^{_triton.TABLE_VARIABLE}.*{message.replace('KERNEL', FOUND)}"):
+        own_table(text)
+
+
+def test_resources(repository, tmp_path):
+    """Every configuration of every kernel for every target: no spills, no more than before, within the limits."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment.setdefault("TRITON_CACHE_DIR", str(tmp_path))
+    command = [sys.executable, "-m", "benchmarks", "resources", "--check"]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-10000:]  # below what the compiler printed
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        (ROW, None),
+        (replace(ROW, registers=100, shared_bytes=2048), None),
+        (replace(ROW, constants="BLOCK_N=128", registers=255, shared_bytes=99 * 1024), None),
+        (replace(ROW, spill_bytes=8), "spills 8 bytes"),
+        (replace(ROW, target="gfx942", shared_bytes=65537), "must take at most 65536 bytes of shared memory"),
+        (replace(ROW, target="sm_100", shared_bytes=227 * 1024 + 1), "must take at most 232448 bytes of shared memory"),
+        (replace(ROW, registers=129), "must take at most 128 registers, takes 129"),
+        (replace(ROW, shared_bytes=4100), "must take at most 4096 bytes of shared memory, takes 4100"),
+    ],
+)
+def test_complaints(row, complaint):
+    found = resources.complaints([row], [ROW])
+    assert len(found) == (complaint is not None)
+    if complaint:
+        assert complaint in found[0] and found[0].startswith(str(row))
+
+
+def test_configurations_that_nothing_launches():
+    table = {"a_fwd_kernel": {target: {"2": {}} for target in TARGETS}}
+    rows = [replace(ROW, target=target) for target in TARGETS]
+    assert resources.unused(rows, table) == []
+    table["a_fwd_kernel"]["sm_90"]["4"] = {}
+    table["a_bwd_kernel"] = {target: {"any": {}} for target in TARGETS}
+    expected = [("a_fwd_kernel", "sm_90", "4"), *(("a_bwd_kernel", target, "any") for target in TARGETS)]
+    assert resources.unused(rows, table) == [
+        f"no call launches {kernel} as it is configured for {target}, element size {size}"
+        for kernel, target, size in expected
+    ]
+
+
+def test_usage_of_a_cubin():
+    text = " Function a_kernel:\n  REG:168 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:412 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert resources.usage_of_cuobjdump(text) == {"registers": 168, "spill_bytes": 24}
+
+
+@pytest.mark.parametrize("scratch, spilled, spill_bytes", [(0, 0, 0), (16, 2, 16), (0, 2, 8)])
+def test_usage_of_an_assembly(scratch, spilled, spill_bytes):
+    usage = {"private_segment_fixed_size": scratch, "sgpr_count": 32, "sgpr_spill_count": 1, "vgpr_count": 96}
+    text = "".join(f"    .{name}: {value}\n" for name, value in (usage | {"vgpr_spill_count": spilled}).items())
+    expected = {"registers": 96, "spill_bytes": spill_bytes, "scalar_spills": 1}
+    assert resources.usage_of_amdgcn(text) == expected
+
+
+def test_rows_are_kept_and_tabulated(tmp_path):
+    import triton
+
+    file = resources.committed(tmp_path)
+    assert resources.read(file) == []
+    rows = [ROW, replace(ROW, constants="BLOCK_N=32", registers=130, shared_bytes=512), replace(ROW, target="gfx942")]
+    resources.write(file, rows)
+    kept = resources.read(file)
+    assert [replace(row, triton="", commit="", date="") for row in kept] == rows
+    assert results.read_folder(file.parent) == []  # nothing that was measured
+    assert {row.triton for row in kept} == {triton.__version__} and all(row.commit and row.date for row in kept)
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{resources.BEGIN}\nold\n{resources.END}\nafter\n")
+    resources.write_tables(page, tmp_path)
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert f"### Triton {triton.__version__}" in lines
+    assert "| kernel | sm_80 | sm_90 | sm_100 | gfx942 |" in lines
+    assert "| `a_fwd_kernel` | 130, 4 KiB |  |  | 128, 4 KiB |" in lines
+
+
+def test_committed_tables_are_in_the_documentation(repository):
+    page = (repository / "docs" / "triton.md").read_text()
+    for file in sorted((repository / "benchmarks" / "results").glob("triton-*/resources.csv")):
+        rows = resources.read(file)
+        assert not resources.complaints(rows, [])
+        assert "\n".join(resources.table_of(rows)) in page
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch, capsys):
+    from benchmarks.__main__ import main
+
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        main(["resources"])
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_recording_makes_no_launch(monkeypatch):
+    kernel, made = SimpleNamespace(__name__="hidden_positives_fwd_kernel"), []
+    monkeypatch.setattr(_triton, "launch", lambda *arguments, **constants: made.append((*arguments, constants)))
+    like = torch.empty((), dtype=torch.float16, device="meta")
+
+    def call():
+        _triton.launch(kernel, (2,), like, **_triton.configuration(kernel, like))
+
+    with recorded("sm_90") as launches:
+        assert _triton.architecture(like.device) == "sm_90"
+        call()
+    assert not made
+    (launch,) = launches
+    configuration = _triton.table()["hidden_positives_fwd_kernel"]["sm_90"]["2"]
+    assert launch == Launch(kernel, (2,), (like,), configuration, "2")
+    launch.make()
+    with recorded("sm_90", run=True) as launches:
+        call()
+    assert launches == [launch]
+    assert made == 2 * [(kernel, (2,), like, configuration)]
