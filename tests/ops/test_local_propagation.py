@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import hpkernels
-from hpkernels import apply_local_propagation, local_propagation, local_propagation_weights
+from hpkernels import apply_local_propagation, backends, local_propagation, local_propagation_weights
 from hpkernels.testing import assert_rows_close, available_cases, helpful_error, memory_layouts, unchanged
 
 OP = "local_propagation"
@@ -490,3 +490,34 @@ def test_uniform_attention_is_kept(case, patches):
     weights = local_propagation_weights(tokens, tokens, patches, prefix_tokens=0, backend=case.backend)
     inside = window_weights(np.ones((1, height * width, height * width)), height, width).to(weights)
     torch.testing.assert_close(weights, inside * (28 / (height * width)))
+
+
+TRITON_CASES = [case for case in CASES if case.backend == "triton"]
+
+
+@pytest.mark.parametrize("workspace", [1, 5000, 1 << 20], ids=lambda size: f"{size} bytes")
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_long_rows(case, workspace, monkeypatch):
+    """Logits by way of a workspace give what logits in registers give, in however many passes."""
+    code, query, key = inputs(case, batch=3, height=5, width=8)
+    expected = local_propagation_weights(query, key, (5, 8), backend=case.backend)
+    kernels = backends.implementation(OP, "triton")
+    monkeypatch.setattr(kernels, "MOST_BYTES", 0)
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
+    actual = local_propagation_weights(query, key, (5, 8), backend=case.backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_nan_shows_in_the_weights(case):
+    _, query, key = inputs(case, batch=3)
+    query[0, 0, 3, 1] = math.nan
+    query[1, 1, 4, 2] = math.inf
+    key[2, 1, 5, 0] = math.nan
+    options = (4, 5, 28.0, 0.1, 0.9, 3, 1)
+    actual, expected = (
+        backends.implementation(OP, backend).weights_forward(query, key, *options)
+        for backend in (case.backend, "reference")
+    )
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert [image.isnan().any().item() for image in actual] == [True, True, True]
