@@ -20,7 +20,7 @@ MOST_LISTED_DENSITY = 0.006
 """Share of all pairs up to which the Triton backend lists positives across images instead of computing blocks of all
 pairs. On paper: rows read from cache, one a pair, against products at the matrix rate. Not measured yet."""
 _SAMPLED_SLOWDOWN = 4
-"""How much slower a sampled negative is there than a pair in a block: rows are gathered, and gradients staged. On paper."""
+"""How much slower a sampled negative is there than a pair in a block: rows are gathered, gradients staged. On paper."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,14 @@ def own_table(monkeypatch, tmp_path):
         return _triton.table.__wrapped__()
 
     return table
+
+
+@pytest.fixture
+def allow_tf32():
+    """``allow_tf32(allowed)``: set what PyTorch allows for products of float32 matrices."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield partial(setattr, torch.backends.cuda.matmul, "allow_tf32")
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("op", backends.registered_ops())
@@ -95,13 +104,37 @@ def test_errors_of_own_tables(text, message, own_table):
         own_table(text)
 
 
-def test_resources(repository, tmp_path):
-    """Every configuration of every kernel for every target: no spills, no more than before, within the limits."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    environment.setdefault("TRITON_CACHE_DIR", str(tmp_path))
+def check_resources(repository, tmp_path, **variables):
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")} | os.environ | {"TRITON_INTERPRET": "0"} | variables
     command = [sys.executable, "-m", "benchmarks", "resources", "--check"]
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-10000:]  # below what the compiler printed
+
+
+def test_resources(repository, tmp_path):
+    """Every configuration of every kernel for every target: no spills, no more than before, within the limits."""
+    check_resources(repository, tmp_path)
+
+
+@pytest.mark.packaging
+def test_resources_with_the_oldest_triton(repository, tmp_path):
+    oldest = "triton==3.6.0"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "oldest", oldest]
+    subprocess.run(command, check=True, capture_output=True)
+    check_resources(repository, tmp_path, PYTHONPATH=str(tmp_path / "oldest"))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "dtype", "expected"),
+    [(False, torch.float32, "ieee"), (True, torch.float32, "tf32"), (True, torch.float16, "ieee")],
+)
+def test_tf32_is_used_where_it_is_allowed(allow_tf32, allowed, dtype, expected):
+    allow_tf32(allowed)
+    with recorded("sm_90") as launches:
+        for call in kernel_calls("multi_positive_contrastive", dtype, "meta").values():
+            call()
+    # Kernels of thresholds and comparisons have no such constant: they are always exact.
+    assert {launch.constants["PRECISION"] for launch in launches if "PRECISION" in launch.constants} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ class Loss:
     """Symmetric masks with few positives across images, and the loss by each route."""
 
     def __init__(self, case, images, height, width, dim):
-        problem = random_problem(images=images, height=height, width=width, dim=dim, dtype=case.dtype, device=case.device)
+        problem = random_problem(
+            images=images, height=height, width=width, dim=dim, dtype=case.dtype, device=case.device
+        )
         self.z, self.group, size = problem.z, problem.anchors_per_image, len(problem.z)
         masks = random_bits(size, size, 0.05), random_bits(size, size, 0.05, seed=1)
         self.masks = [(mask | mask.T).fill_diagonal_(False) for mask in masks]

@@ -1,9 +1,9 @@
 """What the Triton kernels of all ops share: whether they can run, their configurations, their launch, small functions.
 
 Kernels are plain ``@triton.jit`` functions. The host chooses tile sizes from ``hpkernels/ops/<op>/triton.json``, by
-kernel, architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a table of
-one's own, which the environment variable ``HPKERNELS_TRITON_TABLE`` names. Under ``TRITON_INTERPRET=1`` the kernels run
-on the CPU, with tiles so small that tests of a few anchors take several of them.
+kernel, architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a
+table of one's own, which the environment variable ``HPKERNELS_TRITON_TABLE`` names. Under ``TRITON_INTERPRET=1`` the
+kernels run on the CPU, with tiles so small that tests of a few anchors take several of them.
 """
 
 from __future__ import annotations
@@ -173,9 +173,18 @@ if triton is not None:
 
     @triton.jit
     def products_and_tile(
-        base, rows, own, columns, features, count, dim, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
+        base,
+        rows,
+        own,
+        columns,
+        features,
+        count,
+        dim,
+        WHOLE: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
-        """The inner products of `rows` and `columns` of a contiguous (count, dim) matrix, and `features` of the columns.
+        """Inner products of `rows` and `columns` of a contiguous (count, dim) matrix, and `features` of the columns.
 
         If `features` are all there are, WHOLE, `own` is that tile of the rows, and each column is loaded once for both.
         """

@@ -1,9 +1,9 @@
 """Triton kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
-Two routes give the same result. "blocks": tiles of all pairs. "lists": tiles of the pairs of each image, which hold most
-positives; across images the sampled negatives of each patch position, which its anchors share, and the listed positives.
-The host rules lists out where they cannot pay; where they may, the kernels of both routes are launched and a number on
-the device, from the counts of the bits, lets those of one do nothing. So no call waits for the device.
+Two routes give the same result. "blocks": tiles of all pairs. "lists": tiles of the pairs of each image, which hold
+most positives; across images the sampled negatives of each patch position, which its anchors share, and the listed
+positives. The host rules lists out where they cannot pay; where they may, the kernels of both routes are launched and a
+number on the device, from the counts of the bits, lets those of one do nothing. So no call waits for the device.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def _blocks_forward(pairs: _Pairs, scale: float, within: bool) -> Tensor:
     return parts
 
 
-def _blocks_backward(
-    pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool
-) -> None:
+def _blocks_backward(pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool) -> None:
     config = _triton.configuration(contrastive_blocks_bwd_kernel, pairs.z)
     blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
     _triton.launch(
@@ -283,7 +281,7 @@ def _sampled_columns_backward(pairs: _Pairs, sampled: tuple, sizes: tuple, grad:
             (count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
             *(*sampled, positions, slots, staged, scale, *sizes, positions.shape[1], first_word, capacity),
             PRECISION=_triton.precision(pairs.z.dtype),
-        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+            WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
             **config,
         )
         _triton.launch(

@@ -52,7 +52,7 @@ def low_bits(count):
 
 @triton.jit
 def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl.constexpr):
-    """bits[i, w]: bit b is set if word j % 4 of Philox(counter (j // 4, i, 0, 0), seed) < threshold, j = 32 w + b < columns.
+    """Bit j of row i is set if word j % 4 of Philox(counter (j // 4, i, 0, 0), seed) < threshold, j < columns.
 
     Grid (rows, blocks of words). Bytes: writes 4 a word; 8 Philox blocks a word.
     """
@@ -75,8 +75,8 @@ def transpose_bits_kernel(
 ):
     """transposed[j] has bit i set where bits[i] has bit j.
 
-    Grid (blocks of columns j, blocks of words of i). Bytes: reads each word for 32 columns, from cache but once; writes 4 a
-    word.
+    Grid (blocks of columns j, blocks of words of i). Bytes: reads each word for 32 columns, from cache but once; writes
+    4 a word.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
@@ -185,7 +185,7 @@ def columns_of(
     second: Tensor | None = None,
     group: int | None = None,
 ) -> Tensor:
-    """The lists of the columns of the set bits that `count` counts, one after another, (capacity,) int32, if `enabled`."""
+    """The lists of the set bits that `count` counts, one after another, (capacity,) int32, if `enabled`."""
     rows, words = first.shape
     columns = first.new_empty(capacity)
     config = _triton.configuration(list_bits_kernel, first)

@@ -1,8 +1,8 @@
-"""Triton kernels of the loss over blocks of all pairs, or of the pairs of each image: logits are recomputed tile by tile.
+"""Triton kernels of the loss over tiles of all pairs, or of the pairs of each image, whose logits are never kept.
 
-The formulas are those of ``reference.py``. Forward keeps a row's log-sum with a running maximum, so rows of z may have any
-length. Backward forms g_ij + g_ji of a tile from the numbers of both anchors and multiplies it with z at once: no two
-programs add to one number.
+The formulas are those of ``reference.py``. Forward keeps a row's log-sum with a running maximum, so rows of z may have
+any length. Backward forms g_ij + g_ji of a tile from the numbers of both anchors and multiplies it with z at once: no
+two programs add to one number.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def contrastive_blocks_fwd_kernel(
 ):  # fmt: skip
     """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; counts of A and S; sums of their l.
 
-    Grid (blocks of rows, splits of the columns); parts (splits, PARTS, N). Nothing is done unless enabled == ENABLED_IF.
+    Grid (blocks of rows, splits of the columns); parts (splits, 5, N). Nothing is done unless enabled == ENABLED_IF.
     FLOPs: 2 D a pair. Bytes: z once for each block of rows, from cache; 2 or 3 bits a pair.
     """
     if tl.load(enabled) != ENABLED_IF:
@@ -131,7 +131,8 @@ def contrastive_blocks_bwd_kernel(
     """grad_i = sum over the pairs of (g_ij + g_ji) z_j, with the numbers (4, N) of both anchors.
 
     Grid (blocks of rows, blocks of features). Nothing is done unless enabled == ENABLED_IF. FLOPs: 4 D a pair. Bytes: z
-    once for each block of rows if it holds all features, else twice, from cache; 3 to 6 bits a pair; grad, float32, once.
+    once for each block of rows if it holds all features, else twice, from cache; 3 to 6 bits a pair; grad, float32,
+    once.
     """
     if tl.load(enabled) != ENABLED_IF:
         return

@@ -29,8 +29,8 @@ def contrastive_pairs_fwd_kernel(
 ):  # fmt: skip
     """What `contrastive_blocks_fwd_kernel` computes, over the listed pairs of A and S; part (PARTS, N).
 
-    The denominator takes those of A that are no sampled negatives, which are counted there. Grid (N,). FLOPs: 2 D a pair.
-    Bytes: a row of z a pair.
+    The denominator takes those of A that are no sampled negatives, which are counted there. Grid (N,). FLOPs: 2 D a
+    pair. Bytes: a row of z a pair.
     """
     if tl.load(enabled) == 0:
         return

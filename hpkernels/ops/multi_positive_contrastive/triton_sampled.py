@@ -1,7 +1,7 @@
 """Triton kernels of the sampled negatives across images: the anchors at one patch position share theirs.
 
-So their logits are products of B rows, one an image, with the rows that the position's list of columns names. Pairs within
-an image are left to the blocks of the images.
+So their logits are products of B rows, one an image, with the rows that the position's list of columns names. Pairs
+within an image are left to the blocks of the images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpkernels.ops.multi_positive_contrastive.triton_blocks import add_to_log_su
 
 @triton.jit
 def rows_at(position, block, images, group, BLOCK_ROWS: tl.constexpr):
-    """Anchors at a patch position in a block of images, and the first anchor of each image; -1 beyond the last image."""
+    """Anchors at a position in a block of images, -1 beyond the last image; and the first anchor of each image."""
     image = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     return tl.where(image < images, image * group + position, -1), image * group
 
@@ -60,8 +60,8 @@ def sampled_rows_bwd_kernel(
 ):  # fmt: skip
     """grad_i += sum over the negatives j of i in other images of push_i exp(l_ij - logDen_i) z_j.
 
-    Grid (positions, blocks of images, blocks of features). FLOPs: 4 D a pair. Bytes: two rows of z for each column of each
-    position's list; grad, float32, read and written once.
+    Grid (positions, blocks of images, blocks of features). FLOPs: 4 D a pair. Bytes: one row of z for each column of
+    each position's list, or two if the block has not all features; grad, float32, read and written once.
     """
     if tl.load(enabled) == 0:
         return
@@ -96,14 +96,15 @@ def bits_below(bits, rows, words, first_word, position):
 
 @triton.jit
 def sampled_columns_bwd_kernel(
-    z, columns, offsets, enabled, numbers, positions, slots, staged, scale, anchors, dim, group, words, first_word, capacity,
+    z, columns, offsets, enabled, numbers, positions, slots, staged, scale, anchors, dim, group,
+    words, first_word, capacity,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """staged[slot of (j, p)] = sum over the images of push_i exp(l_ij - logDen_i) z_i, i at position p, j sampled there.
+    """staged[slot of (j, p)] = sum over the images of push_i exp(l_ij - logDen_i) z_i, i at p, j sampled there.
 
-    The slots of a column j follow one another from slots[j] on, in the order of its positions from 32 first_word on, which
-    are the set bits of positions[j]. Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a pair.
+    The slots of a column j follow one another from slots[j] on, in the order of its positions from 32 first_word on,
+    which are the set bits of positions[j]. Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a pair.
     Bytes: two rows of z for each image and each block of columns; a row of float32 written for each sampled (p, j).
     """
     if tl.load(enabled) == 0:
