@@ -18,6 +18,7 @@ import hpkernels
 from benchmarks import published
 from benchmarks.cases import Case, Inputs
 from hpkernels import backends
+from hpkernels.ops import _triton
 from hpkernels.ops._coarse import without_int8
 from training.model import to_map, to_rows
 
@@ -90,6 +91,8 @@ def _registered() -> dict[str, list[Provider]]:
         for backend in backends.BACKENDS:
             states = [backends.availability(step, backend) for step in _STEPS.get(op, (op,))]
             missing = next((state.reason for state in states if not state.ok), "")
+            if backend == "triton" and _triton.INTERPRETED:
+                missing = "interpreted kernels are for tests: their time says nothing"
             limit = _PAIRS_LIMIT if backend == "reference" and op != "masked_topk" else None
             _registry.setdefault(op, []).append(
                 Provider(backend, partial(run, backend=backend), None, missing, most_anchors=limit)

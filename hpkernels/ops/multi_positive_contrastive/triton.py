@@ -172,7 +172,7 @@ def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: flo
 
 def _empty_parts(pairs: _Pairs, parts: int) -> Tensor:
     """Parts of the rows that add nothing."""
-    empty = pairs.z.new_zeros((parts, PARTS, pairs.anchors), dtype=torch.float32)
+    empty = pairs.z.new_zeros((parts, PARTS.value, pairs.anchors), dtype=torch.float32)
     empty[:, 0] = -torch.inf
     return empty
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from hpkernels.ops._triton import load_rows, multiply, products_and_tile, row_products
 from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, tile_of_words
 
-PARTS = 5  # numbers of a part of a row: log-sum, counts of A and S, sums of their logits
+PARTS = tl.constexpr(5)
+"""Numbers of a part of a row: log-sum, counts of A and S, sums of their logits."""
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def contrastive_blocks_fwd_kernel(
 ):  # fmt: skip
     """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; counts of A and S; sums of their l.
 
-    Grid (blocks of rows, splits of the columns); parts (splits, 5, N). Nothing is done unless enabled == ENABLED_IF.
+    Grid (blocks of rows, splits of the columns); parts (splits, PARTS, N). Does nothing unless enabled == ENABLED_IF.
     FLOPs: 2 D a pair. Bytes: z once for each block of rows, from cache; 2 or 3 bits a pair.
     """
     if tl.load(enabled) != ENABLED_IF:
@@ -102,7 +103,7 @@ def contrastive_blocks_fwd_kernel(
             task = inside & bits_of(tile_of_words(specific, rows, words, start, BLOCK_COLUMNS))
             specific_count += tl.sum(task.to(tl.float32), axis=1)
             specific_sum += tl.sum(tl.where(task, logits, 0.0), axis=1)
-    at = parts + split.to(tl.int64) * 5 * anchors + rows
+    at = parts + split.to(tl.int64) * PARTS * anchors + rows
     tl.store(at, log_sum_of(greatest, total), mask=rows >= 0)
     tl.store(at + anchors, agnostic_count, mask=rows >= 0)
     tl.store(at + 2 * anchors, specific_count, mask=rows >= 0)

@@ -104,8 +104,8 @@ def sampled_columns_bwd_kernel(
     """staged[slot of (j, p)] = sum over the images of push_i exp(l_ij - logDen_i) z_i, i at p, j sampled there.
 
     The slots of a column j follow one another from slots[j] on, in the order of its positions from 32 first_word on,
-    which are the set bits of positions[j]. Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a pair.
-    Bytes: two rows of z for each image and each block of columns; a row of float32 written for each sampled (p, j).
+    which are the set bits of positions[j]. Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a
+    pair. Bytes: a row of z, or two, for each image and block of columns; a row of float32 written for each (p, j).
     """
     if tl.load(enabled) == 0:
         return
