@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import plots, resources, results, tables
-from benchmarks.cases import OPS, cases
+from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import run
@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--op", action="append", metavar="OP", help="only this op; may be repeated")
     command.add_argument("--provider", action="append", metavar="NAME", help="only this provider; may be repeated")
     command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    command.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32, float16 on a GPU)")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plot", help="draw the plots of a folder of results again")
@@ -65,11 +67,16 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     unknown = set(options.provider or ()) - set(known_names())
     if unknown:
         parser.error(f"unknown provider {', '.join(sorted(unknown))}; known are {', '.join(known_names())}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and PyTorch sees none on this machine")
+    dtype = options.dtype or ("float32" if device == "cpu" else "float16")
     folder = options.output
     if folder is None and not options.quick:
-        folder = RESULTS / results.folder_name(results.device_name(), torch.get_num_threads())
-    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
-    chosen = [case for op in options.op or OPS for case in cases(op, options.quick)]
+        threads = torch.get_num_threads() if device == "cpu" else None
+        folder = RESULTS / results.folder_name(results.device_name(device), threads)
+    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+    chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype)]
     try:
         for row in run(chosen, options.provider, environment, _print_row):
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
@@ -83,7 +90,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _print_row(row: Row) -> None:
-    name = f"{row.op} {row.call} N={row.anchors}"
+    name = f"{row.op} {row.call} N={row.anchors} {row.dtype}"
     if row.median_ms is None:
         result = row.note
     else:

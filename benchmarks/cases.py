@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hpkernels
 from hpkernels.ops._philox import bernoulli
@@ -32,12 +32,16 @@ class Case:
         call: what is called: a part of the op, or one of its settings.
         images: B.
         grid: (H, W), the patches of an image.
+        device: "cpu" or "cuda".
+        dtype: of the rows and codes; thresholds and weights are float32.
     """
 
     op: str
     call: str
     images: int
     grid: tuple[int, int] = (28, 28)
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def anchors(self) -> int:
@@ -45,17 +49,29 @@ class Case:
         return self.images * self.grid[0] * self.grid[1]
 
     def __str__(self) -> str:
-        return f"{self.op} {self.call} N={self.anchors}"
+        name = f"{self.op} {self.call} N={self.anchors}"
+        return name if (self.device, self.dtype) == ("cpu", "float32") else f"{name} {self.dtype} {self.device}"
 
     def verified(self) -> Case:
         """The same case at the size at which its results are compared with the reference."""
         return replace(self, images=min(self.images, max(1, LARGEST_VERIFIED // (self.grid[0] * self.grid[1]))))
 
     def inputs(self) -> Inputs:
-        """The tensors and settings of the call, the same every time."""
-        return {"call": self.call} | _INPUTS[self.op](self)
+        """The tensors and settings of the call, the same every time and, up to rounding, on every device."""
+        made = {name: self._placed(name, value) for name, value in _INPUTS[self.op](self).items()}
+        return {"call": self.call} | made
+
+    def _placed(self, name: str, value: Any) -> Any:
+        """An input on the device and, if it is of those that have it, in the dtype of the case."""
+        dtype = torch.float32 if name in _FLOAT32 else getattr(torch, self.dtype)
+        if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.is_floating_point()):
+            return value.to(self.device, dtype)
+        return value.to(self.device) if isinstance(value, Tensor | hpkernels.PositiveMask) else value
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""Of the inputs that `Case.dtype` can say."""
+_FLOAT32 = ("threshold", "weights", "attention")
 _FULL = {
     "masked_topk": {"k=1": (4, 16, 64), "k=8": (16, 64), "k=32": (16, 64)},
     "hidden_positives": {"forward": (1, 4, 16)},
@@ -69,23 +85,25 @@ _FULL = {
     "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
     "training_step": {"forward+backward": (1, 4)},
 }
+_FULL_ON_GPU = dict.fromkeys(_FULL, (16, 64))
 _QUICK_IMAGES = {"masked_topk": 4, "local_propagation": 4}
 
 OPS = tuple(_FULL)
 """What can be asked for by ``--op``."""
 
 
-def cases(op: str, quick: bool = False) -> list[Case]:
-    """The cases of `op`, small before large; with `quick` one small case a call.
+def cases(op: str, quick: bool = False, device: str = "cpu", dtype: str = "float32") -> list[Case]:
+    """The cases of `op` on a device, small before large; with `quick` one small case a call.
 
     Raises:
         ValueError: no such op.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known are {', '.join(OPS)}")
+    sizes = {call: _FULL[op][call] if device == "cpu" else _FULL_ON_GPU[op] for call in _FULL[op]}
     if quick:
-        return [Case(op, call, _QUICK_IMAGES.get(op, 1)) for call in _FULL[op]]
-    return [Case(op, call, images) for call, sizes in _FULL[op].items() for images in sizes]
+        sizes = dict.fromkeys(sizes, (_QUICK_IMAGES.get(op, 1),))
+    return [Case(op, call, images, device=device, dtype=dtype) for call, counts in sizes.items() for images in counts]
 
 
 @lru_cache(maxsize=1)  # the calls of an op follow each other, and large problems must not pile up

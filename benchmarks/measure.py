@@ -42,7 +42,10 @@ class Memory(NamedTuple):
 
 
 def times(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each repetition of each call, after one that is not counted; every round runs each call once."""
+    """Seconds of each repetition of each call, after one that is not counted; every round runs each call once.
+
+    On a GPU until the device has finished, which includes the time of launching.
+    """
     for call in calls.values():
         call()
     gc.collect()
@@ -64,15 +67,41 @@ def _finished(seconds: list[float]) -> bool:
 
 def seconds_of(call: Callable[[], object]) -> float:
     """Wall-clock seconds of one call; its results are freed after the clock has stopped."""
+    _wait_for_gpu()
     start = time.perf_counter()
     result = call()
+    _wait_for_gpu()
     seconds = time.perf_counter() - start
     del result
     return seconds
 
 
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def peak_memory(case: Case, provider_name: str) -> Memory:
-    """Run the provider in a fresh process, where one call's peak of resident memory is that of nothing else."""
+    """Peak memory of a call: on a GPU what PyTorch allocates, on the CPU what is resident in a fresh process."""
+    return _peak_on_gpu(case, provider_name) if case.device == "cuda" else _peak_on_cpu(case, provider_name)
+
+
+def _peak_on_gpu(case: Case, provider_name: str) -> Memory:
+    run = provider(case, provider_name).run
+    try:
+        inputs = case.inputs()
+        run(inputs)  # what libraries keep from their first use is not memory of the call
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds = seconds_of(lambda: run(inputs))
+        return Memory(torch.cuda.max_memory_allocated() - before, seconds)
+    except torch.OutOfMemoryError:
+        return Memory(error="does not fit into memory")
+
+
+def _peak_on_cpu(case: Case, provider_name: str) -> Memory:
     context = multiprocessing.get_context("forkserver")
     # The server imports and never computes: a process forked from it is as fresh as a new interpreter, and much sooner.
     context.set_forkserver_preload(["benchmarks.measure"])

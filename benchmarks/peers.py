@@ -16,7 +16,7 @@ def _topk(inputs: Inputs) -> Outputs:
     return {"values": values, "indices": indices}
 
 
-@provides("masked_topk", "faiss", package="faiss")
+@provides("masked_topk", "faiss", package="faiss", only=("cpu", "float32"))
 def _faiss(inputs: Inputs) -> Outputs:
     import faiss
 
@@ -29,6 +29,7 @@ def _faiss(inputs: Inputs) -> Outputs:
 @provides("hidden_positives", "torch-matmul", most_anchors=12544)
 def _matmul(inputs: Inputs) -> Outputs:
     features, threshold = inputs["features"], inputs["threshold"]
+    features = features.float()  # similarities rounded to half precision would give other pairs
     mask = features @ features.T > torch.minimum(threshold[:, None], threshold)
     return {"mask": mask.fill_diagonal_(False)}
 
@@ -39,6 +40,7 @@ def _matmul(inputs: Inputs) -> Outputs:
     "labels",
     package="pytorch_metric_learning",
     most_anchors=3136,
+    only=("cpu", "float32"),
 )
 def _metric_learning(inputs: Inputs) -> Outputs:
     from pytorch_metric_learning.distances import DotProductSimilarity
@@ -70,6 +72,6 @@ def _shifts(inputs: Inputs) -> Outputs:
         return sum(
             padded[:, :, cell // 3 : cell // 3 + height, cell % 3 : cell % 3 + width] * weights[:, cell, None]
             for cell in range(9)
-        )
+        ).to(code.dtype)
 
     return applied(inputs, apply)

@@ -24,18 +24,18 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    by_call: dict[tuple[str, str], list[Row]] = {}
+    by_call: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.median_ms is not None:
-            by_call.setdefault((row.op, row.call), []).append(row)
+            by_call.setdefault((row.op, row.call, row.dtype), []).append(row)
     return [
-        _draw(op, call, measured, folder)
-        for (op, call), measured in by_call.items()
+        _draw(op, call, dtype, measured, folder)
+        for (op, call, dtype), measured in by_call.items()
         if len({row.anchors for row in measured}) > 1
     ]
 
 
-def _draw(op: str, call: str, rows: list[Row], folder: Path) -> Path:
+def _draw(op: str, call: str, dtype: str, rows: list[Row], folder: Path) -> Path:
     from matplotlib import pyplot
 
     figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
@@ -54,8 +54,9 @@ def _draw(op: str, call: str, rows: list[Row], folder: Path) -> Path:
         axes.set(xscale="log", yscale="log", xlabel="anchors N", ylabel=label)
         axes.grid(which="both", color="#DDDDDD", linewidth=0.5)
     time_axes.legend(fontsize="small")
-    figure.suptitle(f"{op}, {call}: {rows[0].device}, {rows[0].threads} threads", fontsize="medium")
-    path = folder / f"{op}-{call.replace('=', '').replace('+', '-')}.png"
+    figure.suptitle(f"{op}, {call}, {dtype}: {rows[0].device}, {rows[0].threads} threads", fontsize="medium")
+    suffix = "" if dtype == "float32" else f"-{dtype}"
+    path = folder / f"{op}-{call.replace('=', '').replace('+', '-')}{suffix}.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

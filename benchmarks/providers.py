@@ -40,6 +40,8 @@ class Provider:
         run: the results of a case's inputs.
         calls: the calls that it computes; None: all calls of the op.
         missing: why it cannot run on this machine, or "".
+        backend: the backend of hpkernels that it is, if so.
+        only: the (device, dtype) that it takes; None: all.
         most_anchors: larger cases are left out, for a provider that holds or computes all pairs.
         compiles: the first call at each size compiles.
     """
@@ -50,12 +52,26 @@ class Provider:
     missing: str = ""
     most_anchors: int | None = None
     compiles: bool = False
+    backend: str | None = None
+    only: tuple[str, str] | None = None
+
+    def reason_missing(self, case: Case) -> str:
+        """Why this provider cannot run the op of `case` on its device in its dtype, or ""."""
+        place = case.device, case.dtype
+        if self.only is not None and place != self.only:
+            return f"it takes {self.only[1]} on {self.only[0]}"
+        if self.backend is not None:
+            arguments = self.backend, case.device, getattr(torch, case.dtype)
+            states = [backends.availability(step, *arguments) for step in _STEPS.get(case.op, (case.op,))]
+            return next((state.reason for state in states if not state.ok), self.missing)
+        return self.missing
 
     def reason_to_skip(self, case: Case) -> str:
         """Why this provider does not run `case`, or ""."""
-        if self.most_anchors is not None and case.anchors > self.most_anchors:
-            return f"left out above {self.most_anchors} anchors: it computes all pairs"
-        return self.missing
+        most = self.most_anchors if case.device == "cpu" else _LIMITS_ON_GPU.get(self.most_anchors)
+        if most is not None and case.anchors > most:
+            return f"left out above {most} anchors: it computes all pairs"
+        return self.reason_missing(case)
 
 
 _registry: dict[str, list[Provider]] = {}
@@ -63,6 +79,8 @@ _registry: dict[str, list[Provider]] = {}
 # that hold such matrices stop before, which shows their growth as well and keeps a full run short.
 _PUBLISHED_LIMIT, _PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272, 6272
 _PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
+# The memory of a GPU holds about 20 GB of matrices of the published way at the size of the paper.
+_LIMITS_ON_GPU = dict.fromkeys((_PUBLISHED_LIMIT, _PAIRS_LIMIT, _PRODUCTS_LIMIT), 50176)
 
 
 def provides(
@@ -72,12 +90,14 @@ def provides(
     package: str | None = None,
     most_anchors: int | None = None,
     compiles: bool = False,
+    only: tuple[str, str] | None = None,
 ) -> Callable[[Callable[[Inputs], Outputs]], Callable[[Inputs], Outputs]]:
     """Decorate a function that computes `calls` (none: all) of `op` as provider `name`, which may need a package."""
     missing = "" if package is None or importlib.util.find_spec(package) else f"{package} is not installed"
 
     def enter(run: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
-        _registry.setdefault(op, []).append(Provider(name, run, calls or None, missing, most_anchors, compiles))
+        entry = Provider(name, run, calls or None, missing, most_anchors, compiles, only=only)
+        _registry.setdefault(op, []).append(entry)
         return run
 
     return enter
@@ -89,16 +109,14 @@ def _registered() -> dict[str, list[Provider]]:
 
     for op, run in _BACKEND_CALLS.items():
         for backend in backends.BACKENDS:
-            states = [backends.availability(step, backend) for step in _STEPS.get(op, (op,))]
-            missing = next((state.reason for state in states if not state.ok), "")
-            if backend == "triton" and _triton.INTERPRETED:
-                missing = "interpreted kernels are for tests: their time says nothing"
+            interpreted = backend == "triton" and _triton.INTERPRETED
+            missing = "interpreted kernels are for tests: their time says nothing" if interpreted else ""
             limit = _PAIRS_LIMIT if backend == "reference" and op != "masked_topk" else None
-            _registry.setdefault(op, []).append(
-                Provider(backend, partial(run, backend=backend), None, missing, most_anchors=limit)
-            )
-    missing = "" if (state := backends.availability("masked_topk", "cpu")).ok else state.reason
-    _registry["masked_topk"].append(Provider("cpu-float32", _masked_topk_without_int8, None, missing))
+            call = partial(run, backend=backend)
+            entry = Provider(backend, call, None, missing, most_anchors=limit, backend=backend)
+            _registry.setdefault(op, []).append(entry)
+    without_int8 = Provider("cpu-float32", _masked_topk_without_int8, backend="cpu", only=("cpu", "float32"))
+    _registry["masked_topk"].append(without_int8)
     return _registry
 
 
@@ -219,9 +237,11 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _published_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, image_loss: Callable | None = None) -> Tensor:
-    similarities = {name: inputs[name] for name in ("features", "pool", "specific", "specific_pool", "negatives")}
+    # In float32 whatever the inputs: similarities rounded to half precision would change the positives.
+    names = ("features", "pool", "specific", "specific_pool")
+    similarities = {name: inputs[name].float() for name in names} | {"negatives": inputs["negatives"]}
     settings = {name: value for name, value in inputs["settings"].items() if name not in ("negative_rate", "seed")}
-    return published.ghp_contrastive(z, z_mixed, **similarities, **settings, image_loss=image_loss)
+    return published.ghp_contrastive(z.float(), z_mixed.float(), **similarities, **settings, image_loss=image_loss)
 
 
 @provides("ghp_contrastive", "published", most_anchors=_PUBLISHED_LIMIT)
@@ -246,19 +266,20 @@ def _published_propagation(inputs: Inputs) -> Outputs:
 def attention_of(inputs: Inputs) -> Tensor:
     """The masked attention (B, G, G): given, or computed in the published way where the call includes that."""
     if "attention" in inputs:
-        return inputs["attention"]
-    return published.attention(inputs["query"], inputs["key"], inputs["grid"])
+        return inputs["attention"].to(inputs["code"].dtype)
+    attention = published.attention(inputs["query"].float(), inputs["key"].float(), inputs["grid"])
+    return attention.to(inputs["code"].dtype)
 
 
 @provides("local_propagation", "compiled", "apply", "apply+backward", most_anchors=_PRODUCTS_LIMIT, compiles=True)
 def _compiled_propagation(inputs: Inputs) -> Outputs:
     propagate = _compiled(published.propagate)
-    return applied(inputs, lambda code: propagate(code, inputs["attention"]))
+    return applied(inputs, lambda code: propagate(code, attention_of(inputs)))
 
 
 @provides("training_step", "published", most_anchors=_PUBLISHED_LIMIT)
 def _published_step(inputs: Inputs) -> Outputs:
     def apply(code: Tensor) -> Tensor:
-        return published.propagate(code, inputs["attention"])
+        return published.propagate(code, inputs["attention"].to(code.dtype))
 
     return training_step(inputs, apply, lambda z, z_mixed: _published_loss(inputs, z, z_mixed))

@@ -35,9 +35,9 @@ def ghp_contrastive(
     reference = (features @ pool.T).max(dim=1).values
     specific_reference = (specific @ specific_pool.T).max(dim=1).values
     # 0 where an anchor meets itself; moved on by G columns from image to image.
-    not_self = torch.ones(group, anchors).scatter(1, torch.arange(group)[:, None], 0)
+    not_self = torch.eye(group, anchors, device=z.device).logical_not().float()
 
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=z.device)
     for image in range(images):
         own = slice(image * group, (image + 1) * group)
         positives = positive_pairs(features, reference, own) * not_self
@@ -85,9 +85,9 @@ def attention(query: Tensor, key: Tensor, grid: tuple[int, int], *, sigma: float
     """The attention (B, G, G) of each patch to its 3 x 3 neighbours, divided by their number; 0 elsewhere."""
     query, key = query[:, :, 1:], key[:, :, 1:]  # without the class token
     images = []
-    neighbours = neighbour_mask(grid)
+    neighbours = neighbour_mask(grid).to(query.device)
     for logits in (query @ key.mT).mean(dim=1) / query.shape[-1] ** 0.5:
-        low, high = torch.quantile(logits, torch.tensor([0.1, 0.9]), dim=1, keepdim=True)
+        low, high = torch.quantile(logits, torch.tensor([0.1, 0.9], device=logits.device), dim=1, keepdim=True)
         weights = torch.softmax(logits.clamp(low, high), dim=1) * sigma
         weights = weights * (weights >= weights.mean(dim=1, keepdim=True))
         images.append(weights * neighbours / neighbours.sum(dim=1, keepdim=True))

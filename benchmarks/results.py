@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import hpkernels
+from hpkernels.ops import _triton
 
 RESULTS = Path(__file__).parent / "results"
 RESOURCES = "resources.csv"
@@ -53,7 +54,7 @@ class Row:
     @property
     def key(self) -> tuple:
         """What was measured: rows of the same key are measurements of the same thing."""
-        return self.op, self.call, self.anchors, self.provider
+        return self.op, self.call, self.anchors, self.dtype, self.provider
 
     def set_times(self, seconds: list[float]) -> None:
         """Fill the columns of the time from the seconds of each repetition."""
@@ -62,11 +63,11 @@ class Row:
         self.repetitions = len(seconds)
 
 
-def environment(command: str) -> dict[str, str | int]:
+def environment(command: str, device: str = "cpu") -> dict[str, str | int]:
     """The columns that say where, when and with what a row was measured."""
     return {
-        "device": device_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device_name(device),
+        "instructions": _instructions(device),
         "threads": torch.get_num_threads(),
         "hpkernels": hpkernels.__version__,
         "torch": torch.__version__,
@@ -77,8 +78,20 @@ def environment(command: str) -> dict[str, str | int]:
     }
 
 
-def device_name() -> str:
+def _instructions(device: str) -> str:
+    if device == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}, {_triton_version()}"
+
+
+def _triton_version() -> str:
+    return "no Triton" if _triton.triton is None else f"Triton {_triton.triton.__version__}"
+
+
+def device_name(device: str = "cpu") -> str:
     """The processor's own name for itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -86,8 +99,8 @@ def device_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def folder_name(device: str, threads: int) -> str:
-    """The name of the folder that results of a device with this many threads are kept in.
+def folder_name(device: str, threads: int | None = None) -> str:
+    """The name of the folder that results of a device, a processor with this many threads, are kept in.
 
     Example:
         >>> folder_name("AMD EPYC 7763 64-Core Processor", 2)
@@ -95,7 +108,7 @@ def folder_name(device: str, threads: int) -> str:
     """
     name = re.sub(r"\(.*?\)|@.*|\d+-core|\b(cpu|processor)\b", " ", device.lower())
     words = re.findall(r"[a-z0-9]+", name)
-    return "-".join([*words, str(threads), "thread" if threads == 1 else "threads"])
+    return "-".join(words if threads is None else [*words, str(threads), "thread" if threads == 1 else "threads"])
 
 
 def commit() -> str:

@@ -32,10 +32,10 @@ def run(
         for tried in providers(case):
             if names is not None and tried.name not in names:
                 continue
-            if tried.missing:
+            if reason := tried.reason_missing(case):
                 if (case.op, tried.name) not in missing:
                     missing.add((case.op, tried.name))
-                    print(f"{case.op}: without {tried.name}: {tried.missing}")
+                    print(f"{case.op}: without {tried.name}: {reason}")
                 continue
             row = rows[tried.name] = _row(case, tried, environment)
             row.note = tried.reason_to_skip(case)
@@ -72,5 +72,5 @@ def _verified_once(case: Case, tried: Provider, verified: dict[tuple[Case, str],
 def _row(case: Case, tried: Provider, environment: dict) -> Row:
     height, width = case.grid
     return Row(
-        case.op, case.call, case.images, height, width, case.anchors, "float32", provider=tried.name, **environment
+        case.op, case.call, case.images, height, width, case.anchors, case.dtype, provider=tried.name, **environment
     )

@@ -44,9 +44,9 @@ def _device_tables(rows: list[Row]) -> str:
         + ".",
         "",
     ]
-    for op, call in dict.fromkeys((row.op, row.call) for row in rows):
-        own = [row for row in rows if (row.op, row.call) == (op, call)]
-        lines += [f"**{op}, {call}**: median ms (quartiles), peak MiB", "", *_table(own), ""]
+    for op, call, dtype in dict.fromkeys((row.op, row.call, row.dtype) for row in rows):
+        own = [row for row in rows if (row.op, row.call, row.dtype) == (op, call, dtype)]
+        lines += [f"**{op}, {call}, {dtype}**: median ms (quartiles), peak MiB", "", *_table(own), ""]
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def comparison(before: Iterable[Row], after: Iterable[Row]) -> list[str]:
         if old is None or row.median_ms is None:
             continue
         verdict = "slower" if row.q1_ms > old.q3_ms else "faster" if row.q3_ms < old.q1_ms else "same"
-        name = f"{row.op} {row.call} N={row.anchors} {row.provider}"
+        name = f"{row.op} {row.call} N={row.anchors} {row.dtype} {row.provider}"
         change = f"{old.median_ms:.4g} -> {row.median_ms:.4g} ms, x{row.median_ms / old.median_ms:.2f}"
         lines.append(f"{name:64} {change}  {verdict}")
     return lines

@@ -16,6 +16,7 @@ from hpkernels.testing import assert_rows_close
 # Other orders of summation are no mistakes: a row may be off by some units in the last place of the largest row. One
 # wrong pair among a few hundred positives of an anchor changes its row by a thousandth, a hundred times more.
 _FACTOR, _ROUNDINGS = 8.0, 64
+_HALF_ROUNDINGS = 2  # in half precision, whose results are rounded to it
 
 
 class WrongResultError(AssertionError):
@@ -38,7 +39,7 @@ def verify(case: Case, tried: Provider) -> int:
         raise WrongResultError(f"{small}: {tried.name} gives {sorted(actual)}, expected {sorted(plain)}")
     for name, value in actual.items():
         try:
-            assert_rows_close(value, exact[name], plain[name], factor=_FACTOR, eps=_slack(exact[name]))
+            assert_rows_close(value, exact[name], plain[name], factor=_FACTOR, eps=_slack(exact[name], case.dtype))
         except (AssertionError, ValueError) as error:
             raise WrongResultError(f"{small}: {name} of {tried.name}: {error}") from error
     return small.anchors
@@ -46,16 +47,17 @@ def verify(case: Case, tried: Provider) -> int:
 
 @cache
 def _expected(case: Case) -> tuple[Inputs, Outputs, Outputs]:
-    """The inputs, and the results of the reference in float64 and in float32."""
+    """The inputs, and the results of the reference in float64 and in their own dtype."""
     inputs = case.inputs()
     reference = provider(case, "reference").run
     double = {name: _double(value) for name, value in inputs.items()}
     return inputs, _comparable(reference(double), double), _comparable(reference(inputs), inputs)
 
 
-def _slack(exact: Tensor) -> float:
+def _slack(exact: Tensor, dtype: str) -> float:
     rows = exact.reshape(len(exact) if exact.dim() else 1, -1)
-    return _ROUNDINGS * torch.finfo(torch.float32).eps * rows.norm(dim=1).max().item()
+    of_results = 0 if dtype == "float32" else _HALF_ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps
+    return (_ROUNDINGS * torch.finfo(torch.float32).eps + of_results) * rows.norm(dim=1).max().item()
 
 
 def _double(value: object) -> object:
@@ -70,8 +72,12 @@ def _comparable(outputs: Outputs, inputs: Inputs) -> Outputs:
     if "indices" in outputs:
         # Ties may be broken in any way, so it is the products at the indices that must be right.
         chosen = inputs["pool"][outputs.pop("indices")]
-        outputs["products"] = torch.einsum("nd,nkd->nk", inputs["query"], chosen)
+        outputs["products"] = torch.einsum("nd,nkd->nk", *map(_at_least_single, (inputs["query"], chosen)))
     if "bits" in outputs:
         bits = outputs.pop("bits")
         outputs["mask"] = PositiveMask(bits, len(bits)).to_dense()
     return {name: value.double() if value.dtype == torch.bool else value for name, value in outputs.items()}
+
+
+def _at_least_single(value: Tensor) -> Tensor:
+    return value.float() if value.element_size() == 2 else value

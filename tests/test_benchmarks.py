@@ -83,9 +83,10 @@ def test_published_propagation_is_the_reference():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("op", OPS)
-def test_every_provider_is_right(op):
-    for case in map(small, cases(op, quick=True)):
+def test_every_provider_is_right(op, dtype):
+    for case in map(small, cases(op, quick=True, dtype=dtype)):
         able = [tried for tried in providers(case) if not tried.reason_to_skip(case) and not tried.compiles]
         assert "reference" in {tried.name for tried in able}
         for tried in able:
@@ -129,6 +130,23 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
         monkeypatch.setattr(measure, name, lambda *_: pytest.fail("measured before it was verified"))
     with pytest.raises(WrongResultError):
         list(runner.run([SMALL], None, ENVIRONMENT, print))
+
+
+def test_cases_of_a_gpu():
+    chosen = cases("ghp_contrastive", device="cuda", dtype="float16")
+    assert [case.anchors for case in chosen] == [12544, 50176]
+    assert str(chosen[0]) == "ghp_contrastive forward+backward N=12544 float16 cuda"
+    on_cpu = {entry.name for entry in providers(chosen[0]) if entry.reason_missing(chosen[0])}
+    assert "cpu" in on_cpu and "reference" not in on_cpu and "published" not in on_cpu
+    assert not provider(chosen[0], "published").reason_to_skip(chosen[1])
+    assert "50176" in provider(chosen[0], "published").reason_to_skip(replace(chosen[0], images=128))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["run", "--device", "cuda"])
+    assert "PyTorch sees none" in capsys.readouterr().err
 
 
 def test_large_cases_are_verified_with_fewer_images():
