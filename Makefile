@@ -5,7 +5,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-packaging lint clean
+.PHONY: help install train test test-packaging gpu-check lint clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,9 +27,12 @@ test: install   ## Run all tests and the doctests
 test-packaging: install  ## Try the wheel with another PyTorch, and the kernels with the oldest Triton (gigabytes, minutes)
 	$(RUN) -m pytest -m packaging tests
 
+gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes
+	$(PYTHON) -m benchmarks gpu-check
+
 lint: install   ## Check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) build dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache

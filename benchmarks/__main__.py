@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | resources``: see docs/benchmarks.md and docs/triton.md."""
+"""``python -m benchmarks run | plot | tables | compare | resources | gpu-check``: docs/benchmarks.md, docs/triton.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plots, resources, results, tables
+from benchmarks import gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
     )
     command.set_defaults(command=_resources)
+
+    command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
+    command.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of logs and results")
+    command.add_argument("--minutes", type=float, default=9.0, help="what there is of time (default: 9)")
+    command.set_defaults(command=_gpu_check)
     return parser
 
 
@@ -125,6 +130,12 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
         print(line)
     return 0
+
+
+def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not torch.cuda.is_available():
+        parser.error("gpu-check needs a GPU, and PyTorch sees none on this machine")
+    return 0 if gpu_check.check(options.output, options.minutes) else 1
 
 
 def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
