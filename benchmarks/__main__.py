@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | resources | gpu-check``: docs/benchmarks.md, docs/triton.md."""
+"""``python -m benchmarks run | plot | tables | compare | resources | gpu-check``; docs/benchmarks.md explains."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Build, test, sanitize and measure on a GPU, one step after another within a given time; a short table comes last.
 
-Needs no network, and of packages PyTorch, Triton, NumPy, timm, pytest and hypothesis, with CMake, Ninja and nvcc for the
-compiled libraries. Each step runs in a process of its own with its own limit, and leaves its output in a log; a step
+Needs no network; PyTorch, Triton, NumPy, pytest and hypothesis, and CMake, Ninja and nvcc for the compiled
+libraries. Each step runs in a process of its own with its own limit, and leaves its output in a log; a step
 that fails keeps none of the others from running but those whose results would mean nothing.
 """
 
