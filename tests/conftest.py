@@ -51,12 +51,15 @@ def compile_afresh() -> Iterator[None]:
 
 
 @pytest.fixture
-def cuda_graph() -> Callable[..., object]:
-    """``cuda_graph(function)``: capture a call of `function` in a CUDA graph, replay it and return its result."""
+def cuda_graph() -> Callable[..., None]:
+    """``cuda_graph(function, *inputs)``: a captured call of `function` gives, replayed, what a call gives.
+
+    For its inputs as they are, and after their rows have been reversed in place.
+    """
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a CUDA device, and PyTorch sees none on this machine")
 
-    def replay(function: Callable[[], object]) -> object:
+    def check(function: Callable[[], object], *inputs: torch.Tensor) -> None:
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
@@ -66,8 +69,11 @@ def cuda_graph() -> Callable[..., object]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = function()
-        graph.replay()
-        torch.cuda.synchronize()
-        return result
+        for change in (False, True):
+            for value in inputs if change else ():
+                value.copy_(value.flip(0))
+            graph.replay()
+            torch.cuda.synchronize()
+            torch.testing.assert_close(result, function(), rtol=0, atol=0)
 
-    return replay
+    return check

@@ -234,7 +234,7 @@ def test_cuda_graph(cuda_graph):
             options = restrictions(40, 70, device="cuda")
             cotangent = torch.ones(40, 3, device="cuda")
             call = partial(run_with_gradients, query, pool, 3, cotangent, **options, backend=case.backend)
-            torch.testing.assert_close(cuda_graph(call), call(), rtol=0, atol=0)
+            cuda_graph(call, query, pool)
 
 
 @each_case

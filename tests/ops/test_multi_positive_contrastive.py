@@ -272,7 +272,7 @@ def test_cuda_graph(cuda_graph):
             seed = torch.tensor(3, device="cuda")
             for options in ({"lam": 0.4}, {"lam": 0.0, "negatives": None, "negative_rate": 0.3, "seed": seed}):
                 call = partial(batch.loss_and_gradient, **options, backend=case.backend)
-                torch.testing.assert_close(cuda_graph(call), call(), rtol=0, atol=0)
+                cuda_graph(call, batch.z, batch.positives.bits)
 
 
 @each_case
