@@ -21,8 +21,8 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.* c
 train: install  ## Train the quickstart preset on built-in images and write runs/quickstart/report.html
 	$(RUN) -m training.train --config training/configs/quickstart.yaml
 
-test: install   ## Run all tests and the doctests
-	$(RUN) -m pytest
+test: install   ## Run all tests and the doctests, some at a time
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-packaging: install  ## Try the wheel with another PyTorch, and the kernels with the oldest Triton (gigabytes, minutes)
 	$(RUN) -m pytest -m packaging tests
