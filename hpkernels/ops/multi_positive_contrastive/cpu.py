@@ -18,7 +18,7 @@ from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops._coarse import blocks
 from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
-from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -59,11 +59,10 @@ def forward(
             kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
     if route != "blocks":
         kernels.contrastive_pairs_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
-    log_denominator, agnostic_logits, specific_logits = sums
-    usable = log_denominator > -torch.inf
-    push, pull, pull_specific = anchor_coefficients(
+    loss, statistics = loss_of_statistics(
+        sums[0],
         *counts.to(accumulate),
-        usable,
+        *sums[1:],
         specific_weight,
         anchors_per_image=anchors_per_image,
         scale=scale,
@@ -71,10 +70,7 @@ def forward(
         reweight=reweight,
         keep_specific_only=keep_specific_only,
     )
-    log_denominator = log_denominator.where(usable, 0)
-    loss = (push * log_denominator - pull * agnostic_logits - pull_specific * specific_logits).sum()
-    loss = loss + (rows * 0).sum()  # 0, or NaN if z is not finite
-    return loss, torch.stack((log_denominator, push, pull, pull_specific))
+    return loss + (rows * 0).sum(), statistics  # of 0, or of NaN if z is not finite
 
 
 def backward(

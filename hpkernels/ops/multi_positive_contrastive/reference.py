@@ -19,6 +19,8 @@ and the four numbers (logDen, push, pull, pull_specific) of each anchor are all 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,27 @@ def logits_and_denominator(
     own = torch.eye(anchors, dtype=torch.bool, device=z.device)
     shared_by_images = negatives.repeat(anchors // len(negatives), 1)
     return z @ z.T / temperature, (positives | shared_by_images) & ~own
+
+
+def loss_of_statistics(
+    log_denominator: Tensor,
+    agnostic_count: Tensor,
+    specific_count: Tensor,
+    agnostic_logits: Tensor,
+    specific_logits: Tensor,
+    specific_weight: Tensor | float,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the (4, N) row statistics, for backends that sum over the pairs of each anchor by themselves.
+
+    `log_denominator` (N,) is -inf where Den is empty; then the numbers of positives and the sums of their logits, (N,)
+    each; `options` are those of `anchor_coefficients`.
+    """
+    usable = log_denominator > -torch.inf
+    push, pull, pull_specific = anchor_coefficients(agnostic_count, specific_count, usable, specific_weight, **options)
+    log_denominator = log_denominator.where(usable, 0)
+    loss = (push * log_denominator - pull * agnostic_logits - pull_specific * specific_logits).sum()
+    return loss, torch.stack((log_denominator, push, pull, pull_specific))
 
 
 def anchor_coefficients(

@@ -20,7 +20,7 @@ from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
 from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
-from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
     PARTS,
     contrastive_blocks_bwd_kernel,
@@ -118,13 +118,9 @@ def forward(
     if lists_allowed:
         within = _blocks_forward(pairs, 1 / temperature, within=True)
         parts = torch.cat((parts, within, _lists_forward(pairs, 1 / temperature)))
-    log_denominator = parts[:, 0].logsumexp(dim=0)
-    agnostic_count, specific_count, agnostic_logits, specific_logits = parts[:, 1:].sum(dim=0)
-    usable = log_denominator > -torch.inf
-    push, pull, pull_specific = anchor_coefficients(
-        agnostic_count,
-        specific_count,
-        usable,
+    loss, rows = loss_of_statistics(
+        parts[:, 0].logsumexp(dim=0),
+        *parts[:, 1:].sum(dim=0),
         specific_weight,
         anchors_per_image=anchors_per_image,
         scale=scale,
@@ -132,10 +128,7 @@ def forward(
         reweight=reweight,
         keep_specific_only=keep_specific_only,
     )
-    log_denominator = log_denominator.where(usable, 0)
-    loss = (push * log_denominator - pull * agnostic_logits - pull_specific * specific_logits).sum()
-    loss = loss + (pairs.z * 0).sum(dtype=loss.dtype)  # 0, or NaN if z is not finite
-    return loss, torch.stack((log_denominator, push, pull, pull_specific))
+    return loss + (pairs.z * 0).sum(dtype=loss.dtype), rows  # of 0, or of NaN if z is not finite
 
 
 def backward(
