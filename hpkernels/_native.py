@@ -72,10 +72,16 @@ def supports_cuda(device_type: str, dtype: torch.dtype) -> Availability:
     """Whether the CUDA kernels can run, which take every floating-point dtype, on all the GPUs that PyTorch sees."""
     if device_type != "cuda":
         return Availability(False, f"the CUDA kernels take tensors on a CUDA device, not on {device_type}")
-    if LIBRARIES["_C_cuda"].ok and _least_capability() < _LEAST_CAPABILITY:
-        found, needed = (".".join(map(str, version)) for version in (_least_capability(), _LEAST_CAPABILITY))
-        return Availability(False, f"the CUDA kernels need compute capability {needed}, a visible GPU has {found}")
-    return LIBRARIES["_C_cuda"]
+    reason = incapable("CUDA") if LIBRARIES["_C_cuda"].ok else ""
+    return Availability(False, reason) if reason else LIBRARIES["_C_cuda"]
+
+
+def incapable(kernels: str) -> str:
+    """Why a visible NVIDIA GPU, of which there is one, is too old for the kernels of this name, or ""."""
+    if _least_capability() >= _LEAST_CAPABILITY:
+        return ""
+    found, needed = (".".join(map(str, version)) for version in (_least_capability(), _LEAST_CAPABILITY))
+    return f"the {kernels} kernels need compute capability {needed}, a visible GPU has {found}"
 
 
 @torch.compiler.assume_constant_result

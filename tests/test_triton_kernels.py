@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import resources, results
 from benchmarks.resources import TARGETS, Row
-from hpkernels import backends
+from hpkernels import _native, backends
 from hpkernels.ops import _triton
 from hpkernels.testing.launches import Launch, kernel_calls, recorded
 
@@ -220,6 +220,25 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["resources"])
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capability", "hip", "reason"),
+    [
+        (0, None, None, "PyTorch sees no GPU"),
+        (1, (7, 5), None, "the Triton kernels need compute capability 8.0, a visible GPU has 7.5"),
+        (1, (8, 0), None, None),
+        (1, None, "7.0", None),
+    ],
+)
+def test_gpus_that_are_supported(monkeypatch, gpus, capability, hip, reason):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "_GPUS", gpus)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_native, "_least_capability", lambda: capability)
+    ok, said = _triton.supports("cuda", torch.float16)
+    assert ok == (reason is None)
+    assert reason is None or said.startswith(reason)
 
 
 def test_recording_makes_no_launch(monkeypatch):

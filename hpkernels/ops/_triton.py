@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels._native import incapable
 from hpkernels.backends import Availability
 
 try:
@@ -35,6 +36,7 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """Whether kernels run on the CPU, one program after another; decided when they are imported."""
 
 _LEAST_VERSION = (3, 6)
+_GPUS = torch.cuda.device_count()  # at import, because Dynamo traces the choice of a backend
 
 
 def register(op: str) -> None:
@@ -57,6 +59,10 @@ def supports(device_type: str, dtype: torch.dtype) -> Availability:
     if dtype not in DTYPES:
         return Availability(False, f"the Triton kernels take float16, bfloat16 and float32, not {dtype}")
     if device_type == "cuda" and not INTERPRETED:
+        if _GPUS == 0:
+            return Availability(False, "PyTorch sees no GPU to run the Triton kernels on")
+        if torch.version.hip is None and (reason := incapable("Triton")):
+            return Availability(False, reason)
         return Availability(True, f"compiled by Triton {triton.__version__} when first used")
     if device_type == "cpu" and INTERPRETED:
         return Availability(True, "interpreted (TRITON_INTERPRET=1): slow, for tests")
