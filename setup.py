@@ -4,6 +4,8 @@ Environment:
     HPKERNELS_BUILD: ``auto`` (what the machine can build; the default), ``cuda`` (both libraries, or fail), ``cpu``
         (the CPU library alone, or fail) or ``none`` (Python only: the reference backend).
     CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST: the C++ compiler, the CUDA toolkit, the GPU architectures (cmake/cuda.cmake).
+    HPKERNELS_CUTLASS: CUTLASS, for kernels for sm_90a: its headers, the folder above, or a wheel of nvidia-cutlass; the
+        default is the nvidia-cutlass that is installed.
     CMAKE_BUILD_PARALLEL_LEVEL: compilers at a time; the default follows processors and memory.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +32,8 @@ except ImportError:
 LIBRARIES = {"_C_cuda": "CUDA", "_C": "CPU"}
 CHOICES = {"auto": ("_C", "_C_cuda"), "cuda": ("_C", "_C_cuda"), "cpu": ("_C",), "none": ()}
 GIB_PER_COMPILER = 1.5
+WORTH_SAYING = re.compile(r"\bwarning\b|Performance Loss|without wgmma")
+"""What a build that succeeds shows of its log: ptxas calls serialised wgmma a potential performance loss."""
 
 
 class CannotBuild(Exception):
@@ -95,6 +100,8 @@ def build(directory: Path, package: Path, kind: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja", path=path)
     options = [f"-DHPKERNELS_{other}={'ON' if other == kind else 'OFF'}" for other in LIBRARIES.values()]
+    if kind == "CUDA":
+        options += [f"-DHPKERNELS_CUTLASS={cutlass()}"]
     options += ["-G", "Ninja"] if ninja else []
     tools = repr([shutil.which("cmake", path=path), ninja, *map(os.environ.get, ("CXX", "CUDACXX", "CUDA_HOME"))])
     if not (directory / "tools").exists() or (directory / "tools").read_text() != tools:
@@ -111,7 +118,7 @@ def build(directory: Path, package: Path, kind: str) -> None:
 
 
 def run(directory: Path, command: list[str | Path], step: str, environment: dict[str, str]) -> None:
-    """Run one step of the build; its output goes to a log and, where it fails, the end of that into the error."""
+    """Run one step of the build: its output goes to a log, its warnings are shown, and its end where it fails."""
     log = directory / f"{step}.log"
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
@@ -119,6 +126,8 @@ def run(directory: Path, command: list[str | Path], step: str, environment: dict
     log.write_text(done.stdout)
     if done.returncode != 0:
         raise CannotBuild(f"CMake could not {step} the library; the log is {log} and ends:\n{done.stdout[-2000:]}")
+    for line in filter(WORTH_SAYING.search, done.stdout.splitlines()):
+        print(f"hpkernels: {line.removeprefix('-- ')}", file=sys.stderr)
 
 
 def torch_package() -> Path:
@@ -128,6 +137,14 @@ def torch_package() -> Path:
     if found is None or found.origin is None:
         raise CannotBuild("torch is not installed here; install it first, then use pip --no-build-isolation")
     return Path(found.origin).parent
+
+
+def cutlass() -> str:
+    """Where CUTLASS is: as the environment says or in the installed nvidia-cutlass; "" where there is neither."""
+    if os.environ.get("HPKERNELS_CUTLASS"):
+        return str(Path(os.environ["HPKERNELS_CUTLASS"]).resolve())
+    found = importlib.util.find_spec("cutlass_library")
+    return "" if found is None or found.origin is None else str(Path(found.origin).parent / "source")
 
 
 def check_compiler(path: str) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_check, plots, resources, results, tables
+from benchmarks import cuda_resources, gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import run
 from benchmarks.verify import WrongResultError
+from hpkernels import _native
 from hpkernels.ops import _triton
 
 _DOCS = Path(__file__).parent.parent / "docs"
@@ -52,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("after", type=Path)
     command.set_defaults(command=_compare)
 
-    command = commands.add_parser("resources", help="compile the Triton kernels for each target: registers, spills")
+    command = commands.add_parser("resources", help="registers and spills of the Triton kernels, compiled for each target")
     command.add_argument(
         "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
     )
+    command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
 
     command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
@@ -139,6 +141,8 @@ def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.cuda:
+        return _cuda_resources(options.check, parser)
     reason = resources.reason_to_skip()
     if reason:
         parser.error(reason)
@@ -153,6 +157,26 @@ def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if not options.check:
         resources.write(file, rows)
         resources.write_tables(_DOCS / "triton.md", RESULTS)
+    return _complain(complaints)
+
+
+def _cuda_resources(check: bool, parser: argparse.ArgumentParser) -> int:
+    if reason := cuda_resources.reason_to_skip():
+        parser.error(reason)
+    library = _native._file("_C_cuda")
+    if not check and (newer := cuda_resources.newer_sources(library)):
+        parser.error(f"{library.name} is older than {', '.join(newer)}: python setup.py build_ext --inplace")
+    rows = cuda_resources.rows_of(library)
+    if not rows:
+        parser.error(f"{library.name} has no kernels")
+    if not check:
+        cuda_resources.write(cuda_resources.file_of(rows), rows)
+        cuda_resources.write_tables(_DOCS / "cuda.md")
+    print(f"{len(rows)} kernels, compiled for {_native.architectures(library)}")
+    return _complain(cuda_resources.complaints(rows))
+
+
+def _complain(complaints: list[str]) -> int:
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     return 1 if complaints else 0

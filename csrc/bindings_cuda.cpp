@@ -1,66 +1,53 @@
 // Registers the CUDA kernels with PyTorch through its stable ABI. Shapes, dtypes, devices and contiguity are the callers'
 // part (hpkernels/ops/<op>/cuda.py): nothing here is public.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <stdexcept>
-
+#include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
+#include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
+#include "torch_cuda.h"
 
 // `python -m hpkernels` finds this text in the file, so that it can tell what was built where the library cannot load.
 extern "C" __attribute__((used)) const char hpkernels_architectures[] = "hpkernels architectures: " HPK_ARCHITECTURES;
 
 namespace {
 
-using torch::stable::Tensor;
+using namespace hpk;
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+void hidden_positives(Tensor features, Tensor threshold, Tensor bits) {
+  const OnDeviceOf on(features);
+  with_type_of(features, [&](auto zero) {
+    using T = decltype(zero);
+    hidden_positives_cuda(rows<T>(features), data<float>(threshold), data<uint32_t>(bits), on.stream);
+  });
 }
 
-// Calls body(T{}) with T the floating-point type of `tensor`.
-template <typename Body>
-void with_type_of(const Tensor& tensor, Body body) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return body(float{});
-    case torch::headeronly::ScalarType::Double:
-      return body(double{});
-    case torch::headeronly::ScalarType::Half:
-      return body(__half{});
-    case torch::headeronly::ScalarType::BFloat16:
-      return body(__nv_bfloat16{});
-    default:
-      throw std::runtime_error("hpkernels: the CUDA kernels take float16, bfloat16, float32 and float64");
-  }
+int64_t window_of(const Tensor& weights) {
+  int64_t window = 1;
+  while (window * window < weights.size(1)) ++window;
+  return window;
 }
 
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+void local_propagation_weights(Tensor query, Tensor key, int64_t prefix, int64_t first, int64_t last, double scale,
+                               double sigma, double low, double high, Tensor logits, Tensor weights) {
+  const OnDeviceOf on(query);
+  const int64_t images = weights.size(0);
+  const WeightsShape shape{images,          query.size(0) / images, prefix,        weights.size(2),
+                           weights.size(3), window_of(weights),     logits.size(1)};
+  with_type_of(query, [&](auto zero) {
+    using T = decltype(zero);
+    local_propagation_weights_cuda(rows<T>(query), rows<T>(key), shape, first, last, scale, sigma, low, high,
+                                   data<float>(logits), data<float>(weights), on.stream);
+  });
 }
 
 template <bool backward>
 void local_propagation_stencil(const Tensor& input, const Tensor& weights, const Tensor& output) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const OnDeviceOf on(input);
   with_type_of(input, [&](auto zero) {
     using T = decltype(zero);
-    int64_t window = 1;
-    while (window * window < weights.size(1)) ++window;
-    const auto stencil =
-        backward ? hpk::local_propagation_apply_backward_cuda<T> : hpk::local_propagation_apply_cuda<T>;
-    stencil(data<T>(input), data<typename hpk::Accumulation<T>::type>(weights), input.size(0), input.size(1),
-            input.size(2), input.size(3), window, data<T>(output), current_stream(input));
+    const auto stencil = backward ? local_propagation_apply_backward_cuda<T> : local_propagation_apply_cuda<T>;
+    stencil(data<T>(input), data<float>(weights), input.size(0), input.size(1), input.size(2), input.size(3),
+            window_of(weights), data<T>(output), on.stream);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void local_propagation_apply(Tensor code, Tensor weights, Tensor mixed) {
@@ -71,14 +58,198 @@ void local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor 
   local_propagation_stencil<true>(grad_mixed, weights, grad_code);
 }
 
+void contrastive_draw_negatives(Tensor seed, int64_t columns, int64_t threshold, Tensor bits, Tensor counts) {
+  const OnDeviceOf on(bits);
+  draw_negatives_cuda(data<int64_t>(seed), static_cast<uint64_t>(threshold), bits.size(0), columns,
+                      data<uint32_t>(bits), data<int32_t>(counts), on.stream);
+}
+
+void contrastive_transpose_bits(Tensor bits, Tensor transposed) {
+  const OnDeviceOf on(bits);
+  transpose_bits_cuda(data<uint32_t>(bits), bits.size(0), transposed.size(0), data<uint32_t>(transposed), on.stream);
+}
+
+BitRows bit_rows(const Tensor& first, const std::optional<Tensor>& second, int64_t group) {
+  return {data<uint32_t>(first), data<uint32_t>(second), first.size(0), first.size(1), first.stride(0), group};
+}
+
+void contrastive_count_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor counts) {
+  const OnDeviceOf on(first);
+  count_bits_cuda(bit_rows(first, second, group), data<int32_t>(counts), on.stream);
+}
+
+void contrastive_list_offsets(Tensor counts, int64_t capacity, Tensor offsets, std::optional<Tensor> enabled) {
+  const OnDeviceOf on(counts);
+  list_offsets_cuda(data<int32_t>(counts), counts.size(0), capacity, data<int64_t>(offsets), data<int32_t>(enabled),
+                    on.stream);
+}
+
+void contrastive_list_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor offsets, Tensor enabled,
+                           Tensor columns) {
+  const OnDeviceOf on(first);
+  list_bits_cuda(bit_rows(first, second, group), data<int64_t>(offsets), data<int32_t>(enabled), columns.size(0),
+                 data<int32_t>(columns), on.stream);
+}
+
+template <typename T>
+ListedPairs<T> listed_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
+                            const Tensor& negatives, const Tensor& columns, const Tensor& offsets,
+                            const Tensor& enabled, double scale) {
+  return {rows<T>(z),           data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
+          negatives.size(0),    data<int32_t>(columns),    data<int64_t>(offsets),   data<int32_t>(enabled),
+          static_cast<float>(scale)};
+}
+
+void contrastive_pairs_forward(Tensor z, Tensor positives, std::optional<Tensor> specific, Tensor negatives,
+                               Tensor columns, Tensor offsets, Tensor enabled, double scale, Tensor part) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_pairs_forward_cuda(
+        listed_pairs<T>(z, positives, specific, negatives, columns, offsets, enabled, scale), data<float>(part),
+        on.stream);
+  });
+}
+
+void contrastive_pairs_backward(Tensor z, Tensor positives, std::optional<Tensor> specific, Tensor negatives,
+                                Tensor columns, Tensor offsets, Tensor enabled, double scale, Tensor numbers,
+                                Tensor grad) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_pairs_backward_cuda(
+        listed_pairs<T>(z, positives, specific, negatives, columns, offsets, enabled, scale), data<float>(numbers),
+        data<float>(grad), grad.size(1), grad.stride(0), on.stream);
+  });
+}
+
+template <typename T>
+BlockPairs<T> block_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
+                          const std::optional<Tensor>& negatives, int64_t group, bool within, const Tensor& enabled,
+                          double scale) {
+  const ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
+                               static_cast<int>(z.size(0)), static_cast<int>(group)};
+  return {rows<T>(z), masks, within, data<int32_t>(enabled), static_cast<float>(scale)};
+}
+
+void contrastive_blocks_forward(Tensor z, Tensor positives, std::optional<Tensor> specific,
+                                std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
+                                double scale, Tensor parts) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_blocks_forward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
+                                    data<float>(parts), on.stream);
+  });
+}
+
+void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tensor> specific,
+                                 std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
+                                 double scale, bool symmetric, Tensor numbers, Tensor grad) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_blocks_backward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
+                                     symmetric, data<float>(numbers), data<float>(grad),
+                                     static_cast<int>(grad.size(1)), on.stream);
+  });
+}
+
+template <typename T>
+SampledPairs<T> sampled_pairs(const Tensor& z, int64_t group, const Tensor& columns, const Tensor& offsets,
+                              const Tensor& enabled, double scale) {
+  return {rows<T>(z), group, data<int32_t>(columns), data<int64_t>(offsets), data<int32_t>(enabled),
+          static_cast<float>(scale)};
+}
+
+void contrastive_sampled_forward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled, double scale,
+                                 Tensor log_sums) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_sampled_forward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
+                                     data<float>(log_sums), on.stream);
+  });
+}
+
+void contrastive_sampled_rows_backward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled,
+                                       double scale, Tensor numbers, Tensor grad) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_sampled_rows_backward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
+                                           data<float>(numbers), data<float>(grad), static_cast<int>(grad.size(1)),
+                                           on.stream);
+  });
+}
+
+// The columns of the positions [32 first_word, 32 first_word + count), and their gradients.
+void contrastive_sampled_columns_backward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled,
+                                          double scale, Tensor numbers, Tensor positions, Tensor slots,
+                                          int64_t first_word, int64_t count, Tensor staged, Tensor grad) {
+  const OnDeviceOf on(z);
+  const StagedGradients gradients{data<uint32_t>(positions), data<int64_t>(slots), positions.size(1), first_word, count,
+                                  staged.size(0), data<float>(staged), static_cast<int>(staged.size(1))};
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    contrastive_sampled_columns_backward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
+                                              data<float>(numbers), gradients, on.stream);
+  });
+  contrastive_sampled_gather_cuda(gradients, data<int32_t>(enabled), z.size(0), data<float>(grad), on.stream);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
+  m.def("hidden_positives(Tensor features, Tensor threshold, Tensor(a!) bits) -> ()");
+  m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
+        "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
   m.def("local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor(a!) grad_code) -> ()");
+  m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits, Tensor(b!) counts) "
+        "-> ()");
+  m.def("contrastive_transpose_bits(Tensor bits, Tensor(a!) transposed) -> ()");
+  m.def("contrastive_count_bits(Tensor first, Tensor? second, int group, Tensor(a!) counts) -> ()");
+  m.def("contrastive_list_offsets(Tensor counts, int capacity, Tensor(a!) offsets, Tensor(b!)? enabled) -> ()");
+  m.def("contrastive_list_bits(Tensor first, Tensor? second, int group, Tensor offsets, Tensor enabled, "
+        "Tensor(a!) columns) -> ()");
+  m.def("contrastive_pairs_forward(Tensor z, Tensor positives, Tensor? specific, Tensor negatives, Tensor columns, "
+        "Tensor offsets, Tensor enabled, float scale, Tensor(a!) part) -> ()");
+  m.def("contrastive_pairs_backward(Tensor z, Tensor positives, Tensor? specific, Tensor negatives, Tensor columns, "
+        "Tensor offsets, Tensor enabled, float scale, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_blocks_parts(int anchors, int group, bool within) -> int");
+  m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "bool within, Tensor enabled, float scale, Tensor(a!) parts) -> ()");
+  m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "bool within, Tensor enabled, float scale, bool symmetric, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_sampled_forward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, float scale, "
+        "Tensor(a!) log_sums) -> ()");
+  m.def("contrastive_sampled_rows_backward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, "
+        "float scale, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_sampled_columns_backward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, "
+        "float scale, Tensor numbers, Tensor positions, Tensor slots, int first_word, int count, Tensor(a!) staged, "
+        "Tensor(b!) grad) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
+  m.impl("hidden_positives", TORCH_BOX(&hidden_positives));
+  m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
   m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
+  m.impl("contrastive_draw_negatives", TORCH_BOX(&contrastive_draw_negatives));
+  m.impl("contrastive_transpose_bits", TORCH_BOX(&contrastive_transpose_bits));
+  m.impl("contrastive_count_bits", TORCH_BOX(&contrastive_count_bits));
+  m.impl("contrastive_list_offsets", TORCH_BOX(&contrastive_list_offsets));
+  m.impl("contrastive_list_bits", TORCH_BOX(&contrastive_list_bits));
+  m.impl("contrastive_pairs_forward", TORCH_BOX(&contrastive_pairs_forward));
+  m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
+  m.impl("contrastive_blocks_forward", TORCH_BOX(&contrastive_blocks_forward));
+  m.impl("contrastive_blocks_backward", TORCH_BOX(&contrastive_blocks_backward));
+  m.impl("contrastive_sampled_forward", TORCH_BOX(&contrastive_sampled_forward));
+  m.impl("contrastive_sampled_rows_backward", TORCH_BOX(&contrastive_sampled_rows_backward));
+  m.impl("contrastive_sampled_columns_backward", TORCH_BOX(&contrastive_sampled_columns_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("contrastive_blocks_parts", TORCH_BOX(&hpk::contrastive_blocks_parts));
 }

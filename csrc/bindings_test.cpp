@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -12,7 +13,9 @@
 #include "common/philox.h"
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
+#include "local_propagation/quantiles.h"
 #include "masked_topk/masked_topk.h"
+#include "multi_positive_contrastive/log_sum.h"
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
 
 namespace py = pybind11;
@@ -50,10 +53,25 @@ Array<uint32_t> transpose_bits(Array<uint32_t> bits, int64_t columns) {
   return transposed;
 }
 
+// The words of a row of `words` words whose bits are set outside of the columns [first, last).
+Array<uint32_t> bits_outside(int64_t words, int64_t first, int64_t last) {
+  Array<uint32_t> bits(words);
+  for (int64_t word = 0; word < words; ++word) bits.mutable_data()[word] = hpk::bits_outside(word, first, last);
+  return bits;
+}
+
 Array<uint32_t> repeat_bits(Array<uint32_t> bits, int64_t period, int64_t count) {
   Array<uint32_t> repeated(hpk::words_per_row(count));
   hpk::repeat_bits(bits.data(), period, count, repeated.mutable_data());
   return repeated;
+}
+
+// log sum exp of values, the first `split` of them and the others apart.
+float log_sum(Array<float> values, int64_t split) {
+  hpk::LogSum sums[2];
+  for (int64_t i = 0; i < values.size(); ++i) sums[i >= split].add(values.data()[i]);
+  sums[0].add(sums[1]);
+  return sums[0].value();
 }
 
 Array<float> exp_nonpositive(Array<float> values) {
@@ -111,6 +129,49 @@ py::tuple local_propagation(Array<float> logits, Array<float> code, int64_t wind
   return py::make_tuple(weights, mixed, grad);
 }
 
+// A row of numbers that one thread holds.
+struct RowOfOne {
+  const Array<float>& values;
+  int steps = 0;
+
+  template <typename Body>
+  void for_each(Body body) const {
+    for (py::ssize_t i = 0; i < values.size(); ++i) body(values.data()[i]);
+  }
+
+  void ends(float& least, float& greatest) const {
+    least = std::numeric_limits<float>::infinity(), greatest = -least;
+    for_each([&](float value) { least = std::fmin(least, value), greatest = std::fmax(greatest, value); });
+  }
+
+  void count_at_most(const float (&bounds)[2], int (&counts)[2]) {
+    ++steps;
+    for (int i = 0; i < 2; ++i) {
+      counts[i] = 0;
+      for_each([&](float value) { counts[i] += value <= bounds[i]; });
+    }
+  }
+
+  void neighbours(const float (&bounds)[2], float (&at_most)[2], float (&above)[2]) const {
+    for (int i = 0; i < 2; ++i) {
+      above[i] = std::numeric_limits<float>::infinity(), at_most[i] = -above[i];
+      for_each([&](float value) {
+        if (value <= bounds[i]) at_most[i] = std::fmax(at_most[i], value);
+        if (value > bounds[i]) above[i] = std::fmin(above[i], value);
+      });
+    }
+  }
+};
+
+// Two quantiles, and in how many steps they were found.
+py::tuple quantiles(Array<float> values, double low, double high) {
+  RowOfOne row{values};
+  const int count = static_cast<int>(values.size());
+  float found[2];
+  hpk::find_quantiles(row, count, {hpk::quantile_rank(low, count), hpk::quantile_rank(high, count)}, found);
+  return py::make_tuple(found[0], found[1], row.steps);
+}
+
 // Forward and backward by pairs, or by one block of everything, with made-up coefficients.
 Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> agnostic, Array<uint32_t> negatives,
                          bool by_pairs) {
@@ -152,11 +213,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("philox", &philox);
   m.def("draw_negatives", &draw_negatives);
   m.def("transpose_bits", &transpose_bits);
+  m.def("bits_outside", &bits_outside);
   m.def("repeat_bits", &repeat_bits);
+  m.def("log_sum", &log_sum);
   m.def("exp_nonpositive", &exp_nonpositive);
   m.def("coarse_int8", &coarse_int8);
   m.def("topk", &topk, "The greatest inner products, from the coarse ones and what is known of the rows.");
   m.def("local_propagation", &local_propagation);
+  m.def("quantiles", &quantiles);
   m.def("contrastive", &contrastive);
   m.def("pack", &pack, "Threshold and pack the coarse (N, N) products of all anchors.");
 }

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 
 import torch
 
 from hpkernels.backends import Availability
+
+EMULATED_VARIABLE = "HPKERNELS_CUDA_EMULATED"
+"""Names the file of the CUDA kernels compiled for the CPU (csrc/emulation), which tests then see as "cuda"."""
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -36,6 +40,8 @@ def _load_cpu() -> Availability:
 
 
 def _load_cuda() -> Availability:
+    if EMULATED:
+        return _load(Path(os.environ[EMULATED_VARIABLE]), "emulated on the CPU: slow, for tests")
     file = _file("_C_cuda")
     if file is None:
         return Availability(
@@ -51,11 +57,26 @@ def _load_cuda() -> Availability:
 
 
 def architectures(file: Path) -> str:
-    """The GPU architectures that a `_C_cuda` file was compiled for, read without loading it."""
-    found = re.search(rb"hpkernels architectures: ([\w.+ ]+)", file.read_bytes())
+    """What a `_C_cuda` file was compiled for and by, read without loading it: "8.0 9.0a by nvcc 13.0.88"."""
+    found = re.search(rb"hpkernels architectures: ([^\0]+)", file.read_bytes())
     return found[1].decode() if found else "unknown architectures"
 
 
+def has_code_for(compiled: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this capability runs what was compiled for `compiled`, as `architectures` gives it."""
+
+    def runs(major: str, minor: str, kind: str, ptx: str) -> bool:
+        least = int(major), int(minor)
+        if kind == "a":  # of one GPU alone
+            return capability == least
+        # Code runs on the later GPUs of its generation as well, PTX on all later ones.
+        return capability >= least and (capability[0] == least[0] or (bool(ptx) and not kind))
+
+    listed = re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", compiled.split(" by ")[0])
+    return not listed or any(runs(*entry) for entry in listed)
+
+
+EMULATED = bool(os.environ.get(EMULATED_VARIABLE))
 # Once and at import, because Dynamo traces the choice of a backend.
 LIBRARIES = {"_C": _load_cpu(), "_C_cuda": _load_cuda()}
 """Each library: whether it is loaded, and what it is or why not."""
@@ -70,9 +91,13 @@ def supports_cpu(device_type: str, dtype: torch.dtype) -> Availability:
 
 def supports_cuda(device_type: str, dtype: torch.dtype) -> Availability:
     """Whether the CUDA kernels can run, which take every floating-point dtype, on all the GPUs that PyTorch sees."""
+    if EMULATED and device_type == "cpu":
+        return LIBRARIES["_C_cuda"]
+    if EMULATED:
+        return Availability(False, f"{EMULATED_VARIABLE} is set, so the CUDA kernels take tensors on the CPU only")
     if device_type != "cuda":
         return Availability(False, f"the CUDA kernels take tensors on a CUDA device, not on {device_type}")
-    reason = incapable("CUDA") if LIBRARIES["_C_cuda"].ok else ""
+    reason = (incapable("CUDA") or _without_code()) if LIBRARIES["_C_cuda"].ok else ""
     return Availability(False, reason) if reason else LIBRARIES["_C_cuda"]
 
 
@@ -80,15 +105,39 @@ def incapable(kernels: str) -> str:
     """Why a visible NVIDIA GPU, of which there is one, is too old for the kernels of this name, or ""."""
     if _least_capability() >= _LEAST_CAPABILITY:
         return ""
-    found, needed = (".".join(map(str, version)) for version in (_least_capability(), _LEAST_CAPABILITY))
+    found, needed = _dotted(_least_capability()), _dotted(_LEAST_CAPABILITY)
     return f"the {kernels} kernels need compute capability {needed}, a visible GPU has {found}"
 
 
 @torch.compiler.assume_constant_result
 def _least_capability() -> tuple[int, int]:
-    return _read_least_capability()
+    return _capabilities()[0]
+
+
+@torch.compiler.assume_constant_result
+def _without_code() -> str:
+    return _read_without_code()
 
 
 @functools.cache
-def _read_least_capability() -> tuple[int, int]:
-    return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+def _read_without_code() -> str:
+    """Why the CUDA kernels do not run on a visible GPU that is new enough for them, or ""."""
+    compiled = architectures(_file("_C_cuda"))
+    for capability in _capabilities():
+        if not has_code_for(compiled, capability):
+            found = _dotted(capability)
+            return (
+                f"the CUDA kernels are compiled for {compiled}, a visible GPU has {found}; "
+                f"reinstall with TORCH_CUDA_ARCH_LIST={found}"
+            )
+    return ""
+
+
+@functools.cache
+def _capabilities() -> list[tuple[int, int]]:
+    """Those of the visible GPUs, the least first. To ask for them starts CUDA."""
+    return sorted({torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())})
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

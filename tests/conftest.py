@@ -16,11 +16,42 @@ from hypothesis import settings
 settings.register_profile("hpkernels", deadline=None, derandomize=True, database=None, max_examples=12)
 settings.load_profile("hpkernels")
 
-# Before any kernel is imported: without a GPU the Triton kernels are tested in Triton's interpreter.
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _emulate_cuda(library: Path, sources: Path) -> str:
+    """Have the CUDA kernels run on the CPU; returns "" or why they do not. A choice that was made before stays."""
+    variable = "HPKERNELS_CUDA_EMULATED"
+    if torch.cuda.is_available():
+        return "the CUDA kernels are tested on the GPU"
+    if variable in os.environ:
+        return "" if os.environ[variable] else f"{variable} is empty"
+    if not library.exists():
+        return f"there is no {library.name}, which `make test` builds where CUDA's headers are"
+    newest = max(sources.rglob("*.*"), key=lambda path: path.stat().st_mtime)
+    if newest.stat().st_mtime > library.stat().st_mtime:
+        return f"{library.name} is older than {newest.name}; `make test` builds it where CUDA's headers are"
+    os.environ[variable] = str(library)
+    return ""
+
+
+# Before any kernel is imported: without a GPU the Triton kernels are tested in Triton's interpreter, the CUDA kernels on
+# an emulator.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+NOT_EMULATED = _emulate_cuda(REPOSITORY / "build" / "emulated" / "_C_cuda_emulated.so", REPOSITORY / "csrc")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope="session")
+def emulate_cuda() -> Callable[[Path, Path], str]:
+    """``emulate_cuda(library, sources)``: see above."""
+    return _emulate_cuda
+
+
+@pytest.fixture(scope="session")
+def not_emulated() -> str:
+    """Why the CUDA kernels do not run on the emulator, or ""."""
+    return NOT_EMULATED
 
 
 @pytest.fixture(scope="session")

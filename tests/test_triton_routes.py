@@ -11,6 +11,7 @@ from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import pack_bits, population_count, unpack_bits
 from hpkernels.ops.multi_positive_contrastive import reference
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
+from hpkernels.testing.launches import recorded
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _triton.DTYPES) if case.backend == "triton"]
@@ -73,15 +74,21 @@ class Loss:
         masks = random_bits(size, size, 0.05), random_bits(size, size, 0.05, seed=1)
         self.masks = [(mask | mask.T).fill_diagonal_(False) for mask in masks]
 
-    def by(self, kernels, symmetric=True):
+    def of(self, branches, kernels, symmetric=True):
+        """The losses and gradients of some branches."""
         seed = torch.tensor(SEED, device=self.z.device)
         masks = [PositiveMask.from_dense(mask).bits for mask in self.masks]
         weight = torch.tensor(0.5, device=self.z.device)
         options = (self.group, TEMPERATURE, 1.5, RATE, "joint", True, False)
-        loss, rows = kernels.forward(self.z, *masks, weight, None, seed, *options)
-        grad_loss = torch.tensor(2.0, device=self.z.device)
+        losses, rows = kernels.forward(branches, *masks, weight, None, seed, *options)
         options = (self.group, TEMPERATURE, RATE, symmetric)
-        return loss, kernels.backward(grad_loss, self.z, *masks, None, seed, rows, *options)
+        grad_losses = torch.full_like(losses, 2.0)
+        return losses, kernels.backward(grad_losses, branches, *masks, None, seed, rows, *options)
+
+    def by(self, kernels, symmetric=True):
+        """The loss and gradient of z."""
+        (loss,), (grad,) = self.of([self.z], kernels, symmetric)
+        return loss, grad
 
     def expected(self, dtype):
         leaf = self.z.detach().cpu().to(dtype).requires_grad_()
@@ -105,9 +112,9 @@ def route(kernels, monkeypatch):
         monkeypatch.setattr(kernels, "MOST_LISTED_DENSITY", density)
         enabled, forward = [], kernels._blocks_forward
 
-        def spy(pairs, scale, within):
+        def spy(pairs, z, scale, within):
             enabled.append(int(pairs.enabled))
-            return forward(pairs, scale, within)
+            return forward(pairs, z, scale, within)
 
         monkeypatch.setattr(kernels, "_blocks_forward", spy)
         return enabled
@@ -129,6 +136,25 @@ def test_routes_agree(kernels, case, route, density, enabled):
     loss = Loss(case, images=4, height=2, width=5, dim=20)
     loss.check(*loss.by(kernels))
     assert taken == enabled
+
+
+@pytest.mark.parametrize("density", [1.0, None])
+def test_branches_share_what_does_not_depend_on_them(kernels, bits, route, density):
+    route(density)
+    loss = Loss(CASES[0], images=3, height=3, width=12, dim=6)
+    other = loss.z.flip(0)
+
+    def run(*branches):
+        with recorded(run=True) as launches:
+            losses, grads = loss.of(branches, kernels)
+        return losses, grads, [launch.name for launch in launches if hasattr(bits, launch.name)]
+
+    losses, grads, shared = run(loss.z, other)
+    assert "draw_negatives_kernel" in shared
+    for index, branch in enumerate((loss.z, other)):
+        (alone,), (grad,), names = run(branch)
+        assert torch.equal(alone, losses[index]) and torch.equal(grad, grads[index])
+        assert names == shared
 
 
 def test_lists_of_many_positions_are_staged_in_turn(kernels, route, monkeypatch):

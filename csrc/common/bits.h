@@ -9,10 +9,15 @@ HPK_HOST_DEVICE int64_t words_per_row(int64_t columns) { return (columns + 31) /
 
 HPK_HOST_DEVICE bool test_bit(const uint32_t* row, int64_t column) { return row[column >> 5] >> (column & 31) & 1u; }
 
-// The bits of the last word that belong to columns.
-HPK_HOST_DEVICE uint32_t valid_bits(int64_t word, int64_t columns) {
-  const int64_t left = columns - 32 * word;
-  return left >= 32 ? ~0u : (1u << left) - 1u;
+// The lowest `count` bits: none for less than 0, all for more than 32.
+HPK_HOST_DEVICE uint32_t low_bits(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u; }
+
+// The bits of a word that belong to columns.
+HPK_HOST_DEVICE uint32_t valid_bits(int64_t word, int64_t columns) { return low_bits(columns - 32 * word); }
+
+// The bits of a word that do not belong to the columns [first, last).
+HPK_HOST_DEVICE uint32_t bits_outside(int64_t word, int64_t first, int64_t last) {
+  return low_bits(first - 32 * word) | ~low_bits(last - 32 * word);
 }
 
 // Transpose a 32 x 32 block of bits in place: afterwards bit c of rows[r] is what bit r of rows[c] was.

@@ -1,20 +1,34 @@
 // What launch signatures of CUDA kernels need, without CUDA's headers.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 // The type of that name in CUDA's own headers.
 typedef struct CUstream_st* cudaStream_t;
 
 namespace hpk {
 
-// The type that sums of products of T are kept in.
+// Rows of `dim` elements, `stride` elements apart. Each starts at a multiple of 16 bytes and is one long.
 template <typename T>
-struct Accumulation {
-  using type = float;
+struct Rows {
+  const T* data;
+  int64_t count, stride;
+  int dim;
 };
 
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
+// The longest rows that the kernels for sm_90a take: a strip of them stays in shared memory.
+constexpr int kMostSm90Bytes = 1024;
+
+// What a block may have of shared memory on the current device.
+size_t most_shared_bytes();
+
+// Whether the current device is an sm_90 and this library has kernels of its own for that. HPKERNELS_SM90=0 says no.
+bool has_sm90();
+
+template <typename T>
+bool runs_on_sm90(const Rows<T>& rows) {
+  return rows.dim * static_cast<int>(sizeof(T)) <= kMostSm90Bytes && has_sm90();
+}
 
 }  // namespace hpk

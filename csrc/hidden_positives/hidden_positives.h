@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/coarse_products.h"
+#include "common/cuda.h"
 
 namespace hpk {
 
@@ -20,6 +21,13 @@ struct ProductTile {
 template <typename Coarse, typename T>
 int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
                                   const T* threshold, int64_t anchors, uint32_t* bits);
+
+// The relation of all anchors, (anchors, words_per_row), from their features. For float, products are those of 3 TF32.
+template <typename T>
+void hidden_positives_cuda(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream);
+// The same for sm_90a, rows of up to kMostSm90Bytes; for __half and __nv_bfloat16.
+template <typename T>
+void hidden_positives_sm90(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream);
 
 // The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed);

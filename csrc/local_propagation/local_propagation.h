@@ -23,16 +23,31 @@ template <typename T>
 void local_propagation_apply_backward_cpu(ParallelFor run, const T* grad_mixed, const T* weights, int64_t batch,
                                           int64_t dim, int64_t height, int64_t width, int64_t window, T* grad_code);
 
-// The same two on the GPU, for float, double, __half and __nv_bfloat16. Cells outside the image count as 0, whatever the
-// weights there. Launches on `stream` and returns; the caller asks for launch errors.
+// Images whose tokens are rows, `tokens` for each: first `prefix` that are no patches, then height * width that are.
+struct WeightsShape {
+  int64_t images, tokens, prefix, height, width, window;
+  int64_t pitch;  // of a row of logits in the workspace, even
+};
+
+// Each image is cut into strips of so many patches, the last of which may be smaller.
+constexpr int kLogitStripRows = 64;
+
+// The weights on the GPU of the patches in the strips [first, last), with the logits scale * <query, key> of rows that
+// have all heads side by side. `logits` is a workspace for that many strips.
 template <typename T>
-void local_propagation_apply_cuda(const T* code, const typename Accumulation<T>::type* weights, int64_t batch,
-                                  int64_t dim, int64_t height, int64_t width, int64_t window, T* mixed,
-                                  cudaStream_t stream);
+void local_propagation_weights_cuda(const Rows<T>& query, const Rows<T>& key, const WeightsShape& shape, int64_t first,
+                                    int64_t last, double scale, double sigma, double low, double high, float* logits,
+                                    float* weights, cudaStream_t stream);
+
+// The stencil and its transpose on the GPU, for float, __half and __nv_bfloat16. Cells outside the image count as 0,
+// whatever the weights there.
+template <typename T>
+void local_propagation_apply_cuda(const T* code, const float* weights, int64_t batch, int64_t dim, int64_t height,
+                                  int64_t width, int64_t window, T* mixed, cudaStream_t stream);
 
 template <typename T>
-void local_propagation_apply_backward_cuda(const T* grad_mixed, const typename Accumulation<T>::type* weights,
-                                           int64_t batch, int64_t dim, int64_t height, int64_t width, int64_t window,
-                                           T* grad_code, cudaStream_t stream);
+void local_propagation_apply_backward_cuda(const T* grad_mixed, const float* weights, int64_t batch, int64_t dim,
+                                           int64_t height, int64_t width, int64_t window, T* grad_code,
+                                           cudaStream_t stream);
 
 }  // namespace hpk

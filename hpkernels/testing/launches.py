@@ -194,15 +194,15 @@ def _hidden_positives(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
 def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
     z, other = make.unit_rows(sizes.anchors, sizes.dim), make.unit_rows(sizes.anchors, sizes.dim)
     threshold = make.threshold(sizes.anchors, sizes.dim)
-    weight, grad_loss, seed = make.scalar(0.5), make.scalar(1.0), make.scalar(0, torch.int64)
+    weight, grad_losses, seed = make.scalar(0.5), make.scalar(1.0)[None], make.scalar(0, torch.int64)
     discover = cache(backends.implementation("hidden_positives", "triton").forward)
 
     def call(rate: float, with_specific: bool, symmetric: bool = True) -> tuple[Tensor, ...]:
         relations = (discover(z, threshold), discover(other, threshold) if with_specific else None)
         options = (sizes.group, TEMPERATURE, 1.0, rate, "joint", True, False)
-        loss, rows = kernels.forward(z, *relations, weight, None, seed, *options)
+        losses, rows = kernels.forward([z], *relations, weight, None, seed, *options)
         options = (sizes.group, TEMPERATURE, rate, symmetric)
-        return loss, rows, kernels.backward(grad_loss, z, *relations, None, seed, rows, *options)
+        return losses, rows, *kernels.backward(grad_losses, [z], *relations, None, seed, rows, *options)
 
     return {
         "sampled": partial(call, NEGATIVE_RATE, False),

@@ -38,6 +38,10 @@ def main(folder):
         logits = normal(2, height * width, height * width)
         core.local_propagation(logits, normal(2, 3, height, width), window)
     core.exp_nonpositive(np.linspace(-100, 0, 999, dtype=np.float32))
+    for values in ([0], [np.nan, np.nan], [np.inf, -np.inf, 3e38, -3e38, 1e-45], [-0.0, 0.0, np.nan]):
+        core.quantiles(np.float32(values), 0.1, 0.9)
+    core.bits_outside(4, 31, 70)
+    core.log_sum(np.float32([1, -np.inf, 300, np.nan]), 2)
 
 
 if __name__ == "__main__":

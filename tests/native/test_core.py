@@ -11,6 +11,7 @@ import torch
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives import reference
 from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.local_propagation import reference as local_propagation
 
 
 def words(mask):
@@ -49,6 +50,62 @@ def test_repeat(core, period, times, generator):
     mask = random_mask(generator, 1, period)
     repeated = core.repeat_bits(words(mask)[0], period, period * times)
     assert np.array_equal(repeated, words(mask.repeat(1, times))[0])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 128), (3, 4), (31, 33), (32, 64), (40, 40), (70, 128)])
+def test_bits_outside(core, first, last):
+    column = torch.arange(128)[None]
+    assert np.array_equal(core.bits_outside(4, first, last), words((column < first) | (column >= last))[0])
+
+
+@pytest.mark.parametrize("split", [0, 1, 5, 9])
+def test_log_sum(core, split, generator):
+    values = torch.randn(9, generator=generator) * 200
+    values[3] = -torch.inf
+    np.testing.assert_allclose(core.log_sum(values.numpy(), split), values.logsumexp(dim=0), rtol=1e-6)
+    assert core.log_sum(values.numpy()[:0], 0) == core.log_sum(values.numpy()[3:4], 1) == -np.inf
+    values[split % 9] = torch.nan
+    assert np.isnan(core.log_sum(values.numpy(), split))
+
+
+ROWS_OF_NUMBERS = {
+    "normal": lambda x: x,
+    "integers": lambda x: (2 * x).round(),
+    "equal": lambda x: torch.full_like(x, -3.5),
+    "zeros of both signs": lambda x: torch.where(x < 0, -0.0, 0.0),
+    "tiny": lambda x: x * 1e-44,
+    "huge": lambda x: x.sign() * 3e38,
+    "any size": lambda x: x.sign() * (80 * x).exp(),
+    "outliers": lambda x: torch.where(x.abs() > 2, 1e30 * x, x),
+    "infinite": lambda x: torch.where(x.abs() > 1, torch.inf * x.sign(), x),
+    "greatest at the end": lambda x: torch.where(x > 0.5, torch.inf, x),
+}
+
+
+@pytest.mark.parametrize("numbers", ROWS_OF_NUMBERS)
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 257, 784])
+def test_quantiles(core, numbers, count, generator):
+    values = ROWS_OF_NUMBERS[numbers](torch.randn(count, generator=generator))
+    ordered = values.sort().values[None]
+    for low, high in ((0.1, 0.9), (0.0, 1.0), (0.25, 0.3), (0.5, 0.5)):
+        *found, steps = core.quantiles(values.numpy(), low, high)
+        expected = [local_propagation._quantile(ordered, quantile).item() for quantile in (low, high)]
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=1e-6, atol=1e-45)
+        assert steps <= 16 + 32
+        if numbers == "normal":  # some number between two neighbours is enough, and found by halving the values
+            assert steps <= 20
+    if values.isfinite().all():  # whose quantiles are the numbers themselves at their own ranks
+        ranks = sorted({0, count // 3, count // 2, count - 1})
+        for rank in ranks:
+            quantile = rank / max(1, count - 1)
+            assert core.quantiles(values.numpy(), quantile, quantile)[0] == ordered[0, rank]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 50])
+def test_quantiles_of_nan_end(core, count, generator):
+    values = torch.randn(50, generator=generator)
+    values[:count] = torch.nan
+    assert core.quantiles(values.numpy(), 0.1, 0.9)[2] <= 16 + 32
 
 
 def test_exponential(core):

@@ -233,6 +233,28 @@ def test_symmetric_relations_need_no_transpose(monkeypatch):
         assert len(transposed) == times  # of the negatives, and of positives that are not known to be symmetric
 
 
+def test_branches_share_what_does_not_depend_on_them(route, monkeypatch):
+    called = []
+    for name in ("choose_route", "_negative_bits", "_transposed"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, n=name, f=original: called.append(n) or f(*args))
+    problem = random_problem(1, images=4, height=3, width=4, dim=5)
+    counts = []
+    for z_mixed in (None, problem.z_mixed.requires_grad_()):
+        called.clear()
+        hpkernels.ghp_contrastive(
+            problem.z.clone().requires_grad_(),
+            problem.features,
+            problem.pool,
+            z_mixed=z_mixed,
+            anchors_per_image=12,
+            backend="cpu",
+        ).backward()
+        counts.append({name: called.count(name) for name in called})
+    once_each_way = {"choose_route": 2, "_negative_bits": 2}
+    assert counts[0] == counts[1] == once_each_way | ({} if route == "pairs" else {"_transposed": 1})
+
+
 def test_memory_does_not_grow_with_the_pairs():
     script = """
 import resource, torch, hpkernels

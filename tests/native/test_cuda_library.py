@@ -8,12 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hpkernels import _native, backends
+from hpkernels import BackendUnavailableError, _native, backends
 from hpkernels.backends import Availability
+from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation import reference
 
 # Every task of the launch, in descending order: none may depend on another.
@@ -32,6 +34,9 @@ extern "C" void apply_backward(const float* input, const float* weights, const i
   run<true>(input, weights, sizes, output);
 }
 """
+
+
+each_op = pytest.mark.parametrize("op", [op for op, backend in backends._modules if backend == "cuda"])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,44 @@ def test_body_of_the_kernels(stencil, direction, shape, window, generator):
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5 * window)
 
 
+def test_the_kernels_run_on_the_emulator(not_emulated):
+    """Without a GPU the other tests of "cuda" are those of the emulator."""
+    if not_emulated:
+        pytest.skip(not_emulated)
+    assert _native.LIBRARIES["_C_cuda"] == (True, "emulated on the CPU: slow, for tests")
+    for op in backends.registered_ops():
+        if (op, "cuda") in backends._modules:
+            assert backends.availability(op, "cuda", "cpu").ok
+            ok, reason = backends.availability(op, "cuda", "cuda")
+            assert not ok and "HPKERNELS_CUDA_EMULATED is set" in reason
+
+
+@pytest.mark.parametrize(
+    ("gpu", "chosen", "built", "reason"),
+    [
+        (True, None, "now", "tested on the GPU"),
+        (False, "", "now", "HPKERNELS_CUDA_EMULATED is empty"),
+        (False, None, None, "no library.so, which `make test` builds"),
+        (False, None, "before", "library.so is older than kernel.cu"),
+        (False, None, "now", ""),
+        (False, "another.so", None, ""),
+    ],
+)
+def test_choice_of_the_emulator(emulate_cuda, gpu, chosen, built, reason, monkeypatch, tmp_path):
+    sources, library = tmp_path / "csrc", tmp_path / "library.so"
+    sources.mkdir()
+    for path, time in ((sources / "kernel.cu", 100), (library, {None: None, "before": 99, "now": 101}[built])):
+        if time is not None:
+            path.touch()
+            os.utime(path, (time, time))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "environ", {} if chosen is None else {"HPKERNELS_CUDA_EMULATED": chosen})
+    found = emulate_cuda(library, sources)
+    assert reason in found and bool(found) == bool(reason)
+    if not found:
+        assert os.environ["HPKERNELS_CUDA_EMULATED"] == (chosen or str(library))
+
+
 def test_the_library_loads_without_a_gpu():
     """No crash, the kernels are registered, and they refuse tensors that are not on a GPU."""
     file = _native._file("_C_cuda")
@@ -105,6 +148,7 @@ for kernel in ("local_propagation_apply", "local_propagation_apply_backward"):
 def test_it_is_not_loaded_where_it_is_of_no_use(cuda, devices, reason, monkeypatch, tmp_path):
     file = tmp_path / "_C_cuda.so"
     file.write_bytes(b"\x7fELF\0hpkernels architectures: 8.0 10.0+PTX\0rest")
+    monkeypatch.setattr(_native, "EMULATED", False)
     monkeypatch.setattr(_native, "_file", lambda library: file)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
@@ -115,6 +159,7 @@ def test_it_is_not_loaded_where_it_is_of_no_use(cuda, devices, reason, monkeypat
 def test_a_library_that_does_not_load_is_no_crash(monkeypatch, tmp_path):
     file = tmp_path / "_C_cuda.so"
     file.write_bytes(b"no library")
+    monkeypatch.setattr(_native, "EMULATED", False)
     monkeypatch.setattr(_native, "_file", lambda library: file)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -123,18 +168,25 @@ def test_a_library_that_does_not_load_is_no_crash(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def pretend_gpu(monkeypatch):
-    """``pretend_gpu(*capabilities)``: as if the library were loaded and there were these GPUs."""
-    _native._read_least_capability.cache_clear()
+def pretend_gpu(monkeypatch, tmp_path):
+    """``pretend_gpu(*capabilities, compiled=...)``: as if such a library were loaded and there were these GPUs."""
+    file = tmp_path / "_C_cuda.so"
+    caches = _native._capabilities, _native._read_without_code
+    for function in caches:
+        function.cache_clear()
 
-    def pretend(*capabilities):
+    def pretend(*capabilities, compiled="8.0 9.0a 10.0+PTX by nvcc 13.0.88"):
+        file.write_bytes(f"hpkernels architectures: {compiled}".encode() + b"\0rest")
         libraries = _native.LIBRARIES | {"_C_cuda": Availability(True, "pretended")}
+        monkeypatch.setattr(_native, "_file", lambda library: file)
         monkeypatch.setattr(_native, "LIBRARIES", libraries)
+        monkeypatch.setattr(_native, "EMULATED", False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
 
     yield pretend
-    _native._read_least_capability.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 def test_supported_gpus(pretend_gpu):
@@ -148,6 +200,68 @@ def test_gpus_that_are_too_old(pretend_gpu):
     pretend_gpu((9, 0), (7, 5))
     ok, reason = backends.availability("local_propagation", "cuda", "cuda")
     assert not ok and reason == "the CUDA kernels need compute capability 8.0, a visible GPU has 7.5"
+
+
+def test_gpus_that_nothing_was_compiled_for(pretend_gpu):
+    pretend_gpu((8, 0), (12, 0), compiled="8.0 9.0a by nvcc 13.0.88")
+    ok, reason = backends.availability("local_propagation", "cuda", "cuda")
+    assert not ok and reason == (
+        "the CUDA kernels are compiled for 8.0 9.0a by nvcc 13.0.88, a visible GPU has 12.0; "
+        "reinstall with TORCH_CUDA_ARCH_LIST=12.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "runs", "runs_not"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(9, 0), (12, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0+PTX", [(8, 0), (9, 0), (12, 1)], [(7, 5)]),
+        ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+        ("10.0f+PTX", [(10, 0), (10, 3)], [(12, 0)]),
+        (
+            "8.0 9.0a 10.0+PTX by nvcc 13.0.88, without wgmma: built without nvidia-cutlass",
+            [(8, 6), (9, 0), (12, 0)],
+            [],
+        ),
+        ("9.0a by nvcc 13.0.88", [(9, 0)], [(8, 0), (13, 0)]),
+        ("unknown architectures", [(8, 0), (12, 0)], []),
+    ],
+)
+def test_code_for_a_gpu(compiled, runs, runs_not):
+    for capability in runs + runs_not:
+        assert _native.has_code_for(compiled, capability) == (capability in runs), capability
+
+
+@each_op
+@pytest.mark.parametrize("gpu", [(7, 5), (12, 0)])
+def test_auto_leaves_such_gpus_to_others(op, gpu, pretend_gpu, monkeypatch):
+    """Even where the CUDA kernels are what ``auto`` prefers; whoever asks for them by name is told why not."""
+    pretend_gpu(gpu, compiled="8.0 9.0a")
+    monkeypatch.setattr(backends, "_on_request_only", set())
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "_GPUS", 1)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    expected = "reference" if gpu == (7, 5) or _triton.triton is None else "triton"
+    assert backends.select(op, "auto", on_gpu) == expected
+    with pytest.raises(BackendUnavailableError, match=rf"^{op}: backend 'cuda' is not available: .*{gpu[0]}\.{gpu[1]}"):
+        backends.select(op, "cuda", on_gpu)
+
+
+@each_op
+def test_the_choice_follows_the_dtype(op, pretend_gpu, monkeypatch):
+    pretend_gpu((9, 0))
+    monkeypatch.setattr(backends, "_on_request_only", {(op, "triton")})
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert backends.select(op, "auto", SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == "cuda"
+    double = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
+    if op == "local_propagation":  # a stencil, which needs no tensor cores
+        assert backends.select(op, "auto", double) == "cuda"
+        return
+    assert backends.select(op, "auto", double) == "reference"
+    with pytest.raises(BackendUnavailableError, match="take float16, bfloat16 and float32, not torch.float64"):
+        backends.select(op, "cuda", double)
 
 
 def test_the_choice_can_be_compiled(pretend_gpu):

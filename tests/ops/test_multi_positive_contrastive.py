@@ -197,16 +197,19 @@ def test_opcheck(case):
     seed = torch.full((), 7, device=case.device)
     forward = torch.ops.hpkernels.multi_positive_contrastive.default
     backward = torch.ops.hpkernels.multi_positive_contrastive_backward.default
-    for specific, negatives in ((None, None), (batch.specific.bits, batch.negatives)):
+    z_mixed = batch.z.flip(0)
+    for specific, negatives, others in ((None, None, [None]), (batch.specific.bits, batch.negatives, [None, z_mixed])):
         masks = (batch.positives.bits, specific)
         settings = (12, 0.3, 1.5, 0.1, "joint", True, False, False, case.backend)
-        for z in (batch.z, batch.z.detach().clone().requires_grad_()):
-            torch.library.opcheck(forward, (z, *masks, weight, negatives, seed, *settings))
-        _, rows = forward(batch.z, *masks, weight, negatives, seed, *settings)
-        torch.library.opcheck(
-            backward,
-            (torch.ones_like(weight), batch.z, *masks, negatives, seed, rows, 12, 0.3, 0.1, False, case.backend),
-        )
+        for other in others:
+            for z in (batch.z, batch.z.detach().clone().requires_grad_()):
+                torch.library.opcheck(forward, (z, other, *masks, weight, negatives, seed, *settings))
+            losses, rows = forward(batch.z, other, *masks, weight, negatives, seed, *settings)
+            relations = (*masks, negatives, seed, rows)
+            torch.library.opcheck(
+                backward,
+                (torch.ones_like(losses), batch.z, other, *relations, 12, 0.3, 0.1, False, case.backend),
+            )
 
 
 @pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])

@@ -8,7 +8,7 @@ from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
 from hpkernels.ops.masked_topk import masked_topk
-from hpkernels.ops.multi_positive_contrastive import contrastive_branch
+from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
 
 
@@ -105,7 +105,7 @@ def ghp_contrastive(
     uses_specific = specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0)
     chosen = _choose(op, backend, features)
     chosen_specific = _choose(op, backend, specific) if uses_specific else None
-    branch_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
+    loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
     threshold, positives = _discover(features, pool, chosen)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
     poison = (threshold * 0).sum()
@@ -113,9 +113,8 @@ def ghp_contrastive(
     if uses_specific:
         specific_threshold, specific_positives = _discover(specific, specific_pool, chosen_specific)
         poison = poison + (specific_threshold * 0).sum()
-    branches = [z] if z_mixed is None else [z, z_mixed]
-    losses = [contrastive_branch(branch, positives, specific_positives, options, branch_backend) for branch in branches]
-    return sum(losses) / len(losses) + poison.to(losses[0].dtype)
+    loss = mean_loss(z, z_mixed, positives, specific_positives, options, loss_backend)
+    return loss + poison.to(loss.dtype)
 
 
 def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: str, pool: Tensor) -> None:

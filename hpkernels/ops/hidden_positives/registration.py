@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from hpkernels import backends
-from hpkernels.ops import _triton
+from hpkernels.ops import _cuda, _triton
 from hpkernels.ops._kernels import full_precision
 from hpkernels.ops.hidden_positives import cpu, reference
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
+_cuda.register("hidden_positives")
 _triton.register("hidden_positives")
 backends.register("hidden_positives", "cpu", cpu)
 backends.register("hidden_positives", "reference", reference)

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
-from hpkernels.ops import _triton
+from hpkernels.ops import _cuda, _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.local_propagation import cpu, cuda, reference
+from hpkernels.ops.local_propagation import cpu, reference
 
-# Never run on a GPU so far: only for those who ask for it by name.
-backends.register("local_propagation", "cuda", cuda, automatic=False)
+_cuda.register("local_propagation")
 _triton.register("local_propagation")
 backends.register("local_propagation", "cpu", cpu)
 backends.register("local_propagation", "reference", reference)

@@ -105,15 +105,21 @@ def multi_positive_contrastive(
     )
     check.finite(op, "z", z)
     backend = backends.select(op, backend, z)
-    return contrastive_branch(z, positives, specific, options, backend)
+    return mean_loss(z, None, positives, specific, options, backend)
 
 
-def contrastive_branch(
-    z: Tensor, positives: PositiveMask, specific: PositiveMask | None, options: ContrastiveOptions, backend: str
+def mean_loss(
+    z: Tensor,
+    z_mixed: Tensor | None,
+    positives: PositiveMask,
+    specific: PositiveMask | None,
+    options: ContrastiveOptions,
+    backend: str,
 ) -> Tensor:
-    """The loss of one branch for arguments that have been checked; `ghp_contrastive` calls it once a branch."""
-    loss, _ = registration.multi_positive_contrastive(
+    """The mean loss of one branch or two, which share their relations, for arguments that have been checked."""
+    losses, _ = registration.multi_positive_contrastive(
         z,
+        z_mixed,
         positives.bits,
         None if specific is None else specific.bits,
         options.specific_weight,
@@ -129,7 +135,7 @@ def contrastive_branch(
         positives.symmetric and (specific is None or specific.symmetric),
         backend,
     )
-    return loss
+    return losses.mean()
 
 
 def check_mask(op: str, name: str, mask: PositiveMask, z: Tensor) -> None:

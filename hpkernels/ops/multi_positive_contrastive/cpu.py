@@ -18,7 +18,7 @@ from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops._coarse import blocks
 from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
-from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -26,7 +26,7 @@ _SIDE = 1024  # anchors of a block at the most: whole images, or a part of one
 
 
 def forward(
-    z: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     specific_weight: Tensor,
@@ -40,42 +40,45 @@ def forward(
     reweight: bool,
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics, for bit-packed positives (N, ceil(N / 32))."""
-    (accumulate,) = check.accumulation(z.dtype)
-    anchors = len(z)
+    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    (accumulate,) = check.accumulation(branches[0].dtype)
+    anchors = len(branches[0])
     if specific_weight == 0:
         specific = None  # it adds nothing, and must not have a say in the route
-    rows, positives, specific = z.detach().to(accumulate).contiguous(), *_contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
-    relations = (positives, specific, drawn)
-    sums, counts = rows.new_zeros((3, anchors)), rows.new_zeros((2, anchors), dtype=torch.int64)
-    sums[0] = -torch.inf
+    relations = (*_contiguous(positives, specific), drawn)
     kernels, route = torch.ops.hpkernels_cpu, choose_route(*relations)
-    for block, columns, products, mirrored in _blocks(rows, route, anchors_per_image):
-        tiles = [(block.start, columns.start, products)]
-        if mirrored:
-            tiles.append((columns.start, block.start, products.T.clone(memory_format=torch.contiguous_format)))
-        for row, column, tile in tiles:
-            kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
-    if route != "blocks":
-        kernels.contrastive_pairs_forward(rows, route == "images", 1 / temperature, *relations, sums, counts)
-    loss, statistics = loss_of_statistics(
-        sums[0],
-        *counts.to(accumulate),
-        *sums[1:],
-        specific_weight,
-        anchors_per_image=anchors_per_image,
-        scale=scale,
-        variant=variant,
-        reweight=reweight,
-        keep_specific_only=keep_specific_only,
-    )
-    return loss + (rows * 0).sum(), statistics  # of 0, or of NaN if z is not finite
+    results = []
+    for z in branches:
+        vectors = z.detach().to(accumulate).contiguous()
+        sums, counts = vectors.new_zeros((3, anchors)), vectors.new_zeros((2, anchors), dtype=torch.int64)
+        sums[0] = -torch.inf
+        for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):
+            tiles = [(block.start, columns.start, products)]
+            if mirrored:
+                tiles.append((columns.start, block.start, products.T.clone(memory_format=torch.contiguous_format)))
+            for row, column, tile in tiles:
+                kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
+        if route != "blocks":
+            kernels.contrastive_pairs_forward(vectors, route == "images", 1 / temperature, *relations, sums, counts)
+        loss, statistics = loss_of_statistics(
+            sums[0],
+            *counts.to(accumulate),
+            *sums[1:],
+            specific_weight,
+            anchors_per_image=anchors_per_image,
+            scale=scale,
+            variant=variant,
+            reweight=reweight,
+            keep_specific_only=keep_specific_only,
+        )
+        results.append((loss + (vectors * 0).sum(), statistics))  # of 0, or of NaN if z is not finite
+    return stacked(results)
 
 
 def backward(
-    grad_loss: Tensor,
-    z: Tensor,
+    grad_losses: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     negatives: Tensor | None,
@@ -85,28 +88,33 @@ def backward(
     temperature: float,
     negative_rate: float,
     symmetric: bool,
-) -> Tensor:
-    """The gradient of z from the row statistics; logits, probabilities and negatives are computed again."""
-    anchors = len(z)
-    if not rows[3].any():  # as in forward
+) -> list[Tensor]:
+    """The gradients of the branches from their row statistics; logits and negatives are computed again."""
+    anchors = len(branches[0])
+    if not rows[:, 3].any():  # as in forward
         specific = None
-    vectors, positives, specific = z.detach().to(rows.dtype).contiguous(), *_contiguous(positives, specific)
+    positives, specific = _contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
     positives_t = positives if symmetric else _transposed(positives, anchors)
     specific_t = specific if symmetric or specific is None else _transposed(specific, anchors)
     relations = (positives, positives_t, specific, specific_t, drawn)
-    grad_z = torch.zeros_like(vectors)
     kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
     drawn_t = None if route == "pairs" else _transposed(drawn, anchors)
-    for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):
-        at = (block.start, columns.start)
-        kernels.contrastive_block_backward(products, *at, 1 / temperature, *relations, drawn_t, rows)
-        kernels.multiply(products, vectors[columns], grad_z[block], True)
-        if mirrored:
-            kernels.multiply(products.T, vectors[block], grad_z[columns], True)
-    if route != "blocks":
-        kernels.contrastive_pairs_backward(vectors, route == "images", 1 / temperature, *relations, rows, grad_z)
-    return (grad_z * grad_loss).to(z.dtype)
+    grads = []
+    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
+        vectors = z.detach().to(rows.dtype).contiguous()
+        grad_z = torch.zeros_like(vectors)
+        for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):
+            at = (block.start, columns.start)
+            kernels.contrastive_block_backward(products, *at, 1 / temperature, *relations, drawn_t, statistics)
+            kernels.multiply(products, vectors[columns], grad_z[block], True)
+            if mirrored:
+                kernels.multiply(products.T, vectors[block], grad_z[columns], True)
+        if route != "blocks":
+            across = route == "images"
+            kernels.contrastive_pairs_backward(vectors, across, 1 / temperature, *relations, statistics, grad_z)
+        grads.append((grad_z * grad_loss).to(z.dtype))
+    return grads
 
 
 def _negative_bits(negatives: Tensor | None, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
@@ -114,7 +122,7 @@ def _negative_bits(negatives: Tensor | None, seed: Tensor, rows: int, columns: i
     return _drawn(int(seed), rows, columns, rate) if negatives is None else pack_bits(negatives)
 
 
-@functools.lru_cache(maxsize=1)  # forward and backward of all branches of a step draw the same
+@functools.lru_cache(maxsize=1)  # forward and backward of a step draw the same
 def _drawn(seed: int, rows: int, columns: int, rate: float) -> Tensor:
     bits = torch.empty((rows, words_per_row(columns)), dtype=torch.int32)
     torch.ops.hpkernels_cpu.draw_negatives(seed, columns, rate, bits)

@@ -19,6 +19,7 @@ and the four numbers (logDen, push, pull, pull_specific) of each anchor are all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def mean_coefficients(mass: Tensor, kept: Tensor, anchors_per_image: int, reweig
 
 
 def forward(
-    z: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     specific_weight: Tensor,
@@ -164,28 +165,39 @@ def forward(
     reweight: bool,
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics, for bit-packed positives (N, ceil(N / 32))."""
-    anchors = len(z)
+    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    anchors = len(branches[0])
     if negatives is None:
         negatives = bernoulli(seed, anchors_per_image, anchors, negative_rate)
-    return contrastive_loss(
-        z,
-        unpack_bits(positives, anchors),
-        None if specific is None else unpack_bits(specific, anchors),
-        specific_weight,
-        negatives,
-        anchors_per_image=anchors_per_image,
-        temperature=temperature,
-        scale=scale,
-        variant=variant,
-        reweight=reweight,
-        keep_specific_only=keep_specific_only,
+    agnostic = unpack_bits(positives, anchors)
+    task = None if specific is None else unpack_bits(specific, anchors)
+    return stacked(
+        contrastive_loss(
+            z,
+            agnostic,
+            task,
+            specific_weight,
+            negatives,
+            anchors_per_image=anchors_per_image,
+            temperature=temperature,
+            scale=scale,
+            variant=variant,
+            reweight=reweight,
+            keep_specific_only=keep_specific_only,
+        )
+        for z in branches
     )
 
 
+def stacked(results: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The losses and row statistics of branches in one tensor each."""
+    losses, rows = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(rows)
+
+
 def backward(
-    grad_loss: Tensor,
-    z: Tensor,
+    grad_losses: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     negatives: Tensor | None,
@@ -195,16 +207,19 @@ def backward(
     temperature: float,
     negative_rate: float,
     symmetric: bool,
-) -> Tensor:
-    """The gradient of z from the row statistics; logits, probabilities and negatives are computed again."""
-    anchors = len(z)
+) -> list[Tensor]:
+    """The gradients of the branches from their row statistics; logits and negatives are computed again."""
+    anchors = len(branches[0])
     if negatives is None:
         negatives = bernoulli(seed, anchors_per_image, anchors, negative_rate)
     agnostic = unpack_bits(positives, anchors)
-    log_denominator, push, pull, pull_specific = rows[:, :, None]
-    logits, denominator = logits_and_denominator(z, agnostic, negatives, temperature)
-    grad = push * (logits - log_denominator).exp().where(denominator, 0) - pull * agnostic
-    if specific is not None:
-        grad = grad - pull_specific * unpack_bits(specific, anchors)
-    grad_z = (grad + grad.T) @ z.to(logits.dtype) * (grad_loss / temperature)
-    return grad_z.to(z.dtype)
+    task = None if specific is None else unpack_bits(specific, anchors)
+    grads = []
+    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
+        log_denominator, push, pull, pull_specific = statistics[:, :, None]
+        logits, denominator = logits_and_denominator(z, agnostic, negatives, temperature)
+        grad = push * (logits - log_denominator).exp().where(denominator, 0) - pull * agnostic
+        if task is not None:
+            grad = grad - pull_specific * task
+        grads.append(((grad + grad.T) @ z.to(logits.dtype) * (grad_loss / temperature)).to(z.dtype))
+    return grads

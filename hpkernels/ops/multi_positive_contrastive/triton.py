@@ -20,7 +20,7 @@ from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
 from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
-from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
     PARTS,
     contrastive_blocks_bwd_kernel,
@@ -54,13 +54,26 @@ class _Lists(NamedTuple):
     sampled_columns: Tensor
 
 
-class _Pairs:
-    """The masks, the negatives, and with `lists_allowed` the lists; `enabled`, on the device, is 1 for lists."""
+class _Stage(NamedTuple):
+    """`count` patch positions from a word of R transposed on; the gradients of column j are staged from slots[j] on."""
 
-    def __init__(self, z, positives, specific, negatives, seed, group, rate, lists_allowed) -> None:
-        self.z, self.positives = z.detach().contiguous(), positives.contiguous()
+    positions: Tensor
+    first_word: int
+    count: int
+    slots: Tensor
+    capacity: int
+
+
+class _Pairs:
+    """The masks, the negatives, and with `lists_allowed` the lists; `enabled`, on the device, is 1 for lists.
+
+    They are the same for all branches, which have one shape.
+    """
+
+    def __init__(self, branches, positives, specific, negatives, seed, group, rate, lists_allowed) -> None:
+        self.positives = positives.contiguous()
         self.specific = None if specific is None else specific.contiguous()
-        self.anchors, self.dim = z.shape
+        self.anchors, self.dim = branches[0].shape
         self.group, self.rate = group, rate
         self.negatives = bits.draw(seed, group, self.anchors, rate) if negatives is None else pack_bits(negatives)
         self.enabled = positives.new_zeros(())
@@ -91,13 +104,22 @@ class _Pairs:
         """N, D, words of a row of masks, G."""
         return self.anchors, self.dim, self.positives.shape[1], self.group
 
-    def options(self) -> dict[str, object]:
-        """Constants of the kernels of blocks."""
-        return {"HAS_SPECIFIC": self.specific is not None, "PRECISION": _triton.precision(self.z.dtype)}
+    def stages(self) -> list[_Stage]:
+        """The patch positions, so many at a time that the gradients of their columns fit `_STAGED_BYTES`."""
+        positions = bits.transpose(self.negatives, self.anchors)
+        expected_bytes = 4 * self.dim * max(self.rate, 1e-6) * self.anchors  # of a position
+        words_at_a_time = max(1, int(_STAGED_BYTES / expected_bytes / 32))
+        stages = []
+        for first_word in range(0, positions.shape[1], words_at_a_time):
+            words = positions[:, first_word : first_word + words_at_a_time]
+            count = min(32 * words.shape[1], self.group - 32 * first_word)
+            slots = bits.offsets_of(bits.count(words.contiguous()))
+            stages.append(_Stage(positions, first_word, count, slots, self.sampled_capacity(count)))
+        return stages
 
 
 def forward(
-    z: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     specific_weight: Tensor,
@@ -111,29 +133,33 @@ def forward(
     reweight: bool,
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics, for bit-packed positives (N, ceil(N / 32))."""
-    lists_allowed = _lists_allowed(len(z), anchors_per_image, negatives, negative_rate)
-    pairs = _Pairs(z, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    parts = _blocks_forward(pairs, 1 / temperature, within=False)
-    if lists_allowed:
-        within = _blocks_forward(pairs, 1 / temperature, within=True)
-        parts = torch.cat((parts, within, _lists_forward(pairs, 1 / temperature)))
-    loss, rows = loss_of_statistics(
-        parts[:, 0].logsumexp(dim=0),
-        *parts[:, 1:].sum(dim=0),
-        specific_weight,
-        anchors_per_image=anchors_per_image,
-        scale=scale,
-        variant=variant,
-        reweight=reweight,
-        keep_specific_only=keep_specific_only,
-    )
-    return loss + (pairs.z * 0).sum(dtype=loss.dtype), rows  # of 0, or of NaN if z is not finite
+    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    lists_allowed = _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
+    results = []
+    for z in branches:
+        z = z.detach().contiguous()
+        parts = _blocks_forward(pairs, z, 1 / temperature, within=False)
+        if lists_allowed:
+            within = _blocks_forward(pairs, z, 1 / temperature, within=True)
+            parts = torch.cat((parts, within, _lists_forward(pairs, z, 1 / temperature)))
+        loss, statistics = loss_of_statistics(
+            parts[:, 0].logsumexp(dim=0),
+            *parts[:, 1:].sum(dim=0),
+            specific_weight,
+            anchors_per_image=anchors_per_image,
+            scale=scale,
+            variant=variant,
+            reweight=reweight,
+            keep_specific_only=keep_specific_only,
+        )
+        results.append((loss + (z * 0).sum(dtype=loss.dtype), statistics))  # of 0, or of NaN if z is not finite
+    return stacked(results)
 
 
 def backward(
-    grad_loss: Tensor,
-    z: Tensor,
+    grad_losses: Tensor,
+    branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
     negatives: Tensor | None,
@@ -143,19 +169,24 @@ def backward(
     temperature: float,
     negative_rate: float,
     symmetric: bool,
-) -> Tensor:
-    """The gradient of z from the row statistics; logits, probabilities, negatives and lists are computed again."""
-    lists_allowed = symmetric and _lists_allowed(len(z), anchors_per_image, negatives, negative_rate)
-    pairs = _Pairs(z, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
-    largest = rows[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
-    numbers = torch.cat((rows[:1], rows[1:] / largest))
-    grad_z = torch.empty_like(pairs.z, dtype=rows.dtype)
-    _blocks_backward(pairs, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
-    if lists_allowed:
-        _blocks_backward(pairs, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
-        _lists_backward(pairs, numbers, grad_z, 1 / temperature)
-    return (grad_z * (grad_loss * largest / temperature)).to(z.dtype)
+) -> list[Tensor]:
+    """The gradients of the branches from their row statistics; logits, negatives and lists are computed again."""
+    lists_allowed = symmetric and _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
+    stages = pairs.stages() if lists_allowed else []
+    grads = []
+    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
+        z = z.detach().contiguous()
+        # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
+        largest = statistics[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
+        numbers = torch.cat((statistics[:1], statistics[1:] / largest))
+        grad_z = torch.empty_like(z, dtype=rows.dtype)
+        _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
+        if lists_allowed:
+            _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
+            _lists_backward(pairs, stages, z, numbers, grad_z, 1 / temperature)
+        grads.append((grad_z * (grad_loss * largest / temperature)).to(z.dtype))
+    return grads
 
 
 def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: float) -> bool:
@@ -165,7 +196,7 @@ def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: flo
 
 def _empty_parts(pairs: _Pairs, parts: int) -> Tensor:
     """Parts of the rows that add nothing."""
-    empty = pairs.z.new_zeros((parts, PARTS.value, pairs.anchors), dtype=torch.float32)
+    empty = pairs.positives.new_zeros((parts, PARTS.value, pairs.anchors), dtype=torch.float32)
     empty[:, 0] = -torch.inf
     return empty
 
@@ -176,8 +207,8 @@ def _row_blocks(pairs: _Pairs, rows: int, within: bool) -> int:
     return triton.cdiv(pairs.anchors, rows)
 
 
-def _blocks_forward(pairs: _Pairs, scale: float, within: bool) -> Tensor:
-    config = _triton.configuration(contrastive_blocks_fwd_kernel, pairs.z)
+def _blocks_forward(pairs: _Pairs, z: Tensor, scale: float, within: bool) -> Tensor:
+    config = _triton.configuration(contrastive_blocks_fwd_kernel, z)
     blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
     tiles = triton.cdiv(pairs.group + 31 if within else pairs.anchors, config["BLOCK_COLUMNS"])
     splits = min(tiles, triton.cdiv(_PROGRAMS, blocks))
@@ -185,8 +216,9 @@ def _blocks_forward(pairs: _Pairs, scale: float, within: bool) -> Tensor:
     _triton.launch(
         contrastive_blocks_fwd_kernel,
         (blocks, splits),
-        *(pairs.z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
-        **pairs.options(),
+        *(z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
+        HAS_SPECIFIC=pairs.specific is not None,
+        PRECISION=_triton.precision(z.dtype),
         ENABLED_IF=int(within),
         WITHIN=within,
         **config,
@@ -194,14 +226,17 @@ def _blocks_forward(pairs: _Pairs, scale: float, within: bool) -> Tensor:
     return parts
 
 
-def _blocks_backward(pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool) -> None:
-    config = _triton.configuration(contrastive_blocks_bwd_kernel, pairs.z)
+def _blocks_backward(
+    pairs: _Pairs, z: Tensor, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool
+) -> None:
+    config = _triton.configuration(contrastive_blocks_bwd_kernel, z)
     blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
     _triton.launch(
         contrastive_blocks_bwd_kernel,
         (blocks, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
-        *(pairs.z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
-        **pairs.options(),
+        *(z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
+        HAS_SPECIFIC=pairs.specific is not None,
+        PRECISION=_triton.precision(z.dtype),
         ENABLED_IF=int(within),
         WITHIN=within,
         SYMMETRIC=symmetric,
@@ -210,76 +245,75 @@ def _blocks_backward(pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float,
     )
 
 
-def _lists_forward(pairs: _Pairs, scale: float) -> Tensor:
+def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
     sampled, listed = parts = _empty_parts(pairs, 2)
     lists, images = pairs.lists, pairs.anchors // pairs.group
-    config = _triton.configuration(sampled_rows_fwd_kernel, pairs.z)
+    config = _triton.configuration(sampled_rows_fwd_kernel, z)
     _triton.launch(
         sampled_rows_fwd_kernel,
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
-        *(pairs.z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, sampled, scale),
+        *(z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, sampled, scale),
         *(pairs.anchors, pairs.dim, pairs.group),
-        PRECISION=_triton.precision(pairs.z.dtype),
+        PRECISION=_triton.precision(z.dtype),
         **config,
     )
     _triton.launch(
         contrastive_pairs_fwd_kernel,
         (pairs.anchors,),
-        *(pairs.z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
+        *(z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
-        **_triton.configuration(contrastive_pairs_fwd_kernel, pairs.z),
+        **_triton.configuration(contrastive_pairs_fwd_kernel, z),
     )
     return parts
 
 
-def _lists_backward(pairs: _Pairs, numbers: Tensor, grad: Tensor, scale: float) -> None:
+def _lists_backward(
+    pairs: _Pairs, stages: list[_Stage], z: Tensor, numbers: Tensor, grad: Tensor, scale: float
+) -> None:
     lists, images = pairs.lists, pairs.anchors // pairs.group
-    config = _triton.configuration(contrastive_pairs_bwd_kernel, pairs.z)
+    config = _triton.configuration(contrastive_pairs_bwd_kernel, z)
     _triton.launch(
         contrastive_pairs_bwd_kernel,
         (pairs.anchors, triton.cdiv(pairs.dim, config["BLOCK_D"])),
-        *(pairs.z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
+        *(z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
         **config,
     )
-    sampled = (pairs.z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, numbers)
+    sampled = (z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, numbers)
     sizes = (pairs.anchors, pairs.dim, pairs.group)
-    config = _triton.configuration(sampled_rows_bwd_kernel, pairs.z)
+    config = _triton.configuration(sampled_rows_bwd_kernel, z)
     _triton.launch(
         sampled_rows_bwd_kernel,
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(*sampled, grad, scale, *sizes),
-        PRECISION=_triton.precision(pairs.z.dtype),
+        PRECISION=_triton.precision(z.dtype),
         WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
         **config,
     )
-    _sampled_columns_backward(pairs, sampled, sizes, grad, scale)
+    for stage in stages:
+        _sampled_columns_backward(pairs, stage, sampled, sizes, grad, scale)
 
 
-def _sampled_columns_backward(pairs: _Pairs, sampled: tuple, sizes: tuple, grad: Tensor, scale: float) -> None:
+def _sampled_columns_backward(
+    pairs: _Pairs, stage: _Stage, sampled: tuple, sizes: tuple, grad: Tensor, scale: float
+) -> None:
     """What the sampled columns get from the rows: products by position are staged, and gathered by column."""
-    positions = bits.transpose(pairs.negatives, pairs.anchors)
-    config = _triton.configuration(sampled_columns_bwd_kernel, pairs.z)
+    z, *_ = sampled
+    config = _triton.configuration(sampled_columns_bwd_kernel, z)
     gather = _triton.configuration(sampled_gather_bwd_kernel, grad)
-    expected_bytes = 4 * pairs.dim * max(pairs.rate, 1e-6) * pairs.anchors  # of a position
-    words_at_a_time = max(1, int(_STAGED_BYTES / expected_bytes / 32))
-    for first_word in range(0, positions.shape[1], words_at_a_time):
-        words = positions[:, first_word : first_word + words_at_a_time]
-        count = min(32 * words.shape[1], pairs.group - 32 * first_word)
-        capacity = pairs.sampled_capacity(count)
-        slots = bits.offsets_of(bits.count(words.contiguous()))
-        staged = grad.new_empty((capacity, pairs.dim))
-        _triton.launch(
-            sampled_columns_bwd_kernel,
-            (count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
-            *(*sampled, positions, slots, staged, scale, *sizes, positions.shape[1], first_word, capacity),
-            PRECISION=_triton.precision(pairs.z.dtype),
-            WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
-            **config,
-        )
-        _triton.launch(
-            sampled_gather_bwd_kernel,
-            (triton.cdiv(pairs.anchors, gather["BLOCK_COLUMNS"]), triton.cdiv(pairs.dim, gather["BLOCK_GRAD"])),
-            *(staged, slots, pairs.enabled, grad, pairs.anchors, pairs.dim, capacity),
-            **gather,
-        )
+    staged = grad.new_empty((stage.capacity, pairs.dim))
+    words = stage.positions.shape[1]
+    _triton.launch(
+        sampled_columns_bwd_kernel,
+        (stage.count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
+        *(*sampled, stage.positions, stage.slots, staged, scale, *sizes, words, stage.first_word, stage.capacity),
+        PRECISION=_triton.precision(z.dtype),
+        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        **config,
+    )
+    _triton.launch(
+        sampled_gather_bwd_kernel,
+        (triton.cdiv(pairs.anchors, gather["BLOCK_COLUMNS"]), triton.cdiv(pairs.dim, gather["BLOCK_GRAD"])),
+        *(staged, stage.slots, pairs.enabled, grad, pairs.anchors, pairs.dim, stage.capacity),
+        **gather,
+    )

@@ -1,0 +1,182 @@
+"""Registers, stack and shared memory of every CUDA kernel in the library as it is built, read without a GPU."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from benchmarks import results, tables
+from benchmarks.results import RESOURCES
+from hpkernels import _native
+
+BEGIN, END = "<!-- begin resources -->", "<!-- end resources -->"
+_SOURCES = Path(__file__).parent.parent / "csrc"
+_TYPES = {"half": "float16", "bfloat16": "bfloat16", "float": "float32", "double": "float64"}
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """A kernel as compiled for an architecture.
+
+    `variant` are its template arguments, `dtype` the first type among them, if any. `registers`, `stack_bytes` and
+    `local_bytes`, of which what does not fit into registers is a part, are of a thread; `shared_bytes`, those fixed when
+    the kernel is compiled, of a block: from sm_90 on the system's own 1024 bytes are among them.
+    """
+
+    kernel: str
+    dtype: str
+    variant: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    compiler: str = ""
+    commit: str = ""
+    date: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernel}<{self.variant}>, {self.architecture}"
+
+
+def reason_to_skip() -> str:
+    """Why nothing can be read on this machine, or ""."""
+    if _native._file("_C_cuda") is None:
+        return "there is no _C_cuda, which HPKERNELS_BUILD=cuda builds"
+    if _cuobjdump() is None:
+        return "there is no cuobjdump, which Triton and the CUDA toolkit bring along"
+    return "" if shutil.which("c++filt") else "there is no c++filt (binutils) on PATH"
+
+
+def _cuobjdump() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    of_triton = () if triton is None else (Path(triton.origin).parent / "backends" / "nvidia" / "bin",)
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    path = os.pathsep.join(map(str, (*of_triton, home, os.environ.get("PATH", os.defpath))))
+    return shutil.which("cuobjdump", path=path)
+
+
+def rows_of(library: Path) -> list[Row]:
+    """What each kernel of a library takes, in order."""
+    listed = subprocess.run([_cuobjdump(), "--dump-resource-usage", library], check=True, capture_output=True, text=True)
+    readable = subprocess.run(["c++filt"], input=listed.stdout, check=True, capture_output=True, text=True)
+    compiler = _native.architectures(library).partition(" by ")[2].partition(",")[0]
+    return [replace(row, compiler=compiler) for row in parse(readable.stdout)]
+
+
+def parse(text: str) -> list[Row]:
+    """The rows of what ``cuobjdump --dump-resource-usage`` prints, demangled."""
+    rows, architecture, function = [], "", ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (\w+)", line):
+            architecture = found[1]
+        elif found := re.match(r" Function (.+):$", line):
+            function = found[1]
+        elif found := dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)):
+            used = (int(found[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
+            rows.append(Row(*_named(function), architecture, *used))
+    return sorted(rows)
+
+
+def _named(function: str) -> tuple[str, str, str]:
+    """The name of a demangled kernel, its dtype and its template arguments."""
+    short = re.sub(r"\(anonymous namespace\)::|hpk::|__(nv_)?(?=half|bfloat16)", "", function).replace("> >", ">>")
+    name = re.search(r"(\w+)[<(]", short)
+    depth, end = 0, name.end()
+    if short[end - 1] == "<":
+        depth = 1
+        while depth:
+            depth += {"<": 1, ">": -1}.get(short[end], 0)
+            end += 1
+    variant = short[name.end() : max(name.end(), end - 1)]
+    types = [word for word in re.findall(r"\w+", variant) if word in _TYPES]
+    return name[1], _TYPES[types[0]] if types else "", variant
+
+
+def complaints(rows: Iterable[Row]) -> list[str]:
+    """One sentence for each kernel that keeps something of a thread in memory."""
+    return [
+        f"{row} has {row.stack_bytes} bytes of stack and {row.local_bytes} bytes of local memory, must have none"
+        for row in rows
+        if row.stack_bytes or row.local_bytes
+    ]
+
+
+def newer_sources(library: Path, sources: Path = _SOURCES) -> list[str]:
+    """The names of source files that were changed after the library was built, of which numbers would say nothing."""
+    built = library.stat().st_mtime
+    changed = (path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h"))
+    return sorted(path.name for path in changed if path.stat().st_mtime > built and "emulation" not in path.parts)
+
+
+def file_of(rows: list[Row], folder: Path = results.RESULTS) -> Path:
+    """The file of the version of nvcc that compiled the rows: its first two numbers."""
+    version = re.search(r"(\d+\.\d+)", rows[0].compiler)
+    return folder / f"cuda-{version[1] if version else 'unknown'}" / RESOURCES
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write rows with the commit and the date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"commit": results.commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) | origin for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file."""
+    numbers = {field.name for field in fields(Row) if field.type == "int"}
+    with path.open(newline="") as file:
+        return [
+            Row(**{name: int(value) if name in numbers else value for name, value in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def write_tables(page: Path, folder: Path = results.RESULTS) -> None:
+    """Replace what stands between the page's two comments by a table for each version of nvcc.
+
+    Raises:
+        ValueError: the page has not both comments, in this order.
+    """
+    files = sorted(folder.glob(f"cuda-*/{RESOURCES}"))
+    tables.replace_between(page, BEGIN, END, "\n".join("\n".join([*table_of(read(file)), ""]) for file in files))
+
+
+def table_of(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: for each kernel, engine and architecture the most registers of a thread among its variants."""
+    architectures = sorted({row.architecture for row in rows}, key=lambda name: int(re.search(r"\d+", name)[0]))
+    lines = [
+        f"### {rows[0].compiler}",
+        "",
+        f"{len(rows)} compiled variants; commit {rows[0].commit}, {rows[0].date[:10]}.",
+        "",
+        f"| kernel | {' | '.join(architectures)} |",
+        "|---" * (len(architectures) + 1) + "|",
+    ]
+    for kernel, wgmma in sorted({(row.kernel, _is_wgmma(row)) for row in rows}):
+        own = [row for row in rows if (row.kernel, _is_wgmma(row)) == (kernel, wgmma)]
+        cells = (_cell([row for row in own if row.architecture == name]) for name in architectures)
+        lines.append(f"| `{kernel}`{', wgmma' if wgmma else ''} | {' | '.join(cells)} |")
+    return lines
+
+
+def _is_wgmma(row: Row) -> bool:
+    return "Sm90" in row.variant
+
+
+def _cell(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    spilled = max(row.stack_bytes + row.local_bytes for row in rows)
+    return str(max(row.registers for row in rows)) + (f", {spilled} bytes in memory" if spilled else "")

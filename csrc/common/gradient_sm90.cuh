@@ -1,0 +1,226 @@
+// Sums of rows weighted by a function of their products, by TMA and wgmma: sm_90a, 16-bit rows of up to 512 elements.
+//
+//   gradient_i = sum over j of g(<z_i, z_j>)_ij z_j      for 64 rows i; neither products nor g leave the SM
+//
+// Columns j come in tiles of 128. A tile has four quarters: half c of its columns, 64, times side s of their elements,
+// half of a row. Team t makes g of half t, from quarters (t, 0) and (t, 1), and writes it to shared memory as an
+// operand. Then it adds to side t of the gradient: g of half t times quarter (t, t), g of half 1 - t times (1 - t, t).
+//
+//   full[c][s]   the bytes of the quarter are there
+//   ready[c]     g of half c is
+//   empty[c][s]  the quarter has been read: by team s, which read it after ready[c], hence after team c
+//
+// g of half c may be written over once quarter (c, 1 - c) has come again: the other team had read both before.
+#pragma once
+
+#ifdef HPK_WITH_SM90
+
+#include <cstring>
+
+#include "common/hopper.cuh"
+#include "common/schedule.h"
+
+namespace hpk {
+
+// kDim is the length of a row, rounded up to a multiple of 128.
+template <class T, int kDim>
+struct GradientSm90 {
+  static_assert(kDim % 128 == 0 && kDim * int{sizeof(T)} <= kMostSm90Bytes, "128, 256, 384 or 512 elements");
+  using Element = T;
+  using Geometry = GradientGeometry90<64>;           // of products and g
+  using SumGeometry = GradientGeometry90<kDim / 2>;  // of a side of the gradient
+  static constexpr int kThreads = hopper::kThreads;
+  static constexpr int kTileColumns = 2 * Geometry::kColumns;
+  static constexpr bool kGathers = false;  // the columns of a tile follow one another
+
+  struct Operands {
+    CUtensorMap rows;
+  };
+
+  static Operands operands(const Rows<T>& rows) { return {hopper::tensor_map(rows, Geometry::kRows)}; }
+
+  static constexpr size_t shared_bytes() { return sizeof(Shared); }
+
+  static constexpr unsigned feature_blocks(int) { return 1; }  // of all features
+
+  // The gradient of rows from `first_row` on, from the columns of a range of tiles. The consumer has two members:
+  //   make_g(products, half, team)  turns the products with rows from 64 half on into g, which is 0 beyond the last row
+  //   store(sums, team)             gets side team.index of the gradient in the end
+  // All threads of the block call it, but only the teams return. `memory` starts at a multiple of 1024 bytes.
+  template <class Consumer>
+  __device__ static void run(const Operands& operands, int64_t first_row, TileRange tiles, char* memory,
+                             Consumer& consumer) {
+    auto& shared = *reinterpret_cast<Shared*>(memory);
+    if (threadIdx.x == 0) {
+      Barrier::init(&shared.own_full, 1);
+      for (int c = 0; c < 2; ++c) {
+        Barrier::init(&shared.ready[c], hopper::kTeamThreads);
+        for (int s = 0; s < 2; ++s) {
+          Barrier::init(&shared.full[c][s], 1);
+          Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
+        }
+      }
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+
+    const int team = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % hopper::kTeamThreads;
+    if (team == hopper::kTeams) {
+      cutlass::arch::warpgroup_reg_dealloc<hopper::kLoadRegisters>();
+      if (thread == 0) load_own(operands, first_row, shared);
+      if (thread % 32 == 0 && thread / 32 < 2) load_half(operands, thread / 32, tiles, shared);
+      hopper::exit_thread();
+    }
+    cutlass::arch::warpgroup_reg_alloc<hopper::kTeamRegisters>();
+    multiply(tiles, shared, {team, thread}, consumer);
+  }
+
+ private:
+  using Barrier = hopper::Barrier;
+  using Number = hopper::Number<T>;
+  static constexpr int kBoxes = kDim / hopper::kBoxDepth, kSideBoxes = kBoxes / 2;
+  static constexpr int kBoxElements = Geometry::kRows * hopper::kBoxDepth;
+  static constexpr int kBoxBytes = kBoxElements * static_cast<int>(sizeof(T));
+
+  struct Shared {
+    T own[kBoxes][kBoxElements];
+    T columns[2][2][kSideBoxes][kBoxElements];
+    T g[2][kBoxElements];
+    uint64_t own_full, full[2][2], ready[2], empty[2][2];
+  };
+  static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
+  static_assert(sizeof(Shared) <= hopper::kMostSharedBytes, "more shared memory than there is");
+
+  // Everything in boxes; and the quarters transposed, with elements for columns.
+  using Boxes = hopper::Boxes<T, Geometry::kRows, 3 * kBoxes + 2>;
+  using Quarters = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Number>{},
+                                                cute::Shape<cute::Int<kDim / 2>, cute::_64, cute::_4>{},
+                                                cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using ProductMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Number, Number, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
+  using SumMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Number, Number, float, cute::Shape<cute::_64, cute::Int<kDim / 2>, cute::_64>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  static_assert(hopper::lies_in_boxes<Geometry::kRows>(Boxes{}, false), "rows lie otherwise");
+  static_assert(hopper::lies_in_boxes<Geometry::kColumns>(Quarters{}, true), "columns lie otherwise");
+  static_assert(hopper::lies_as<Geometry>(ProductMma{}), "products lie otherwise");
+  static_assert(hopper::lies_as<SumGeometry>(SumMma{}), "sums lie otherwise");
+
+  // Loops over boxes stay loops: unrolled they would take more registers than these threads have.
+  __device__ static __forceinline__ void load_own(const Operands& operands, int64_t first_row, Shared& shared) {
+    Barrier::arrive_and_expect_tx(&shared.own_full, kBoxes * kBoxBytes);
+    CUTE_NO_UNROLL
+    for (int box = 0; box < kBoxes; ++box) {
+      hopper::load_box(operands.rows, first_row, box * hopper::kBoxDepth, shared.own[box], &shared.own_full);
+    }
+  }
+
+  // The quarters of half c, in the order in which team c reads them.
+  __device__ static __forceinline__ void load_half(const Operands& operands, int c, TileRange tiles, Shared& shared) {
+    uint32_t phase = 0;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile, phase ^= 1) {
+      CUTE_NO_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int s = c ^ i;
+        Barrier::wait(&shared.empty[c][s], phase ^ 1);  // of the tile before; at once for the first
+        Barrier::arrive_and_expect_tx(&shared.full[c][s], kSideBoxes * kBoxBytes);
+        CUTE_NO_UNROLL
+        for (int box = 0; box < kSideBoxes; ++box) {
+          hopper::load_box(operands.rows, tile * kTileColumns + c * Geometry::kColumns,
+                           (s * kSideBoxes + box) * hopper::kBoxDepth, shared.columns[c][s][box], &shared.full[c][s]);
+        }
+      }
+    }
+  }
+
+  template <class Consumer>
+  __device__ static __forceinline__ void multiply(TileRange tiles, Shared& shared, const Team<Geometry>& team,
+                                                  Consumer& consumer) {
+    using namespace cute;
+    const int t = team.index;
+    ProductMma product_mma;
+    SumMma sum_mma;
+    const auto boxes = make_tensor(make_smem_ptr(reinterpret_cast<Number*>(&shared)), Boxes{});
+    const auto quarters = make_tensor(make_smem_ptr(reinterpret_cast<Number*>(shared.columns)), Quarters{});
+    const auto any = product_mma.get_slice(0);  // operands in shared memory are the same for every thread
+    const auto left = any.make_fragment_A(any.partition_A(boxes));  // (instruction, 1, step, box), and so on
+    const auto right = any.make_fragment_B(any.partition_B(boxes));
+    const auto any_sum = sum_mma.get_slice(0);
+    const auto g = any_sum.make_fragment_A(any_sum.partition_A(boxes));
+    const auto columns = any_sum.make_fragment_B(any_sum.partition_B(quarters));
+    const auto release = [&](int c) {
+      if (team.thread % 32 == 0) Barrier::arrive(&shared.empty[c][t]);
+    };
+
+    Fragment<SumGeometry> gradient{};
+    auto sums = hopper::accumulators<SumGeometry>(sum_mma, gradient);
+    Barrier::wait(&shared.own_full, 0);
+    uint32_t phase = 0;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile, phase ^= 1) {
+      Fragment<Geometry> products;
+      auto product_sums = hopper::accumulators<Geometry>(product_mma, products);
+      product_mma.accumulate_ = GMMA::ScaleOut::Zero;
+      warpgroup_fence_operand(product_sums);
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int s = t ^ i;  // the side that this team has given back first comes first
+        Barrier::wait(&shared.full[t][s], phase);
+        warpgroup_arrive();
+        CUTE_UNROLL
+        for (int box = 0; box < kSideBoxes; ++box) {
+          CUTE_UNROLL
+          for (int step = 0; step < size<2>(left); ++step) {
+            gemm(product_mma, left(_, _, step, s * kSideBoxes + box),
+                 right(_, _, step, kColumnsBox + (2 * t + s) * kSideBoxes + box), product_sums);
+            product_mma.accumulate_ = GMMA::ScaleOut::One;
+          }
+        }
+        warpgroup_commit_batch();
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(product_sums);
+
+      consumer.make_g(products, 2 * tile + t, team);
+      write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
+      cutlass::arch::fence_view_async_shared();  // wgmma reads through another proxy
+      Barrier::arrive(&shared.ready[t]);
+
+      warpgroup_fence_operand(sums);
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int c = t ^ i;
+        Barrier::wait(&shared.ready[c], phase);
+        Barrier::wait(&shared.full[c][t], phase);
+        warpgroup_arrive();
+        CUTE_UNROLL
+        for (int step = 0; step < size<2>(g); ++step) {
+          gemm(sum_mma, g(_, _, step, kGBox + c), columns(_, _, step, 2 * c + t), sums);
+        }
+        warpgroup_commit_batch();
+      }
+      warpgroup_wait<1>();
+      release(t);
+      warpgroup_wait<0>();
+      release(1 - t);
+      warpgroup_fence_operand(sums);
+    }
+    consumer.store(gradient, team);
+  }
+
+  // As TMA would have written it. The lanes of a warp write to different banks.
+  __device__ static __forceinline__ void write_g(const Fragment<Geometry>& g, int thread, char* box) {
+#pragma unroll
+    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const T pair[] = {T(g.values[0][n][2 * h]), T(g.values[0][n][2 * h + 1])};
+        const int offset = hopper::box_offset(Geometry::row(thread, 0, h), Geometry::column(thread, n, 0));
+        std::memcpy(__builtin_assume_aligned(box + offset, sizeof pair), pair, sizeof pair);
+      }
+    }
+  }
+};
+
+}  // namespace hpk
+
+#endif

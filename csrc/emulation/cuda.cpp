@@ -1,0 +1,256 @@
+#include "common/device.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace hpk {
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kBarriers = 16;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int valid;
+};
+
+// What some threads wait for together: it is over when `passed` changes.
+struct Meeting {
+  int arrived = 0;
+  unsigned passed = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  Execute execute = nullptr;
+  const void* operands[kWarp];
+  void* results[kWarp];
+};
+
+struct Fiber {
+  Index thread;
+  jmp_buf place;
+  const Meeting* waits_for = nullptr;
+  unsigned passed = 0;
+  bool done = false;
+  std::vector<std::vector<Copy>> copies;  // by group; the last one is not committed
+
+  bool can_run() const { return !done && (waits_for == nullptr || waits_for->passed != passed); }
+};
+
+struct Block {
+  Index block, grid, size;
+  std::vector<char> memory;
+  char* shared = nullptr;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Meeting barriers[kBarriers];
+  const std::function<void()>* body = nullptr;
+  Fiber* running = nullptr;
+  jmp_buf scheduler;
+  std::string error;
+};
+
+thread_local Block* current = nullptr;
+
+// Stacks of fibers, kept for the next block.
+class Stacks {
+ public:
+  char* at(size_t index) {
+    while (stacks_.size() <= index) {
+      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (stack == MAP_FAILED) throw std::bad_alloc();
+      stacks_.push_back(static_cast<char*>(stack));
+    }
+    return stacks_[index];
+  }
+  ~Stacks() {
+    for (char* stack : stacks_) munmap(stack, kStackBytes);
+  }
+
+ private:
+  std::vector<char*> stacks_;
+};
+
+thread_local Stacks stacks;
+
+[[noreturn]] void leave() { _longjmp(current->scheduler, 1); }
+
+[[noreturn]] void fail(const char* reason) {
+  current->error = reason;
+  leave();
+}
+
+void wait_for(const Meeting& meeting, unsigned passed) {
+  Fiber& own = *current->running;
+  own.waits_for = &meeting;
+  own.passed = passed;
+  if (_setjmp(own.place) == 0) leave();
+  own.waits_for = nullptr;
+}
+
+// Whether this is the last of `expected` threads to come, who then ends the meeting.
+bool arrive(Meeting& meeting, int expected) {
+  if (++meeting.arrived < expected) return false;
+  meeting.arrived = 0;
+  ++meeting.passed;
+  return true;
+}
+
+void body_of_fiber() {
+  (*current->body)();
+  current->running->done = true;
+  leave();
+}
+
+__attribute__((noinline)) void start(Block& block, size_t index) {
+  ucontext_t context, back;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stacks.at(index);
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, body_of_fiber, 0);
+  // From here on fibers are left and entered by longjmp, which unlike swapcontext makes no system call.
+  block.running = &block.fibers[index];
+  if (_setjmp(block.scheduler) == 0) swapcontext(&back, &context);
+}
+
+// Runs the fiber until it waits or ends.
+__attribute__((noinline)) void resume(Block& block, Fiber& fiber) {
+  block.running = &fiber;
+  if (_setjmp(block.scheduler) == 0) _longjmp(fiber.place, 1);
+}
+
+void run_block(Block& block, std::minstd_rand& random) {
+  const size_t threads = block.fibers.size();
+  std::vector<size_t> order(threads);
+  for (size_t i = 0; i < threads; ++i) order[i] = i;
+  bool started = false;
+  for (size_t left = threads; left > 0;) {
+    // Another first thread and direction in each round.
+    const size_t shift = random() % threads;
+    const bool backwards = random() % 2 == 0;
+    bool progress = false;
+    for (size_t i = 0; i < threads; ++i) {
+      const size_t index = ((backwards ? threads - 1 - i : i) + shift) % threads;
+      Fiber& fiber = block.fibers[index];
+      if (started && !fiber.can_run()) continue;
+      progress = true;
+      started ? resume(block, fiber) : start(block, index);
+      if (!block.error.empty()) throw std::runtime_error("hpkernels, emulated CUDA: " + block.error);
+      if (fiber.done) --left;
+    }
+    started = true;
+    if (!progress) {
+      throw std::runtime_error("hpkernels, emulated CUDA: deadlock: the threads wait for one another");
+    }
+  }
+  for (const Fiber& fiber : block.fibers) {
+    for (const auto& group : fiber.copies) {
+      if (!group.empty()) throw std::runtime_error("hpkernels, emulated CUDA: a thread ends before its copies do");
+    }
+  }
+}
+
+}  // namespace
+
+const Index& thread_index() { return current->running->thread; }
+const Index& block_index() { return current->block; }
+const Index& grid_size() { return current->grid; }
+const Index& block_size() { return current->size; }
+char* shared() { return current->shared; }
+
+void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
+    throw std::runtime_error("hpkernels, emulated CUDA: a block must have whole warps and at most 1024 threads");
+  }
+  if (shared_bytes > 227 * 1024) throw std::runtime_error("hpkernels, emulated CUDA: too much shared memory");
+  if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7FFFFFFFu) {
+    throw std::runtime_error("hpkernels, emulated CUDA: the grid is too large");
+  }
+  std::minstd_rand random(static_cast<unsigned>(threads) + grid.x);
+  Block block;
+  block.grid = {grid.x, grid.y, grid.z};
+  block.size = {static_cast<unsigned>(threads), 1, 1};
+  block.body = &body;
+  block.memory.resize(shared_bytes + 1024);
+  block.shared = block.memory.data() + (1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024) % 1024;
+  Block* const outer = current;
+  current = &block;
+  struct Restore {
+    Block* outer;
+    ~Restore() { current = outer; }
+  } restore{outer};
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block.block = {x, y, z};
+        std::fill(block.memory.begin(), block.memory.end(), static_cast<char>(0xFF));
+        block.fibers.assign(threads, Fiber{});
+        block.warps.assign(threads / kWarp, Warp{});
+        std::fill(std::begin(block.barriers), std::end(block.barriers), Meeting{});
+        for (int thread = 0; thread < threads; ++thread) {
+          block.fibers[thread].thread = {static_cast<unsigned>(thread), 0, 0};
+          block.fibers[thread].copies.resize(1);
+        }
+        run_block(block, random);
+      }
+    }
+  }
+}
+
+void barrier(int id, int threads) {
+  if (id < 0 || id >= kBarriers) fail("there is no such barrier");
+  int expected = threads;
+  if (threads == 0) {
+    expected = static_cast<int>(
+        std::count_if(current->fibers.begin(), current->fibers.end(), [](const Fiber& fiber) { return !fiber.done; }));
+  }
+  Meeting& meeting = current->barriers[id];
+  const unsigned passed = meeting.passed;
+  if (!arrive(meeting, expected)) wait_for(meeting, passed);
+}
+
+void warp_instruction(uint32_t mask, Execute execute, const void* operand, void* result) {
+  if (mask != kAll) fail("an instruction of a part of a warp");
+  const unsigned thread = current->running->thread.x;
+  Warp& warp = current->warps[thread / kWarp];
+  if (warp.meeting.arrived > 0 && warp.execute != execute) fail("lanes of a warp come to different instructions");
+  warp.execute = execute;
+  warp.operands[thread % kWarp] = operand;
+  warp.results[thread % kWarp] = result;
+  const unsigned passed = warp.meeting.passed;
+  if (warp.meeting.arrived + 1 == kWarp) execute(warp.operands, warp.results);
+  if (!arrive(warp.meeting, kWarp)) wait_for(warp.meeting, passed);
+}
+
+void copy_async(void* to, const void* from, int valid) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("the target of an asynchronous copy is not aligned");
+  if (valid > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("the source of an asynchronous copy is not aligned");
+  std::memset(to, 0xFF, 16);
+  current->running->copies.back().push_back({to, from, valid});
+}
+
+void commit_copies() { current->running->copies.emplace_back(); }
+
+void wait_for_copies(int left) {
+  auto& groups = current->running->copies;
+  while (static_cast<int>(groups.size()) - 1 > left) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      if (copy.valid > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace emulation
+}  // namespace hpk

@@ -1,0 +1,46 @@
+#include "multi_positive_contrastive/blocks.cuh"
+
+#include "common/gradient_sm80.cuh"
+#include "common/strip_sm80.cuh"
+
+namespace hpk {
+
+int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within) {
+  const int64_t strips = strips_of(Geometry80::kRows, anchors, group, within);
+  return parts_for(strips, tiles_of(Geometry80::kColumns, anchors, group, within), kWantedBlocks, 2);
+}
+
+template <typename T>
+void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream) {
+#ifdef HPK_WITH_SM90
+  if constexpr (sizeof(T) == 2) {
+    if (!pairs.within && runs_on_sm90(pairs.z)) return contrastive_blocks_forward_sm90(pairs, parts, stream);
+  }
+#endif
+  launch_blocks_forward<StripSm80<T>>({pairs.z, pairs.z}, pairs, parts, stream);
+}
+
+template <typename T>
+void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
+                                      int dim, cudaStream_t stream) {
+#ifdef HPK_WITH_SM90
+  if constexpr (sizeof(T) == 2) {
+    if (!pairs.within && runs_on_sm90(pairs.z)) {
+      return contrastive_blocks_backward_sm90(pairs, symmetric, numbers, grad, dim, stream);
+    }
+  }
+#endif
+  with_gradient_engine(pairs.z, [&](auto engine) {
+    launch_blocks_backward<decltype(engine)>({pairs.z, pairs.z}, pairs, symmetric, numbers, grad, dim, stream);
+  });
+}
+
+#define HPK_INSTANTIATE(T)                                                                                           \
+  template void contrastive_blocks_forward_cuda<T>(const BlockPairs<T>&, float*, cudaStream_t);                      \
+  template void contrastive_blocks_backward_cuda<T>(const BlockPairs<T>&, bool, const float*, float*, int, cudaStream_t);
+HPK_INSTANTIATE(float)
+HPK_INSTANTIATE(__half)
+HPK_INSTANTIATE(__nv_bfloat16)
+#undef HPK_INSTANTIATE
+
+}  // namespace hpk

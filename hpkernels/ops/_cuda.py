@@ -1,0 +1,43 @@
+"""What the CUDA kernels of all ops share: when they can run, and how they take matrices."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels._native import supports_cuda
+from hpkernels.backends import Availability
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_ALIGNMENT = 16  # bytes, of rows and their lengths
+
+
+def register(op: str) -> None:
+    """Enter ``hpkernels/ops/<op>/cuda.py``."""
+    # Never run on a GPU so far: only for those who ask for it by name.
+    backends.register(op, "cuda", importlib.import_module(f"hpkernels.ops.{op}.cuda"), automatic=False)
+
+
+def supports(device_type: str, dtype: torch.dtype) -> Availability:
+    """Whether the CUDA kernels can run that multiply on tensor cores."""
+    if dtype not in DTYPES:
+        return Availability(False, f"the CUDA kernels take float16, bfloat16 and float32, not {dtype}")
+    return supports_cuda(device_type, dtype)
+
+
+def aligned_rows(matrix: Tensor) -> Tensor:
+    """A matrix (R, D) as the kernels read it: rows of whole 16 bytes that start at multiples of 16.
+
+    The matrix itself where it is so already, else a copy, with zeros after each row, which change no product.
+    """
+    matrix = matrix.detach()
+    size = matrix.element_size()
+    padding = -matrix.shape[1] % (_ALIGNMENT // size)
+    in_place = padding == 0 and matrix.stride(1) == 1 and matrix.data_ptr() % _ALIGNMENT == 0
+    if in_place and matrix.stride(0) * size % _ALIGNMENT == 0 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, padding)).clone(memory_format=torch.contiguous_format)
