@@ -13,7 +13,7 @@ from benchmarks import cuda_resources, gpu_check, plots, resources, results, tab
 from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
-from benchmarks.run import run
+from benchmarks.run import WRONG, run
 from benchmarks.verify import WrongResultError
 from hpkernels import _native
 from hpkernels.ops import _triton
@@ -39,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     command.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32, float16 on a GPU)")
+    command.add_argument("--images", action="append", type=int, metavar="B", help="only this size; may be repeated")
+    command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plot", help="draw the plots of a folder of results again")
@@ -53,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("after", type=Path)
     command.set_defaults(command=_compare)
 
-    command = commands.add_parser("resources", help="registers and spills of the Triton kernels, compiled for each target")
+    command = commands.add_parser(
+        "resources", help="registers and spills of the Triton kernels, compiled for each target"
+    )
     command.add_argument(
         "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
     )
@@ -83,9 +87,11 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
-    chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype)]
+    chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
+    failed = False
     try:
-        for row in run(chosen, options.provider, environment, _print_row):
+        for row in run(chosen, options.provider, environment, _print_row, options.keep_going):
+            failed |= row.note.startswith(WRONG)
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
                 results.write(folder, [row])
     except WrongResultError as error:
@@ -93,7 +99,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 1
     if folder is not None:
         _draw(folder)
-    return 0
+    return 1 if failed else 0
 
 
 def _print_row(row: Row) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -57,7 +57,13 @@ class Case:
         return replace(self, images=min(self.images, max(1, LARGEST_VERIFIED // (self.grid[0] * self.grid[1]))))
 
     def inputs(self) -> Inputs:
-        """The tensors and settings of the call, the same every time and, up to rounding, on every device."""
+        """The tensors and settings of the call, the same every time and, up to rounding, on every device.
+
+        Those on a GPU, which take longer to make than to use, are kept until others are made.
+        """
+        return dict(_kept(self)) if self.device == "cuda" else self._make()
+
+    def _make(self) -> Inputs:
         made = {name: self._placed(name, value) for name, value in _INPUTS[self.op](self).items()}
         return {"call": self.call} | made
 
@@ -85,25 +91,39 @@ _FULL = {
     "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
     "training_step": {"forward+backward": (1, 4)},
 }
-_FULL_ON_GPU = dict.fromkeys(_FULL, (16, 64))
+_ONLY_ON_GPU = {
+    "multi_positive_contrastive": ("rate=0.2", "rate=1", "density=0.001", "density=0.1"),
+    "ghp_contrastive": ("rate=1",),
+}
+"""Negative rates other than the published 0.02, and the share of pairs that are positives, by random labels."""
+_SIZES_ON_GPU = (16, 64)
 _QUICK_IMAGES = {"masked_topk": 4, "local_propagation": 4}
 
 OPS = tuple(_FULL)
 """What can be asked for by ``--op``."""
 
 
-def cases(op: str, quick: bool = False, device: str = "cpu", dtype: str = "float32") -> list[Case]:
-    """The cases of `op` on a device, small before large; with `quick` one small case a call.
+def cases(
+    op: str, quick: bool = False, device: str = "cpu", dtype: str = "float32", images: Iterable[int] | None = None
+) -> list[Case]:
+    """The cases of `op` on a device, small before large: with `images` those sizes, with `quick` one small case a call.
 
     Raises:
         ValueError: no such op.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known are {', '.join(OPS)}")
-    sizes = {call: _FULL[op][call] if device == "cpu" else _FULL_ON_GPU[op] for call in _FULL[op]}
-    if quick:
-        sizes = dict.fromkeys(sizes, (_QUICK_IMAGES.get(op, 1),))
-    return [Case(op, call, images, device=device, dtype=dtype) for call, counts in sizes.items() for images in counts]
+    sizes = _FULL[op]
+    if device == "cuda":
+        sizes = dict.fromkeys((*sizes, *_ONLY_ON_GPU.get(op, ())), _SIZES_ON_GPU)
+    if images is not None or quick:
+        sizes = dict.fromkeys(sizes, tuple(images or (_QUICK_IMAGES.get(op, 1),)))
+    return [Case(op, call, count, device=device, dtype=dtype) for call, counts in sizes.items() for count in counts]
+
+
+@lru_cache(maxsize=1)
+def _kept(case: Case) -> Inputs:
+    return case._make()
 
 
 @lru_cache(maxsize=1)  # the calls of an op follow each other, and large problems must not pile up
@@ -147,15 +167,25 @@ def _multi_positive_contrastive(case: Case) -> Inputs:
             "positives": hpkernels.PositiveMask.from_labels(labels),
             "settings": {"temperature": 0.1},
         }
-    discovered = _hidden_positives(case)
     settings = {
         "temperature": TEMPERATURE,
-        "negative_rate": NEGATIVE_RATE,
+        "negative_rate": _negative_rate(case),
         "seed": SEED,
         "anchors_per_image": problem.anchors_per_image,
         "reweight": True,
     }
-    return {"z": problem.z, "positives": hpkernels.hidden_positives(**discovered), "settings": settings}
+    name, _, density = case.call.partition("=")
+    if name == "density":
+        labels = torch.randint(round(1 / float(density)), (case.anchors,), generator=_generator())
+        positives = hpkernels.PositiveMask.from_labels(labels)
+    else:
+        positives = hpkernels.hidden_positives(**_hidden_positives(case))
+    return {"z": problem.z, "positives": positives, "negatives": _negatives(case), "settings": settings}
+
+
+def _negative_rate(case: Case) -> float:
+    name, _, value = case.call.partition("=")
+    return float(value) if name == "rate" else NEGATIVE_RATE
 
 
 def _local_propagation(case: Case) -> Inputs:
@@ -189,24 +219,28 @@ def _ghp_contrastive(case: Case) -> Inputs:
         "pool": _exact(problem.pool),
         "specific": _exact(problem.specific),
         "specific_pool": _exact(problem.specific_pool),
-        "negatives": _negatives(problem),
-        "settings": _ghp_settings(problem),
+        "negatives": _negatives(case),
+        "settings": _ghp_settings(case, problem),
     }
 
 
-def _negatives(problem: Problem) -> Tensor:
+@lru_cache(maxsize=1)
+def _drawn(group: int, anchors: int, rate: float) -> Tensor:
+    return bernoulli(torch.tensor(SEED), group, anchors, rate)
+
+
+def _negatives(case: Case) -> Tensor:
     """The mask that hpkernels draws from the seed, for providers that are given one."""
-    group = problem.anchors_per_image
-    return bernoulli(torch.tensor(SEED), group, group * problem.images, NEGATIVE_RATE)
+    return _drawn(case.grid[0] * case.grid[1], case.anchors, _negative_rate(case))
 
 
-def _ghp_settings(problem: Problem) -> dict[str, Any]:
+def _ghp_settings(case: Case, problem: Problem) -> dict[str, Any]:
     return {
         "specific_weight": SPECIFIC_WEIGHT,
         "anchors_per_image": problem.anchors_per_image,
         "temperature": TEMPERATURE,
         "base_temperature": 0.07,
-        "negative_rate": NEGATIVE_RATE,
+        "negative_rate": _negative_rate(case),
         "seed": SEED,
     }
 
@@ -224,8 +258,8 @@ def _training_step(case: Case) -> Inputs:
         "pool": _exact(problem.pool),
         "specific": _exact(problem.specific),  # what the EMA head gives, which is not a part of the measured step
         "specific_pool": _exact(problem.specific_pool),
-        "negatives": _negatives(problem),
-        "settings": _ghp_settings(problem),
+        "negatives": _negatives(case),
+        "settings": _ghp_settings(case, problem),
         "grid": case.grid,
         "attention": local["attention"],
         "weights": local["weights"],

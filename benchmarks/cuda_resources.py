@@ -27,8 +27,8 @@ class Row:
     """A kernel as compiled for an architecture.
 
     `variant` are its template arguments, `dtype` the first type among them, if any. `registers`, `stack_bytes` and
-    `local_bytes`, of which what does not fit into registers is a part, are of a thread; `shared_bytes`, those fixed when
-    the kernel is compiled, of a block: from sm_90 on the system's own 1024 bytes are among them.
+    `local_bytes`, of which what does not fit into registers is a part, are of a thread. `shared_bytes`, which are fixed
+    when the kernel is compiled, are of a block: from sm_90 on the system's own 1024 bytes are among them.
     """
 
     kernel: str
@@ -66,10 +66,10 @@ def _cuobjdump() -> str | None:
 
 def rows_of(library: Path) -> list[Row]:
     """What each kernel of a library takes, in order."""
-    listed = subprocess.run([_cuobjdump(), "--dump-resource-usage", library], check=True, capture_output=True, text=True)
-    readable = subprocess.run(["c++filt"], input=listed.stdout, check=True, capture_output=True, text=True)
+    listed = subprocess.run([_cuobjdump(), "--dump-resource-usage", library], check=True, capture_output=True)
+    readable = subprocess.run(["c++filt"], input=listed.stdout, check=True, capture_output=True)
     compiler = _native.architectures(library).partition(" by ")[2].partition(",")[0]
-    return [replace(row, compiler=compiler) for row in parse(readable.stdout)]
+    return [replace(row, compiler=compiler) for row in parse(readable.stdout.decode())]
 
 
 def parse(text: str) -> list[Row]:

@@ -1,40 +1,58 @@
 """Build, test, sanitize and measure on a GPU, one step after another within a given time; a short table comes last.
 
-Needs no network; PyTorch, Triton, NumPy, pytest and hypothesis, and CMake, Ninja and nvcc for the compiled
-libraries. Each step runs in a process of its own with its own limit, and leaves its output in a log; a step
-that fails keeps none of the others from running but those whose results would mean nothing.
+Needs no network, and of packages PyTorch and NumPy; Triton for its backend; CMake, Ninja and nvcc to build. A wheel of
+nvidia-cutlass that HPKERNELS_CUTLASS names is built with. The tests are left out where pytest or hypothesis is missing:
+what is measured is verified anyway. Each step runs in a process of its own with its own limit, and leaves its output in
+a log; a step that fails keeps none of the others from running but those whose results would mean nothing.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from benchmarks import resources
+from benchmarks.cases import OPS, Case, cases
+from benchmarks.providers import provider
 from benchmarks.results import Row, read_folder
-from hpkernels import backends
+from benchmarks.verify import WrongResultError, verify
+from hpkernels import __main__ as installed
+from hpkernels import _native, backends
 from hpkernels.testing.launches import Sizes, kernel_calls
 
 _CHECKOUT = Path(__file__).parent.parent
-SMALL = Sizes(images=2, grid=(5, 7), dim=48, feature_dim=40, pool_size=150, heads=2, head_dim=24, large_grid=(6, 9))
-"""What the sanitizers see: they make kernels a hundred times slower."""
+SMALL = Sizes(images=3, grid=(7, 9), dim=45, feature_dim=37, pool_size=150, heads=2, head_dim=23, large_grid=(6, 11))
+"""What the sanitizers see, which make kernels a hundred times slower: more than a tile, and no multiple of anything."""
+KERNELS = ("cuda", "triton")
+OURS_AND_PUBLISHED = (*KERNELS, "published")
+FASTEST_KNOWN = ("published", "compiled", "torch-topk", "torch-matmul", "torch-bmm")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command and its limit in seconds; `needs` names a step that must have succeeded."""
+    """One command and its limit in seconds.
+
+    `needs` names a step that must have succeeded, `missing` says why this one cannot be taken, and `environment` are
+    variables that are set unless the caller has set them.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: float
     needs: str | None = None
+    missing: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,22 +68,46 @@ class Outcome:
 
 
 def steps(output: Path) -> list[Step]:
-    """What is done, in this order."""
+    """What is done, in this order: whoever is cut off misses what matters least."""
     python = sys.executable
+    own = (python, "-m", "benchmarks.gpu_check")
+    tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-q", "-p", "no:cacheprovider")
+    lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    exercise = (python, "-m", "benchmarks.gpu_check")
-    tests = ("tests/ops", "tests/test_triton_routes.py", "-k", "cuda", "-q", "-p", "no:cacheprovider")
+
+    def sanitize(tool: str, seconds: float) -> Step:
+        return Step(tool, (sanitizer, "--tool", tool, "--error-exitcode", "9", *own, "exercise"), seconds, "exercise")
+
+    def measure(name: str, seconds: float, ops: Iterable[str], providers: Iterable[str], *options: str) -> Step:
+        chosen = [word for op in ops for word in ("--op", op)] + [word for p in providers for word in ("--provider", p)]
+        run = (python, "-m", "benchmarks", "run", "--keep-going", "--output", str(output / "results"))
+        return Step(name, (*run, *chosen, *options), seconds)
+
+    everyone = (*KERNELS, *FASTEST_KNOWN)
+    others = [op for op in OPS if op != "ghp_contrastive"]
     return [
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 150),
-        Step("report", (python, "-m", "hpkernels"), 30),
-        Step("exercise", exercise, 90),
-        Step("tests", (python, "-m", "pytest", *tests), 200),
-        *(
-            Step(tool, (sanitizer, "--tool", tool, "--error-exitcode", "9", *exercise), 60, needs="exercise")
-            for tool in ("memcheck", "racecheck", "initcheck")
-        ),
-        Step("benchmarks", (python, "-m", "benchmarks", "run", "--output", str(output / "results")), 200, "exercise"),
+        # For this GPU alone, which takes a third of the time.
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, environment=_for_this_gpu()),
+        Step("report", (*own, "report"), 20),
+        Step("compile", (*own, "compile"), 60, missing=resources.reason_to_skip() or ""),
+        Step("exercise", (*own, "exercise"), 40),
+        Step("verify", (*own, "verify"), 60),
+        measure("loss", 60, ["ghp_contrastive"], everyone, "--images", "16", "--images", "64"),
+        Step("tests", (python, "-m", "pytest", *tests), 60, missing=" and ".join(lacking) and f"needs {lacking[0]}"),
+        sanitize("memcheck", 40),
+        measure("ops", 80, others, everyone, "--images", "16", "--images", "64"),
+        sanitize("racecheck", 40),
+        measure("bfloat16", 60, OPS, OURS_AND_PUBLISHED, "--images", "16", "--dtype", "bfloat16"),
+        measure("float32", 60, OPS, OURS_AND_PUBLISHED, "--images", "16", "--dtype", "float32"),
+        sanitize("initcheck", 40),
     ]
+
+
+def _for_this_gpu() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}{'a' if major == 9 else ''}"}
 
 
 def check(
@@ -78,14 +120,16 @@ def check(
     outcomes: dict[str, Outcome] = {}
     for step in plan(output):
         left = deadline - time.monotonic()
-        if left <= 0 or (step.needs is not None and outcomes[step.needs].result != "passed"):
+        if step.missing:
+            outcomes[step.name] = Outcome(step, f"left out: {step.missing}", 0)
+        elif left <= 0 or (step.needs is not None and outcomes[step.needs].result != "passed"):
             outcomes[step.name] = Outcome(step, "left out", 0)
         else:
             outcomes[step.name] = _take(step, min(step.seconds, left), output / f"{step.name}.log")
         report(str(outcomes[step.name]))
     for line in summary(read_folder(output / "results")):
         report(line)
-    return all(outcome.result == "passed" for outcome in outcomes.values())
+    return all(outcome.result == "passed" or outcome.step.missing for outcome in outcomes.values())
 
 
 def _take(step: Step, limit: float, log: Path) -> Outcome:
@@ -94,11 +138,18 @@ def _take(step: Step, limit: float, log: Path) -> Outcome:
         file.write(f"$ {' '.join(step.command)}\n")
         file.flush()
         try:
-            status = subprocess.run(
-                step.command, cwd=_CHECKOUT, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False
-            ).returncode
-            result = "failed" if status else "passed"
+            process = subprocess.Popen(
+                step.command,
+                cwd=_CHECKOUT,
+                env=step.environment | os.environ,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            result = "failed" if process.wait(limit) else "passed"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which would go on
+            process.wait()
             result = "out of time"
         except OSError as error:
             file.write(f"{error}\n")
@@ -107,35 +158,115 @@ def _take(step: Step, limit: float, log: Path) -> Outcome:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """A line for each call at its largest size: medians, peak memory, and times faster than the published way."""
+    """A line for each case: medians of the kernels in ms, and of the fastest of what is known, with its name.
+
+    The last number is how many times faster the faster of the kernels is than the published way, or, where that was
+    not measured, than the fastest known.
+    """
     lines = []
-    for op, call in dict.fromkeys((row.op, row.call) for row in rows):
-        measured = [row for row in rows if (row.op, row.call) == (op, call) and row.median_ms is not None]
-        if not measured:
-            continue
-        anchors = max(row.anchors for row in measured)
-        own = [row for row in measured if row.anchors == anchors]
-        published = next((row.median_ms for row in own if row.provider == "published"), None)
-        lines.append(f"{op} {call}, N = {anchors}, {own[0].dtype}")
-        for row in sorted(own, key=lambda row: row.median_ms):
-            memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
-            ratio = "" if published is None else f"  {published / row.median_ms:6.2f} x published"
-            lines.append(f"  {row.provider:24}{row.median_ms:10.3f} ms{memory}{ratio}")
-    return lines
+    for case in dict.fromkeys((row.op, row.call, row.dtype, row.anchors) for row in rows):
+        own = {
+            row.provider: row.median_ms
+            for row in rows
+            if (row.op, row.call, row.dtype, row.anchors) == case and row.median_ms is not None
+        }
+        known = min((name for name in FASTEST_KNOWN if name in own), key=own.get, default=None)
+        ours = min((own[name] for name in KERNELS if name in own), default=None)
+        against = own.get("published", own.get(known))
+        times = [f"{own[name]:10.3f}" if name in own else f"{'-':>10}" for name in (*KERNELS, "published")]
+        fastest = f"{own[known]:10.3f} {known:13}" if known else f"{'-':>10} {'':13}"
+        ratio = f"{against / ours:8.2f} x" if against and ours else ""
+        op, call, dtype, anchors = case
+        lines.append(f"{op:26} {call:16} {dtype:8} {anchors:6} {' '.join(times)} {fastest}{ratio}".rstrip())
+    times = " ".join(f"{name:>10}" for name in (*KERNELS, "published", "fastest"))
+    return [f"{'median ms':52} {'N':>6} {times} known", *lines] if lines else []
+
+
+@contextmanager
+def _sm90(choice: str) -> Iterator[None]:
+    """HPKERNELS_SM90, which the library reads at each call."""
+    before = os.environ.get("HPKERNELS_SM90")
+    os.environ["HPKERNELS_SM90"] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop("HPKERNELS_SM90")
+        if before is not None:
+            os.environ["HPKERNELS_SM90"] = before
+
+
+def _engines(backend: str, device: str) -> tuple[str, ...]:
+    """The settings of HPKERNELS_SM90 that make a difference."""
+    hopper = _native.EMULATED or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
+    return ("1", "0") if backend == "cuda" and hopper else ("0",)
+
+
+def compile_ahead() -> list[str]:
+    """Compile the Triton kernels on all processors, so that none is waited for later; one sentence for each failure."""
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if target not in resources.TARGETS:  # the column that this GPU takes is of another, and compiled for that
+        return []
+    jobs = [job for sizes in (None, SMALL) for job in resources.jobs(resources.DTYPES[:3], None, [target], sizes)]
+    return resources.compile_all(jobs, lambda line: None)[1]
 
 
 def exercise(device: str) -> int:
-    """Make every call that launches Triton kernels on small inputs, in two dtypes; returns how many there were."""
+    """Make every call that launches kernels of our own on small inputs, in two dtypes; returns how many there were."""
     calls = 0
     for op in backends.registered_ops():
         for dtype in (torch.float16, torch.float32):
-            for call in kernel_calls(op, dtype, device, SMALL).values():
-                call()
-                calls += 1
+            for backend in KERNELS:
+                if not backends.availability(op, backend, device, dtype).ok:
+                    continue
+                for engine in _engines(backend, device):
+                    with _sm90(engine):
+                        for call in kernel_calls(op, dtype, device, SMALL, backend).values():
+                            call()
+                            calls += 1
     return calls
+
+
+def verify_all(device: str, report: Callable[[str], None] = print) -> bool:
+    """Compare each call of each op with the reference in float64, in two dtypes; whether all are right."""
+    right = True
+    for op in OPS:
+        for dtype in ("float16", "float32"):
+            for case in cases(op, device=device, dtype=dtype, images=(2,)):
+                for backend in KERNELS:
+                    tried = provider(case, backend)
+                    if tried.reason_to_skip(case):
+                        continue
+                    for engine in _engines(backend, device):
+                        wrong = _verified(case, backend, engine)
+                        right = right and not wrong
+                        report(f"{case} {backend} HPKERNELS_SM90={engine}: {wrong or 'right'}")
+    return right
+
+
+def _verified(case: Case, backend: str, engine: str) -> str:
+    """What is wrong with a backend in a case, or ""."""
+    try:
+        with _sm90(engine):
+            verify(case, provider(case, backend))
+    except (WrongResultError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def print_report() -> bool:
+    """Print what ``python -m hpkernels`` prints; whether the CUDA library is loaded."""
+    installed.main()
+    return _native.LIBRARIES["_C_cuda"].ok
 
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor its own memory, for the sanitizers
+    if sys.argv[1] == "compile":
+        failures = compile_ahead()
+        sys.exit("\n".join(failures) if failures else 0)
+    if sys.argv[1] == "report":
+        sys.exit(0 if print_report() else 1)
+    if sys.argv[1] == "verify":
+        sys.exit(0 if verify_all("cuda") else 1)
     print(f"{exercise('cuda')} calls")
     torch.cuda.synchronize()

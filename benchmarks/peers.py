@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Outputs, applied, attention_of, differentiate, leaf, provides
+from benchmarks.providers import Outputs, applied, attention_of, compiled, differentiate, leaf, provides
 
 
 @provides("masked_topk", "torch-topk")
-def _topk(inputs: Inputs) -> Outputs:
-    values, indices = (inputs["query"] @ inputs["pool"].T).topk(inputs["k"], dim=1)
+def _topk(inputs: Inputs, ranked: Callable | None = None) -> Outputs:
+    values, indices = (ranked or _ranked)(inputs["query"], inputs["pool"], inputs["k"])
     return {"values": values, "indices": indices}
+
+
+def _ranked(query: Tensor, pool: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return (query @ pool.T).topk(k, dim=1)
+
+
+@provides("masked_topk", "compiled", compiles=True)
+def _compiled_topk(inputs: Inputs) -> Outputs:
+    return _topk(inputs, compiled(_ranked))
 
 
 @provides("masked_topk", "faiss", package="faiss", only=("cpu", "float32"))
@@ -27,11 +38,18 @@ def _faiss(inputs: Inputs) -> Outputs:
 
 
 @provides("hidden_positives", "torch-matmul", most_anchors=12544)
-def _matmul(inputs: Inputs) -> Outputs:
-    features, threshold = inputs["features"], inputs["threshold"]
-    features = features.float()  # similarities rounded to half precision would give other pairs
-    mask = features @ features.T > torch.minimum(threshold[:, None], threshold)
-    return {"mask": mask.fill_diagonal_(False)}
+def _matmul(inputs: Inputs, exceeding: Callable | None = None) -> Outputs:
+    features = inputs["features"].float()  # similarities rounded to half precision would give other pairs
+    return {"mask": (exceeding or _exceeding)(features, inputs["threshold"]).fill_diagonal_(False)}
+
+
+def _exceeding(features: Tensor, threshold: Tensor) -> Tensor:
+    return features @ features.T > torch.minimum(threshold[:, None], threshold)
+
+
+@provides("hidden_positives", "compiled", most_anchors=12544, compiles=True)
+def _compiled_matmul(inputs: Inputs) -> Outputs:
+    return _matmul(inputs, compiled(_exceeding))
 
 
 @provides(

@@ -17,9 +17,10 @@ from torch import Tensor
 import hpkernels
 from benchmarks import published
 from benchmarks.cases import Case, Inputs
-from hpkernels import backends
+from hpkernels import _native, backends
 from hpkernels.ops import _triton
 from hpkernels.ops._coarse import without_int8
+from hpkernels.ops.hidden_positives.bits import unpack_bits
 from training.model import to_map, to_rows
 
 Outputs = dict[str, Tensor]
@@ -109,8 +110,8 @@ def _registered() -> dict[str, list[Provider]]:
 
     for op, run in _BACKEND_CALLS.items():
         for backend in backends.BACKENDS:
-            interpreted = backend == "triton" and _triton.INTERPRETED
-            missing = "interpreted kernels are for tests: their time says nothing" if interpreted else ""
+            for_tests = {"triton": _triton.INTERPRETED, "cuda": _native.EMULATED}.get(backend)
+            missing = "interpreted kernels are for tests: their time says nothing" if for_tests else ""
             limit = _PAIRS_LIMIT if backend == "reference" and op != "masked_topk" else None
             call = partial(run, backend=backend)
             entry = Provider(backend, call, None, missing, most_anchors=limit, backend=backend)
@@ -231,7 +232,8 @@ _BACKEND_CALLS = {
 
 
 @cache
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """``torch.compile`` of a function, once."""
     # The number of rows and columns differs from case to case; fixed ones give code that is at least as fast.
     return torch.compile(function, dynamic=False)
 
@@ -244,6 +246,30 @@ def _published_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, image_loss: Call
     return published.ghp_contrastive(z.float(), z_mixed.float(), **similarities, **settings, image_loss=image_loss)
 
 
+_IN_IMAGES = ("sampled", "rate=0.2", "rate=1", "density=0.001", "density=0.1")
+
+
+@provides("multi_positive_contrastive", "published", *_IN_IMAGES, most_anchors=_PUBLISHED_LIMIT)
+def _published_contrastive(inputs: Inputs, image_loss: Callable = published.image_loss) -> Outputs:
+    """The loss of each image with its rows of the masks, which in the published way come unpacked."""
+    z, settings = leaf(inputs["z"]), inputs["settings"]
+    anchors, group = len(z), settings["anchors_per_image"]
+    rows, loss = z.float(), torch.zeros((), device=z.device)
+    for start in range(0, anchors, group):
+        own = slice(start, start + group)
+        positives = unpack_bits(inputs["positives"].bits[own], anchors)
+        denominator = torch.logical_or(positives, inputs["negatives"])
+        denominator[:, own].fill_diagonal_(False)
+        weights = positives.float()
+        loss = loss + image_loss(rows[own], rows, weights, weights, denominator.float(), 0.0, settings["temperature"])
+    return differentiate(loss * group / anchors, z=z)
+
+
+@provides("multi_positive_contrastive", "compiled", *_IN_IMAGES, most_anchors=_COMPILED_LIMIT, compiles=True)
+def _compiled_contrastive(inputs: Inputs) -> Outputs:
+    return _published_contrastive(inputs, compiled(published.image_loss))
+
+
 @provides("ghp_contrastive", "published", most_anchors=_PUBLISHED_LIMIT)
 def _published_ghp(inputs: Inputs) -> Outputs:
     z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
@@ -253,7 +279,7 @@ def _published_ghp(inputs: Inputs) -> Outputs:
 @provides("ghp_contrastive", "compiled", most_anchors=_COMPILED_LIMIT, compiles=True)
 def _compiled_ghp(inputs: Inputs) -> Outputs:
     z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
-    loss = _published_loss(inputs, z, z_mixed, _compiled(published.image_loss))
+    loss = _published_loss(inputs, z, z_mixed, compiled(published.image_loss))
     return differentiate(loss, z=z, z_mixed=z_mixed)
 
 
@@ -273,7 +299,7 @@ def attention_of(inputs: Inputs) -> Tensor:
 
 @provides("local_propagation", "compiled", "apply", "apply+backward", most_anchors=_PRODUCTS_LIMIT, compiles=True)
 def _compiled_propagation(inputs: Inputs) -> Outputs:
-    propagate = _compiled(published.propagate)
+    propagate = compiled(published.propagate)
     return applied(inputs, lambda code: propagate(code, attention_of(inputs)))
 
 

@@ -27,7 +27,7 @@ from benchmarks import results, tables
 from benchmarks.results import RESOURCES
 from hpkernels import backends
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Launch, kernel_calls, recorded
+from hpkernels.testing.launches import Launch, Sizes, kernel_calls, recorded
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -93,13 +93,18 @@ def reason_to_skip() -> str | None:
     return "kernels are interpreted and cannot be compiled: unset TRITON_INTERPRET" if _triton.INTERPRETED else None
 
 
-def jobs(dtypes: Iterable[str], ops: Iterable[str] | None = None) -> list[Job]:
+def jobs(
+    dtypes: Iterable[str],
+    ops: Iterable[str] | None = None,
+    targets: Iterable[str] = tuple(TARGETS),
+    sizes: Sizes | None = None,
+) -> list[Job]:
     """All that the calls of the ops launch, once; what does not depend on the dtype counts as of the first."""
     found: dict[tuple, Job] = {}
     for op in backends.registered_ops() if ops is None else ops:
         for dtype in dtypes:
-            calls = kernel_calls(op, torch.float32 if dtype == "tf32" else getattr(torch, dtype), "meta")
-            for target in TARGETS:
+            calls = kernel_calls(op, torch.float32 if dtype == "tf32" else getattr(torch, dtype), "meta", sizes)
+            for target in targets:
                 with (
                     recorded(target) as launches,
                     patch.object(_triton, "precision", lambda _, dtype=dtype: "tf32" if dtype == "tf32" else "ieee"),

@@ -10,15 +10,25 @@ from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
-from benchmarks.verify import verify
+from benchmarks.verify import WrongResultError, verify
 
 _LONGEST_COMPILE = 60.0  # seconds
 
 
+WRONG = "not timed: "
+"""How the note of a row begins whose provider was wrong or failed."""
+
+
 def run(
-    all_cases: Iterable[Case], names: Iterable[str] | None, environment: dict, report: Callable[[Row], None]
+    all_cases: Iterable[Case],
+    names: Iterable[str] | None,
+    environment: dict,
+    report: Callable[[Row], None],
+    keep_going: bool = False,
 ) -> Iterator[Row]:
     """The rows of all cases, for the providers of these names (None: all).
+
+    With `keep_going` the others are timed where a provider is wrong or fails, which its row says.
 
     Raises:
         WrongResultError: a provider's results are not those of the reference; nothing of that case is timed.
@@ -43,8 +53,14 @@ def run(
                 row.note = f"left out: compiling took more than {_LONGEST_COMPILE:.0f} s"
             if row.note:
                 continue
-            row.verified_anchors = _verified_once(case, tried, verified, too_slow)
-            memory = measure.peak_memory(case, tried.name)
+            try:
+                row.verified_anchors = _verified_once(case, tried, verified, too_slow)
+                memory = measure.peak_memory(case, tried.name)
+            except (WrongResultError, RuntimeError) as error:
+                if not keep_going:
+                    raise
+                row.note = f"{WRONG}{str(error).partition(chr(10))[0]}"
+                continue
             row.note = memory.error
             row.peak_mib = None if memory.peak is None else round(memory.peak / 2**20, 1)
             if memory.seconds is not None and memory.seconds > measure.LONG_CALL:

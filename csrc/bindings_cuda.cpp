@@ -2,6 +2,7 @@
 // part (hpkernels/ops/<op>/cuda.py): nothing here is public.
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
+#include "masked_topk/masked_topk_cuda.h"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 #include "torch_cuda.h"
 
@@ -36,6 +37,66 @@ void local_propagation_weights(Tensor query, Tensor key, int64_t prefix, int64_t
     using T = decltype(zero);
     local_propagation_weights_cuda(rows<T>(query), rows<T>(key), shape, first, last, scale, sigma, low, high,
                                    data<float>(logits), data<float>(weights), on.stream);
+  });
+}
+
+TopkArguments topk_arguments(const Tensor& query, const Tensor& pool, int64_t k, const std::optional<Tensor>& mask,
+                             const std::optional<Tensor>& query_group, const std::optional<Tensor>& pool_group) {
+  const TopkRestrictions restrictions{data<bool>(mask), mask.has_value() ? mask->stride(0) : 0,
+                                      mask.has_value() ? mask->stride(1) : 0, data<int64_t>(query_group),
+                                      data<int64_t>(pool_group)};
+  return {restrictions, static_cast<int>(query.size(0)), static_cast<int>(pool.size(0)), static_cast<int>(k)};
+}
+
+void masked_topk_top1(Tensor query, Tensor pool, std::optional<Tensor> mask, std::optional<Tensor> query_group,
+                      std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
+  const OnDeviceOf on(query);
+  with_type_of(query, [&](auto zero) {
+    using T = decltype(zero);
+    masked_topk_top1_cuda(rows<T>(query), rows<T>(pool),
+                          topk_arguments(query, pool, 1, mask, query_group, pool_group),
+                          static_cast<int>(values.size(1)), data<float>(values), data<int64_t>(indices), on.stream);
+  });
+}
+
+int64_t masked_topk_lists_of(Tensor query) {
+  const OnDeviceOf on(query);
+  int64_t lists = 0;
+  with_type_of(query, [&](auto zero) { lists = masked_topk_lists(rows<decltype(zero)>(query)); });
+  return lists;
+}
+
+// keys (queries, parts, lists, k)
+void masked_topk(Tensor query, Tensor pool, std::optional<Tensor> mask, std::optional<Tensor> query_group,
+                 std::optional<Tensor> pool_group, Tensor keys) {
+  const OnDeviceOf on(query);
+  with_type_of(query, [&](auto zero) {
+    using T = decltype(zero);
+    masked_topk_cuda(rows<T>(query), rows<T>(pool),
+                     topk_arguments(query, pool, keys.size(3), mask, query_group, pool_group),
+                     static_cast<int>(keys.size(1)), data<int64_t>(keys), on.stream);
+  });
+}
+
+void masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor grad_query) {
+  const OnDeviceOf on(pool);
+  with_type_of(pool, [&](auto zero) {
+    using T = decltype(zero);
+    masked_topk_query_backward_cuda(rows<T>(pool), data<int64_t>(indices), data<float>(grad_values), indices.size(0),
+                                    static_cast<int>(indices.size(1)), data<T>(grad_query),
+                                    static_cast<int>(grad_query.size(1)), on.stream);
+  });
+}
+
+// sums (parts, references, dim)
+void masked_topk_pool_backward(Tensor query, Tensor order, Tensor first, Tensor grad_values, Tensor sums) {
+  const OnDeviceOf on(query);
+  with_type_of(query, [&](auto zero) {
+    using T = decltype(zero);
+    masked_topk_pool_backward_cuda(rows<T>(query), data<int64_t>(order), data<int64_t>(first),
+                                   data<float>(grad_values), sums.size(1), static_cast<int>(grad_values.size(1)),
+                                   static_cast<int>(sums.size(0)), data<float>(sums), static_cast<int>(sums.size(2)),
+                                   on.stream);
   });
 }
 
@@ -204,6 +265,15 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("hidden_positives(Tensor features, Tensor threshold, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
+  m.def("masked_topk_parts(int queries, int references) -> int");
+  m.def("masked_topk_lists(Tensor query) -> int");
+  m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
+        "Tensor(a!) values, Tensor(b!) indices) -> ()");
+  m.def("masked_topk(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
+        "Tensor(a!) keys) -> ()");
+  m.def("masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor(a!) grad_query) -> ()");
+  m.def("masked_topk_pool_backward(Tensor query, Tensor order, Tensor first, Tensor grad_values, Tensor(a!) sums) "
+        "-> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
   m.def("local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor(a!) grad_code) -> ()");
   m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits, Tensor(b!) counts) "
@@ -234,6 +304,11 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("hidden_positives", TORCH_BOX(&hidden_positives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
+  m.impl("masked_topk_lists", TORCH_BOX(&masked_topk_lists_of));
+  m.impl("masked_topk_top1", TORCH_BOX(&masked_topk_top1));
+  m.impl("masked_topk", TORCH_BOX(&masked_topk));
+  m.impl("masked_topk_query_backward", TORCH_BOX(&masked_topk_query_backward));
+  m.impl("masked_topk_pool_backward", TORCH_BOX(&masked_topk_pool_backward));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
   m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
   m.impl("contrastive_draw_negatives", TORCH_BOX(&contrastive_draw_negatives));
@@ -251,5 +326,6 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("masked_topk_parts", TORCH_BOX(&hpk::masked_topk_parts));
   m.impl("contrastive_blocks_parts", TORCH_BOX(&hpk::contrastive_blocks_parts));
 }

@@ -35,8 +35,8 @@ def _emulate_cuda(library: Path, sources: Path) -> str:
     return ""
 
 
-# Before any kernel is imported: without a GPU the Triton kernels are tested in Triton's interpreter, the CUDA kernels on
-# an emulator.
+# Before any kernel is imported: without a GPU the Triton kernels are tested in Triton's interpreter, the CUDA kernels
+# on an emulator.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 NOT_EMULATED = _emulate_cuda(REPOSITORY / "build" / "emulated" / "_C_cuda_emulated.so", REPOSITORY / "csrc")

@@ -1,4 +1,4 @@
-"""Registers and stack of the CUDA kernels: the library as it is built, and what is read from the tool that lists them."""
+"""Registers and stack of the CUDA kernels: of the library as it is built, and how they are read and kept."""
 
 from __future__ import annotations
 

@@ -106,6 +106,13 @@ HPK_MMA(__nv_bfloat16, "m16n8k16", "bf16")
 HPK_MMA(float, "m16n8k8", "tf32")
 #undef HPK_MMA
 
+// The greater of two numbers, NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // `value` rounded to TF32, as the bits of a float.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t rounded;

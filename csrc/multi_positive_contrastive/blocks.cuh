@@ -2,6 +2,7 @@
 // blocks_sm90.cu. The formulas are in multi_positive_contrastive.h.
 #pragma once
 
+#include "common/combine.cuh"
 #include "multi_positive_contrastive/masks.cuh"
 #include "multi_positive_contrastive/row_sums.cuh"
 

@@ -1,5 +1,6 @@
 // Kernels of the sampled negatives across images: the anchors at one patch position, one an image, share theirs. So their
 // logits are products with the rows that the position's list of columns names. Pairs within an image are left to blocks.
+#include "common/combine.cuh"
 #include "common/gradient_sm80.cuh"
 #include "common/strip_sm80.cuh"
 #include "multi_positive_contrastive/masks.cuh"

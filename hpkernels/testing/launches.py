@@ -113,20 +113,23 @@ class Sizes:
 Calls = dict[str, Callable[[], Any]]
 
 
-def kernel_calls(op: str, dtype: torch.dtype, device: torch.device | str, sizes: Sizes | None = None) -> Calls:
-    """Calls of the functions of the op's Triton backend that between them launch each of its kernels in each variant.
+def kernel_calls(
+    op: str, dtype: torch.dtype, device: torch.device | str, sizes: Sizes | None = None, backend: str = "triton"
+) -> Calls:
+    """Calls of the functions of a backend of the op that between them launch each of its kernels in each variant.
 
     Args:
         op: the name under which the op's backends are registered.
         dtype: of the inputs.
         device: of the inputs; "meta" only to record.
         sizes: of the inputs; None: those of the paper.
+        backend: "triton" or "cuda".
 
     Returns:
         Functions without arguments by a name that says what is called.
     """
-    make = _Inputs(dtype, torch.device(device))
-    return _CALLS[op](backends.implementation(op, "triton"), make, sizes or Sizes())
+    make = _Inputs(dtype, torch.device(device), backend)
+    return _CALLS[op](backends.implementation(op, backend), make, sizes or Sizes())
 
 
 class _Inputs:
@@ -135,8 +138,8 @@ class _Inputs:
     They are of multiples of 2^-8, so that inner products are exact, in whatever order summed.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, backend: str):
+        self.dtype, self.device, self.backend = dtype, device, backend
         self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, deviation: float = 1.0) -> Tensor:
@@ -195,7 +198,7 @@ def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Ca
     z, other = make.unit_rows(sizes.anchors, sizes.dim), make.unit_rows(sizes.anchors, sizes.dim)
     threshold = make.threshold(sizes.anchors, sizes.dim)
     weight, grad_losses, seed = make.scalar(0.5), make.scalar(1.0)[None], make.scalar(0, torch.int64)
-    discover = cache(backends.implementation("hidden_positives", "triton").forward)
+    discover = cache(backends.implementation("hidden_positives", make.backend).forward)
 
     def call(rate: float, with_specific: bool, symmetric: bool = True) -> tuple[Tensor, ...]:
         relations = (discover(z, threshold), discover(other, threshold) if with_specific else None)

@@ -74,7 +74,7 @@ ROWS_OF_NUMBERS = {
     "equal": lambda x: torch.full_like(x, -3.5),
     "zeros of both signs": lambda x: torch.where(x < 0, -0.0, 0.0),
     "tiny": lambda x: x * 1e-44,
-    "huge": lambda x: x.sign() * 3e38,
+    "huge": lambda x: x.sign() * 1.5e38,
     "any size": lambda x: x.sign() * (80 * x).exp(),
     "outliers": lambda x: torch.where(x.abs() > 2, 1e30 * x, x),
     "infinite": lambda x: torch.where(x.abs() > 1, torch.inf * x.sign(), x),

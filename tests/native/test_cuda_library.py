@@ -18,21 +18,40 @@ from hpkernels.backends import Availability
 from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation import reference
 
-# Every task of the launch, in descending order: none may depend on another.
+# Every task, or every run, of the launch, in descending order: none may depend on another.
 HOST_LOOP = """
 #include "local_propagation/stencil.h"
+using namespace hpk;
+template <bool transposed, bool whole>
+static void by_runs(const float* input, const float* weights, const StencilShape& shape, float* output) {
+  const int height = shape.height, width = shape.width, patches = height * width;
+  alignas(16) float zeros[4 * kRunPatches] = {};
+  for (int64_t image = shape.batch; image-- > 0;) {
+    for (int index = height * runs_across(width); index-- > 0;) {
+      const StencilRun<transposed, whole> run(weights + image * 9 * patches, height, width, index);
+      auto rows = run.rows(input + image * shape.dim * patches, zeros + kRunPatches);
+      for (int64_t plane = 0; plane < shape.dim; ++plane, rows.next_plane()) {
+        float sums[kRunPatches];
+        run.sum(rows, sums);
+        run.store(sums, output + (image * shape.dim + plane) * patches);
+      }
+    }
+  }
+}
 template <bool transposed>
-static void run(const float* input, const float* weights, const int64_t* sizes, float* output) {
-  const hpk::StencilShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  for (int64_t task = hpk::stencil_tasks(shape); task-- > 0;)
-    hpk::stencil_task<transposed>(input, weights, shape, task, output);
+static void by_tasks(const float* input, const float* weights, const StencilShape& shape, float* output) {
+  for (int64_t task = stencil_tasks(shape); task-- > 0;) stencil_task<transposed>(input, weights, shape, task, output);
 }
-extern "C" void apply_forward(const float* input, const float* weights, const int64_t* sizes, float* output) {
-  run<false>(input, weights, sizes, output);
-}
-extern "C" void apply_backward(const float* input, const float* weights, const int64_t* sizes, float* output) {
-  run<true>(input, weights, sizes, output);
-}
+#define APPLY(name, function)                                                                               \\
+  extern "C" void name(const float* input, const float* weights, const int64_t* sizes, float* output) {     \\
+    function(input, weights, {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, output);                   \\
+  }
+APPLY(apply_forward_by_tasks, by_tasks<false>)
+APPLY(apply_backward_by_tasks, by_tasks<true>)
+APPLY(apply_forward_by_runs, (by_runs<false, false>))
+APPLY(apply_backward_by_runs, (by_runs<true, false>))
+APPLY(apply_forward_by_whole_runs, (by_runs<false, true>))
+APPLY(apply_backward_by_whole_runs, (by_runs<true, true>))
 """
 
 
@@ -62,11 +81,19 @@ def outside_of(height, width, window):
     return ((v < 0) | (v >= height) | (u < 0) | (u >= width)).flatten(0, 1)
 
 
-@pytest.mark.parametrize("window", [1, 3, 5, 9])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 4, 5), (2, 8, 1, 7), (3, 17, 6, 2), (1, 9, 3, 3)])
+@pytest.mark.parametrize(
+    ("how", "window"),
+    [("tasks", 1), ("tasks", 3), ("tasks", 5), ("tasks", 9), ("runs", 3), ("whole_runs", 3)],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 3, 4, 5), (2, 8, 1, 7), (3, 17, 6, 2), (1, 9, 3, 3), (2, 3, 3, 8), (1, 2, 1, 4), (1, 5, 5, 12)],
+)
 @pytest.mark.parametrize("direction", ["apply_forward", "apply_backward"])
-def test_body_of_the_kernels(stencil, direction, shape, window, generator):
+def test_body_of_the_kernels(stencil, direction, shape, how, window, generator):
     batch, _, height, width = shape
+    if how == "whole_runs" and width % 4 != 0:
+        pytest.skip("whole runs need a width of a multiple of 4")
     values = torch.randn(shape, generator=generator)
     weights = torch.rand(batch, window * window, height, width, generator=generator)
     outside = outside_of(height, width, window)
@@ -75,7 +102,7 @@ def test_body_of_the_kernels(stencil, direction, shape, window, generator):
     result = torch.full(shape, torch.nan)
     sizes = (ctypes.c_int64 * 5)(*shape, window)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, weights, result)]
-    getattr(stencil, direction)(*pointers[:2], sizes, pointers[2])
+    getattr(stencil, f"{direction}_by_{how}")(*pointers[:2], sizes, pointers[2])
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5 * window)
 
 
@@ -256,9 +283,6 @@ def test_the_choice_follows_the_dtype(op, pretend_gpu, monkeypatch):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert backends.select(op, "auto", SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == "cuda"
     double = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
-    if op == "local_propagation":  # a stencil, which needs no tensor cores
-        assert backends.select(op, "auto", double) == "cuda"
-        return
     assert backends.select(op, "auto", double) == "reference"
     with pytest.raises(BackendUnavailableError, match="take float16, bfloat16 and float32, not torch.float64"):
         backends.select(op, "cuda", double)

@@ -39,6 +39,26 @@ def forward(
     return values.contiguous(), indices.masked_fill(values == -torch.inf, -1)
 
 
+def forward_by_blocks(
+    query: Tensor,
+    pool: Tensor,
+    k: int,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    pool_group: Tensor | None,
+    products: int,
+) -> tuple[Tensor, Tensor]:
+    """The same, so many queries at a time that about `products` inner products are held, or one query."""
+    rows = max(1, products // len(pool))
+    found = []
+    for start in range(0, len(query), rows):
+        block = slice(start, start + rows)
+        of_rows = (None if given is None else given[block] for given in (mask, query_group))
+        found.append(forward(query[block], pool, k, *of_rows, pool_group))
+    values, indices = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
 def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
     chosen = indices >= 0

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels.ops import _triton
+from hpkernels.ops import _cuda, _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.masked_topk import cpu, reference
 
+_cuda.register("masked_topk")
 _triton.register("masked_topk")
 backends.register("masked_topk", "cpu", cpu)
 backends.register("masked_topk", "reference", reference)

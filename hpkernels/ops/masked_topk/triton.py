@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """values (N, k) and indices (N, k)."""
     if k > MOST_KEPT:
-        return _forward_of_row_blocks(query, pool, k, mask, query_group, pool_group)
+        return reference.forward_by_blocks(query, pool, k, mask, query_group, pool_group, _BLOCK_PRODUCTS)
     kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
     config = _triton.configuration(kernel, query)
     queries, references = len(query), len(pool)
@@ -98,17 +98,6 @@ def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
     bits = (keys >> 32).to(torch.int32)
     values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return values, (~keys & 0x7FFFFFFF).masked_fill(~(values > -torch.inf), -1)
-
-
-def _forward_of_row_blocks(query, pool, k, mask, query_group, pool_group):
-    rows = max(1, _BLOCK_PRODUCTS // len(pool))
-    found = []
-    for start in range(0, len(query), rows):
-        block = slice(start, start + rows)
-        of_rows = (None if given is None else given[block] for given in (mask, query_group))
-        found.append(reference.forward(query[block], pool, k, *of_rows, pool_group))
-    values, indices = zip(*found, strict=True)
-    return torch.cat(values), torch.cat(indices)
 
 
 @triton.jit

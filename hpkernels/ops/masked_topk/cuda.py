@@ -1,0 +1,76 @@
+"""CUDA kernels of `masked_topk`: the products of a tile of queries and a tile of references never leave registers.
+
+The pool is split over blocks when there are few queries; PyTorch combines what the parts found. For more than `MOST_KEPT`
+values blocks of rows take the steps of the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpkernels.ops._cuda import aligned_rows, supports
+from hpkernels.ops.masked_topk import reference
+
+__all__ = ["backward", "forward", "supports"]
+
+MOST_KEPT = 128
+_BLOCK_PRODUCTS = 2**24  # held at a time where k > MOST_KEPT
+_NOTHING_FOUND = -(0x7F800001 << 32)  # the key of -inf
+_BLOCKS = 1024  # of the gradient of the pool: a few for each multiprocessor of the largest GPUs
+_LEAST_ENTRIES = 256  # of such a block
+
+_kernels = torch.ops.hpkernels_cuda
+
+
+def forward(
+    query: Tensor,
+    pool: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    pool_group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """values (N, k) and indices (N, k)."""
+    if k > MOST_KEPT:
+        return reference.forward_by_blocks(query, pool, k, mask, query_group, pool_group, _BLOCK_PRODUCTS)
+    query, pool = aligned_rows(query), aligned_rows(pool)
+    groups = (None if group is None else group.contiguous() for group in (query_group, pool_group))
+    inputs = (query, pool, mask, *groups)
+    parts = _kernels.masked_topk_parts(len(query), len(pool))
+    if k == 1:
+        values = query.new_empty((len(query), parts), dtype=torch.float32)
+        indices = torch.empty_like(values, dtype=torch.int64)
+        _kernels.masked_topk_top1(*inputs, values, indices)
+        if parts > 1:
+            values, part = values.max(dim=1, keepdim=True)  # the first of equal maxima
+            indices = indices.gather(1, part)
+        return values, indices
+    lists = _kernels.masked_topk_lists(query)
+    keys = query.new_full((len(query), parts, lists, k), _NOTHING_FOUND, dtype=torch.int64)
+    _kernels.masked_topk(*inputs, keys)
+    keys = keys.flatten(1)
+    return _values_and_indices(keys if parts * lists == 1 else keys.topk(k, dim=1).values)
+
+
+def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
+    references, dim = pool.shape
+    grad_values, indices = grad_values.contiguous(), indices.contiguous()
+    grad_query = query.new_empty((len(query), dim))
+    _kernels.masked_topk_query_backward(aligned_rows(pool), indices, grad_values, grad_query)
+
+    # Entries of indices in the order of the references they name, so that each reference sums a range of them.
+    named, order = indices.flatten().sort(stable=True)
+    first = torch.searchsorted(named, torch.arange(references + 1, device=named.device))
+    parts = max(1, min(_BLOCKS // references, len(order) // references // _LEAST_ENTRIES))
+    sums = pool.new_empty((parts, references, dim), dtype=torch.float32)
+    _kernels.masked_topk_pool_backward(aligned_rows(query), order, first, grad_values, sums)
+    return grad_query, sums.sum(dim=0).to(pool.dtype)
+
+
+def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rank_key` of csrc/masked_topk/keys.h put together; index -1 with -inf and NaN."""
+    bits = (keys >> 32).to(torch.int32)
+    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return values, (0x7FFFFFFF - (keys & 0x7FFFFFFF)).masked_fill(~(values > -torch.inf), -1)
