@@ -31,7 +31,7 @@ test: install $(EMULATED)  ## Run all tests and the doctests, some at a time
 
 # Goes on without it where it cannot be configured, which is where CUDA's headers are missing; the tests say so as well.
 $(EMULATED): $(NATIVE) | install
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
+	@mkdir -p $(@D); PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
 	if cmake -S . -B $(@D) -G Ninja -DHPKERNELS_CPU=OFF -DHPKERNELS_EMULATED=ON \
 	  -DHPKERNELS_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')" > $(@D).log 2>&1; \
 	then cmake --build $(@D) && touch $@; \

@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -158,11 +158,7 @@ def _take(step: Step, limit: float, log: Path) -> Outcome:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """A line for each case: medians of the kernels in ms, and of the fastest of what is known, with its name.
-
-    The last number is how many times faster the faster of the kernels is than the published way, or, where that was
-    not measured, than the fastest known.
-    """
+    """A line for each case: medians in ms, the fastest of what is known by name, and how many times faster we are."""
     lines = []
     for case in dict.fromkeys((row.op, row.call, row.dtype, row.anchors) for row in rows):
         own = {
@@ -172,31 +168,17 @@ def summary(rows: list[Row]) -> list[str]:
         }
         known = min((name for name in FASTEST_KNOWN if name in own), key=own.get, default=None)
         ours = min((own[name] for name in KERNELS if name in own), default=None)
-        against = own.get("published", own.get(known))
         times = [f"{own[name]:10.3f}" if name in own else f"{'-':>10}" for name in (*KERNELS, "published")]
         fastest = f"{own[known]:10.3f} {known:13}" if known else f"{'-':>10} {'':13}"
-        ratio = f"{against / ours:8.2f} x" if against and ours else ""
+        ratio = f"{own[known] / ours:8.2f} x" if known and ours else ""
         op, call, dtype, anchors = case
         lines.append(f"{op:26} {call:16} {dtype:8} {anchors:6} {' '.join(times)} {fastest}{ratio}".rstrip())
     times = " ".join(f"{name:>10}" for name in (*KERNELS, "published", "fastest"))
     return [f"{'median ms':52} {'N':>6} {times} known", *lines] if lines else []
 
 
-@contextmanager
-def _sm90(choice: str) -> Iterator[None]:
-    """HPKERNELS_SM90, which the library reads at each call."""
-    before = os.environ.get("HPKERNELS_SM90")
-    os.environ["HPKERNELS_SM90"] = choice
-    try:
-        yield
-    finally:
-        os.environ.pop("HPKERNELS_SM90")
-        if before is not None:
-            os.environ["HPKERNELS_SM90"] = before
-
-
 def _engines(backend: str, device: str) -> tuple[str, ...]:
-    """The settings of HPKERNELS_SM90 that make a difference."""
+    """The settings of HPKERNELS_SM90, which the library reads at each call, that make a difference."""
     hopper = _native.EMULATED or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
     return ("1", "0") if backend == "cuda" and hopper else ("0",)
 
@@ -219,7 +201,7 @@ def exercise(device: str) -> int:
                 if not backends.availability(op, backend, device, dtype).ok:
                     continue
                 for engine in _engines(backend, device):
-                    with _sm90(engine):
+                    with patch.dict(os.environ, HPKERNELS_SM90=engine):
                         for call in kernel_calls(op, dtype, device, SMALL, backend).values():
                             call()
                             calls += 1
@@ -246,7 +228,7 @@ def verify_all(device: str, report: Callable[[str], None] = print) -> bool:
 def _verified(case: Case, backend: str, engine: str) -> str:
     """What is wrong with a backend in a case, or ""."""
     try:
-        with _sm90(engine):
+        with patch.dict(os.environ, HPKERNELS_SM90=engine):
             verify(case, provider(case, backend))
     except (WrongResultError, RuntimeError) as error:
         return str(error)

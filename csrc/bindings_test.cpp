@@ -5,18 +5,23 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 #include "common/bits.h"
 #include "common/exponential.h"
+#include "common/geometry.h"
 #include "common/philox.h"
+#include "common/schedule.h"
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
 #include "local_propagation/quantiles.h"
+#include "masked_topk/keys.h"
 #include "masked_topk/masked_topk.h"
 #include "multi_positive_contrastive/log_sum.h"
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
+#include "multi_positive_contrastive/scope.h"
 
 namespace py = pybind11;
 
@@ -206,6 +211,75 @@ Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> 
   return result;
 }
 
+// The row and the column of values[m][n][part] of each thread of a team: (threads, m, n, part, 2).
+template <class Geometry>
+Array<int32_t> positions() {
+  Array<int32_t> found({Geometry::kTeamThreads, Geometry::kRowBlocks, Geometry::kColumnBlocks, 4, 2});
+  int32_t* next = found.mutable_data();
+  for (int thread = 0; thread < Geometry::kTeamThreads; ++thread) {
+    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+        for (int part = 0; part < 4; ++part) {
+          *next++ = Geometry::row(thread, m, part / 2);
+          *next++ = Geometry::column(thread, n, part % 2);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// By name, the rows and columns of a tile and the positions.
+template <class Geometry>
+void add_geometry(py::dict& geometries, const char* name) {
+  const int rows = Geometry::kRows, columns = Geometry::kColumns;
+  geometries[name] = py::make_tuple(rows, columns, positions<Geometry>());
+}
+
+py::dict geometries() {
+  py::dict found;
+  add_geometry<hpk::Geometry80>(found, "Geometry80");
+  add_geometry<hpk::WarpGeometry80<2>>(found, "WarpGeometry80<2>");
+  add_geometry<hpk::GradientGeometry80<64>>(found, "GradientGeometry80<64>");
+  add_geometry<hpk::GradientGeometry80<256>>(found, "GradientGeometry80<256>");
+  add_geometry<hpk::GradientGeometry80<512>>(found, "GradientGeometry80<512>");
+  add_geometry<hpk::Geometry90>(found, "Geometry90");
+  add_geometry<hpk::GradientGeometry90<64>>(found, "GradientGeometry90<64>");
+  add_geometry<hpk::GradientGeometry90<256>>(found, "GradientGeometry90<256>");
+  return found;
+}
+
+py::tuple part_of(int64_t first, int64_t last, int64_t part, int64_t parts) {
+  const hpk::TileRange found = hpk::part_of({first, last}, part, parts);
+  return py::make_tuple(found.first, found.last);
+}
+
+// The greatest of some products, the first `split` of them and the others apart.
+py::tuple best(Array<float> values, Array<int32_t> indices, int64_t split) {
+  const hpk::Best nothing{-std::numeric_limits<float>::infinity(), -1};
+  hpk::Best found[2] = {nothing, nothing};
+  for (int64_t i = 0; i < values.size(); ++i) found[i >= split].add({values.data()[i], indices.data()[i]});
+  found[0].add(found[1]);
+  return py::make_tuple(found[0].value, found[0].index);
+}
+
+// How often all strips and tiles of `rows` and `columns` meet each pair of anchors (anchors, anchors).
+Array<int32_t> pairs_met(int rows, int columns, int anchors, int group, bool within) {
+  Array<int32_t> counts({anchors, anchors});
+  std::fill(counts.mutable_data(), counts.mutable_data() + counts.size(), 0);
+  for (int64_t strip = 0; strip < hpk::strips_of(rows, anchors, group, within); ++strip) {
+    const hpk::Scope scope = hpk::scope_of(static_cast<int>(strip), rows, anchors, group, within);
+    if (scope.row % 32 != 0 || scope.column % 32 != 0) throw std::runtime_error("words of bits do not start here");
+    const int end = scope.column + static_cast<int>(hpk::tiles_of(columns, anchors, group, within)) * columns;
+    for (int row = scope.row; row < scope.row + rows; ++row) {
+      for (int column = scope.column; column < end; ++column) {
+        if (scope.holds(row) && scope.holds(column)) ++counts.mutable_at(row, column);
+      }
+    }
+  }
+  return counts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -217,6 +291,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("repeat_bits", &repeat_bits);
   m.def("log_sum", &log_sum);
   m.def("exp_nonpositive", &exp_nonpositive);
+  m.def("geometries", &geometries);
+  m.def("part_of", &part_of);
+  m.def("parts_for", [](int64_t strips, int64_t tiles, int64_t wanted, int64_t least) {
+    return hpk::parts_for(strips, tiles, wanted, least);
+  });
+  m.def("rank_key", [](float value, int32_t index) { return hpk::rank_key(value, index); });
+  m.attr("nothing_found") = hpk::kNothingFound;
+  m.def("best", &best);
+  m.def("pairs_met", &pairs_met);
   m.def("coarse_int8", &coarse_int8);
   m.def("topk", &topk, "The greatest inner products, from the coarse ones and what is known of the rows.");
   m.def("local_propagation", &local_propagation);

@@ -132,9 +132,47 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
         list(runner.run([SMALL], None, ENVIRONMENT, print))
 
 
+@pytest.mark.parametrize("error", [WrongResultError("1 of 60 rows"), RuntimeError("CUDA error: misaligned\nmore")])
+def test_others_are_timed_where_one_is_wrong(error, monkeypatch):
+    def fail(inputs):
+        raise error
+
+    right = provider(SMALL, "reference")
+    monkeypatch.setattr(runner, "providers", lambda case: [replace(right, name="wrong", run=fail), right])
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory())
+    wrong, timed = runner.run([SMALL], None, ENVIRONMENT, lambda row: None, keep_going=True)
+    assert wrong.note == f"not timed: {str(error).splitlines()[0]}" and wrong.median_ms is None
+    assert timed.note == "" and timed.median_ms > 0
+    with pytest.raises(type(error)):
+        list(runner.run([SMALL], None, ENVIRONMENT, lambda row: None))
+
+
+def test_negatives_and_density_vary():
+    case = Case("multi_positive_contrastive", "rate=0.2", images=2)
+    inputs = small(case).inputs()
+    assert inputs["settings"]["negative_rate"] == 0.2
+    assert inputs["negatives"].float().mean().item() == pytest.approx(0.2, abs=0.03)
+    for density in (0.001, 0.1):
+        count = replace(case, call=f"density={density}").inputs()["positives"].count()
+        assert count.float().mean().item() / case.anchors == pytest.approx(density, rel=0.2)
+    assert small(Case("ghp_contrastive", "rate=1", images=1)).inputs()["settings"]["negative_rate"] == 1
+
+
+@pytest.mark.parametrize("call", ["rate=0.2", "rate=1", "density=0.1"])
+def test_published_contrastive_loss_is_the_reference(call):
+    case = small(Case("multi_positive_contrastive", call, images=2))
+    assert verify(case, provider(case, "published")) == 60
+
+
+def test_sizes_can_be_chosen():
+    assert [case.images for case in cases("hidden_positives", images=(2, 3))] == [2, 3]
+
+
 def test_cases_of_a_gpu():
     chosen = cases("ghp_contrastive", device="cuda", dtype="float16")
-    assert [case.anchors for case in chosen] == [12544, 50176]
+    assert [(case.call, case.anchors) for case in chosen] == [
+        (call, anchors) for call in ("forward+backward", "rate=1") for anchors in (12544, 50176)
+    ]
     assert str(chosen[0]) == "ghp_contrastive forward+backward N=12544 float16 cuda"
     on_cpu = {entry.name for entry in providers(chosen[0]) if entry.reason_missing(chosen[0])}
     assert "cpu" in on_cpu and "reference" not in on_cpu and "published" not in on_cpu

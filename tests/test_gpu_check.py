@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_check, results
+from benchmarks.cases import DTYPES, OPS, Case
 from benchmarks.gpu_check import Sizes, Step
+from benchmarks.providers import provider
 from benchmarks.results import Row
+from hpkernels import _native
 from hpkernels.ops import _triton
 
 
@@ -43,19 +48,89 @@ def test_time_is_limited(tmp_path):
 
 
 def test_results_come_last(tmp_path):
-    own = dict(op="masked_topk", call="k=1", images=1, height=1, width=1, dtype="float16")
+    own = dict(op="masked_topk", call="k=1", images=1, height=1, width=1)
     rows = [
-        Row(**own, anchors=784, provider="triton", median_ms=1.0),
-        Row(**own, anchors=3136, provider="published", median_ms=10.0, peak_mib=100.0),
-        Row(**own, anchors=3136, provider="triton", median_ms=2.0),
-        Row(**own, anchors=3136, provider="faiss", note="missing"),
+        Row(**own, dtype="float16", anchors=784, provider="triton", median_ms=1.0),
+        Row(**own, dtype="float16", anchors=3136, provider="published", median_ms=10.0),
+        Row(**own, dtype="float16", anchors=3136, provider="torch-topk", median_ms=6.0),
+        Row(**own, dtype="float16", anchors=3136, provider="cuda", median_ms=2.0),
+        Row(**own, dtype="float16", anchors=3136, provider="triton", median_ms=3.0),
+        Row(**own, dtype="float32", anchors=3136, provider="compiled", median_ms=5.0),
+        Row(**own, dtype="float32", anchors=3136, provider="cuda", note="not timed: wrong"),
     ]
     results.write(tmp_path / "results", rows)
     lines = []
     assert gpu_check.check(tmp_path, 1.0, lambda output: [], lines.append)
-    assert lines[0] == "masked_topk k=1, N = 3136, float16"
-    assert lines[1].split() == ["triton", "2.000", "ms", "5.00", "x", "published"]
-    assert lines[2].split() == ["published", "10.000", "ms", "100.0", "MiB", "1.00", "x", "published"]
+    assert [line.split() for line in lines] == [
+        ["median", "ms", "N", "cuda", "triton", "published", "fastest", "known"],
+        ["masked_topk", "k=1", "float16", "784", "-", "1.000", "-", "-"],
+        ["masked_topk", "k=1", "float16", "3136", "2.000", "3.000", "10.000", "6.000", "torch-topk", "3.00", "x"],
+        ["masked_topk", "k=1", "float32", "3136", "-", "-", "-", "5.000", "compiled"],
+    ]
+
+
+def test_a_step_that_is_cut_off_leaves_no_process(tmp_path):
+    grandchild = "import time; print(1, flush=True); time.sleep(1); print(2)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    assert run(tmp_path, python("one", child, seconds=0.5)) == (False, [["one", "out"]])
+    time.sleep(1)
+    assert "2" not in (tmp_path / "one.log").read_text().splitlines()
+
+
+def test_a_step_that_cannot_be_taken_says_why(tmp_path):
+    step = Step("one", ("no-such-program",), 5, missing="needs pytest")
+    lines = []
+    assert gpu_check.check(tmp_path, 1.0, lambda output: [step], lines.append)
+    assert lines[0].split(maxsplit=1)[1].startswith("left out: needs pytest")
+
+
+def test_variables_of_a_step(tmp_path, monkeypatch):
+    """Those that the caller has set are kept."""
+    monkeypatch.setenv("CHOSEN", "by the caller")
+    code = "import os; print(os.environ['CHOSEN'], os.environ['OTHER'])"
+    step = Step("one", (sys.executable, "-c", code), 60, environment={"CHOSEN": "no", "OTHER": "of the step"})
+    assert run(tmp_path, step)[0]
+    assert (tmp_path / "one.log").read_text().endswith("by the caller of the step\n")
+
+
+def test_what_matters_most_fits_into_the_time(tmp_path):
+    names = [step.name for step in gpu_check.steps(tmp_path)]
+    most = gpu_check.steps(tmp_path)[: names.index("ops") + 1]
+    assert {"build", "verify", "loss", "tests", "memcheck"} < {step.name for step in most}
+    assert sum(step.seconds for step in most) <= 9 * 60
+
+
+def test_what_is_measured(tmp_path, monkeypatch):
+    """Every op over N, dtype, k, density and rate, with both kinds of kernels and what they are compared with."""
+    measured, planned = set(), gpu_check.steps(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "run", lambda cases, *rest: [measured.add((case, *rest[0])) for case in cases][:0])
+    monkeypatch.setattr(command.results, "environment", lambda *_: {})
+    monkeypatch.setattr(command, "_draw", lambda folder: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    for step in planned:
+        if "run" in step.command:
+            assert command.main(list(step.command[step.command.index("run") :])) == 0
+    cases = {entry[0] for entry in measured}
+    assert {(case.op, case.anchors) for case in cases} == {(op, n) for op in OPS for n in (12544, 50176)}
+    assert {(case.op, case.dtype) for case in cases} == {(op, dtype) for op in OPS for dtype in DTYPES}
+    assert {"k=1", "k=8", "k=32", "density=0.001", "density=0.1", "rate=0.2", "rate=1"} < {case.call for case in cases}
+    assert all({"cuda", "triton", "published"} <= set(entry[1:]) for entry in measured)
+
+
+def test_verification_tells_right_from_wrong(monkeypatch):
+    """On the interpreter or the emulator where there is one, on which a tiny case takes seconds."""
+    tiny = Case("hidden_positives", "forward", images=2, grid=(2, 3))
+    monkeypatch.setattr(gpu_check, "OPS", ["hidden_positives"])
+    monkeypatch.setattr(gpu_check, "KERNELS", ("reference",))
+    monkeypatch.setattr(gpu_check, "cases", lambda *_, **__: [tiny])
+    lines = []
+    assert gpu_check.verify_all("cpu", lines.append)
+    assert lines == ["hidden_positives forward N=12 reference HPKERNELS_SM90=0: right"] * 2
+    wrong = replace(provider(tiny, "reference"), run=lambda inputs: {"bits": torch.zeros(12, 1, dtype=torch.int32) - 1})
+    monkeypatch.setattr(gpu_check, "provider", lambda *_: wrong)
+    assert not gpu_check.verify_all("cpu", lines.append)
+    assert "12 of 12 rows" in lines[-1]
 
 
 def test_steps_name_real_things(tmp_path, repository):
@@ -65,12 +140,13 @@ def test_steps_name_real_things(tmp_path, repository):
                 assert (repository / word).exists(), word
 
 
-@pytest.mark.skipif(not _triton.INTERPRETED, reason="kernels are not interpreted here")
+@pytest.mark.skipif(not _triton.INTERPRETED and not _native.EMULATED, reason="kernels run on a GPU here")
 def test_exercise_runs_every_kernel(monkeypatch):
     tiny = Sizes(images=2, grid=(2, 3), dim=6, feature_dim=5, pool_size=9, heads=1, head_dim=4, large_grid=(3, 3))
     monkeypatch.setattr(gpu_check, "SMALL", tiny)
     monkeypatch.setattr(gpu_check.backends, "registered_ops", lambda: ["hidden_positives"])
-    assert gpu_check.exercise("cpu") == 4
+    # Two sizes of features, two dtypes; on the emulator as well with the tiles of each engine.
+    assert gpu_check.exercise("cpu") == 4 * _triton.INTERPRETED + 8 * _native.EMULATED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

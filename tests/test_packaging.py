@@ -160,6 +160,42 @@ def test_build_of_what_is_possible(build_ext):
     ]
 
 
+def wheel_of_cutlass(folder: Path, major: int) -> Path:
+    """What matters of a wheel of nvidia-cutlass."""
+    path = folder / "nvidia_cutlass.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        headers = "cutlass_library/source/include"
+        archive.writestr(f"{headers}/cute/tensor.hpp", "")
+        archive.writestr(f"{headers}/cutlass/version.h", f"#define CUTLASS_MAJOR {major}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("major", "architectures", "succeeds", "said"),
+    [
+        (4, "7.5 9.0a", True, r"Not for 7\.5.*wgmma\) with CUTLASS in .*include.*kernels for 9\.0a by nvcc [\d.]+\n"),
+        (3, "9.0a", False, r"HPKERNELS_CUTLASS must be the headers of CUTLASS 4, .*got .*nvidia_cutlass\.whl"),
+        (None, "8.0 9.0a", True, r"kernels for 8\.0 9\.0a by nvcc .*, without wgmma: built without nvidia-cutlass"),
+    ],
+)
+def test_search_for_cutlass(major, architectures, succeeds, said, repository, tmp_path):
+    beside_python = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    for program in ("cmake", "nvcc", "c++"):
+        if shutil.which(program, path=beside_python) is None:
+            pytest.skip(f"configuring the CUDA library needs {program}, which is not on PATH")
+    torch_folder = Path(torch.__file__).parent
+    if not (torch_folder / "lib" / "libtorch_cuda.so").exists():
+        pytest.skip("configuring the CUDA library needs a torch with CUDA")
+    chosen = "" if major is None else wheel_of_cutlass(tmp_path, major)
+    options = ["-DHPKERNELS_CPU=OFF", "-DHPKERNELS_CUDA=ON", f"-DHPKERNELS_TORCH={torch_folder}"]
+    # What this machine has of its own is not to be found.
+    options += [f"-DHPKERNELS_CUTLASS={chosen}", "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"]
+    environment = {"PATH": beside_python, "TORCH_CUDA_ARCH_LIST": architectures}
+    done = call("cmake", "-S", repository, "-B", tmp_path / "build", *options, environment=environment, timeout=120)
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert re.search(said, re.sub(r"\s*\n\s+", " ", done.stdout + done.stderr), re.DOTALL)
+
+
 CHECK = """
 import hpkernels, pathlib, sys, torch
 assert pathlib.Path(hpkernels.__file__).is_relative_to(sys.prefix), hpkernels.__file__

@@ -146,7 +146,12 @@ void run_block(Block& block, std::minstd_rand& random) {
       progress = true;
       started ? resume(block, fiber) : start(block, index);
       if (!block.error.empty()) throw std::runtime_error("hpkernels, emulated CUDA: " + block.error);
-      if (fiber.done) --left;
+      if (fiber.done) {
+        --left;
+        // The others at __syncthreads() do not wait for it any longer.
+        Meeting& all = block.barriers[0];
+        if (all.arrived > 0 && all.arrived == static_cast<int>(left)) all.arrived = 0, ++all.passed;
+      }
     }
     started = true;
     if (!progress) {

@@ -32,15 +32,12 @@ struct FindBest {
     for (auto& pair : best) pair[0] = pair[1] = {-INFINITY, -1};
   }
 
-  __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
+  __device__ void operator()(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
     const int first_column = tile * Geometry::kColumns;
     if (kRestricted || first_column + Geometry::kColumns > arguments.references) {
-      Fragment<Geometry> allowed = products;
-      forbid(allowed, first_column, team.thread);
-      raise(allowed, first_column, team.thread);
-    } else {
-      raise(products, first_column, team.thread);
+      forbid(products, first_column, team.thread);
     }
+    raise(products, first_column, team.thread);
   }
 
  private:

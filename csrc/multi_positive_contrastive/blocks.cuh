@@ -167,6 +167,12 @@ struct BlockGradient {
                                 pair_words<kAll>(masks, scope, rows[1], word)};
 #pragma unroll
       for (int n = 4 * w; n < 4 * w + 4; ++n) {
+        float(&values)[4] = products.values[0][n];
+        // Nothing to do beyond the end. The branch also keeps the compiler from reading all columns' numbers at once.
+        if (((of_i[0].others | of_i[1].others) >> (Geometry::column(team.thread, n, 0) % 32) & 3u) == 0) {
+          values[0] = values[1] = values[2] = values[3] = 0;
+          continue;
+        }
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int place = Geometry::column(team.thread, n, c);
@@ -176,9 +182,8 @@ struct BlockGradient {
                                                           first_position + place, rows[0] / 32);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            float& value = products.values[0][n][2 * h + c];
-            value = g_of_pair(arguments.scale * value, of_rows[h], of_i[h], place % 32, j, of_j,
-                              rows[h] % 32);
+            float& value = values[2 * h + c];
+            value = g_of_pair(arguments.scale * value, of_rows[h], of_i[h], place % 32, j, of_j, rows[h] % 32);
           }
         }
       }

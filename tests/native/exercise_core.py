@@ -42,6 +42,10 @@ def main(folder):
         core.quantiles(np.float32(values), 0.1, 0.9)
     core.bits_outside(4, 31, 70)
     core.log_sum(np.float32([1, -np.inf, 300, np.nan]), 2)
+    for value in (0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan):
+        core.rank_key(value, 2**31 - 1)
+    core.geometries()
+    core.pairs_met(64, 128, 99, 33, True)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,93 @@ def test_exponential(core):
     assert core.exp_nonpositive(np.float32([0]))[0] == 1
 
 
+GEOMETRIES = [
+    *("Geometry80", "WarpGeometry80<2>", *(f"GradientGeometry80<{width}>" for width in (64, 256, 512))),
+    *("Geometry90", "GradientGeometry90<64>", "GradientGeometry90<256>"),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_geometry(core, geometry):
+    rows, columns, positions = core.geometries()[geometry]
+    places = positions[..., 0] * columns + positions[..., 1]
+    assert np.array_equal(np.sort(places, axis=None), np.arange(rows * columns))  # each has one owner
+
+    # Blocks of 16 x 8 are fragments of mma, four of which make a word of 32 columns.
+    lane, part = np.arange(32)[:, None, None, None], np.arange(4)
+    fragment = np.stack(np.broadcast_arrays(lane // 4 + part // 2 * 8, lane % 4 * 2 + part % 2), axis=-1)
+    start = positions.reshape(-1, 32, *positions.shape[1:]) - fragment
+    assert (start == start[:, :1, ..., :1, :]).all()
+    assert (start[..., 0] % 16 == 0).all()
+    n = np.arange(positions.shape[2])[:, None]
+    assert ((start[..., 1] - n % 4 * 8) % 32 == 0).all()
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (0, 7), (3, 3), (5, 22), (100, 2**40)])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 64])
+def test_parts_cover_a_range(core, first, last, parts):
+    ranges = [core.part_of(first, last, part, parts) for part in range(parts)]
+    assert [ranges[0][0], *(end for _, end in ranges)] == [*(start for start, _ in ranges), last]
+    assert ranges[0][0] == first
+    lengths = [end - start for start, end in ranges]
+    assert min(lengths) >= 0 and max(lengths) - min(lengths) <= 1
+
+
+def test_parts_are_enough_and_not_too_short(core):
+    for strips in (1, 2, 7, 511, 512, 600):
+        for tiles in (0, 1, 3, 4, 100, 5000):
+            for least in (1, 2, 5):
+                parts = core.parts_for(strips, tiles, 512, least)
+                assert parts >= 1
+                assert parts == 1 or (tiles // parts >= least and strips * (parts - 1) < 512)
+                assert strips * parts >= 512 or tiles // (parts + 1) < least
+
+
+def test_rank_keys(core):
+    falling = [np.inf, 3e38, 1.5, 1.0, 1e-45, 0.0, -1e-45, -1.0, -1.5, -3e38, -np.inf]
+    indices = [0, 1, 31, 2**31 - 2]
+    equal = {0.0: [0.0, -0.0], np.nan: [np.nan, -np.nan]}
+    keys = []
+    for value in [np.nan, *falling]:
+        for index in indices:
+            (key,) = {core.rank_key(same, index) for same in equal.get(value, [value])}
+            keys.append(key)
+    keys.append(core.nothing_found)
+    assert all(key > following for key, following in zip(keys, keys[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", ["ties", "nan", "nothing"])
+def test_best(core, kind, generator):
+    values = torch.randint(-2, 3, (40,), generator=generator).float()
+    values[values == 0] *= torch.tensor([1.0, -1.0]).repeat(20)[values == 0]
+    if kind == "nan":
+        values[[3, 17]] = torch.nan
+    elif kind == "nothing":
+        values[:] = -torch.inf
+    indices = torch.arange(40).where(values > -torch.inf, -1)  # what is NaN has no index, either
+    for split in range(0, 41, 4):
+        order = torch.randperm(40, generator=generator)
+        value, index = core.best(values[order].numpy(), indices[order].int().numpy(), split)
+        if kind == "ties":
+            assert (value, index) == (2, values.argmax())
+        else:
+            assert index == -1 and (np.isnan(value) if kind == "nan" else value == -np.inf)
+        assert core.best(values[:0].numpy(), indices[:0].int().numpy(), 0) == (-np.inf, -1)
+    kept = values[values <= 0]  # zeros of both signs are equal
+    assert kind != "ties" or core.best(kept.numpy(), np.arange(len(kept), dtype=np.int32)[::-1], 9)[1] == 0
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (64, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("images", "group"), [(1, 1), (5, 1), (3, 31), (3, 33), (2, 64), (3, 97), (4, 105), (2, 128), (1, 300), (3, 130)]
+)
+def test_tiles_meet_every_pair_once(core, tile, images, group):
+    anchors = images * group
+    image = np.arange(anchors) // group
+    assert (core.pairs_met(*tile, anchors, group, False) == 1).all()
+    assert np.array_equal(core.pairs_met(*tile, anchors, group, True), image[:, None] == image)
+
+
 def coarse(core, rows):
     """The rows as numpy arrays, their int8 codes as wider integers, and their scale, norm and error."""
     codes, stats = core.coarse_int8(rows.numpy())

@@ -441,7 +441,7 @@ def test_autocast(case):
 
 def test_unavailable_backend():
     with pytest.raises(hpkernels.BackendUnavailableError, match=rf"^{OP}: backend 'cuda' is not available: \w+"):
-        ghp_contrastive(Z, FEATURES, POOL, anchors_per_image=4, backend="cuda")
+        ghp_contrastive(Z.double(), FEATURES.double(), POOL.double(), anchors_per_image=4, backend="cuda")
 
 
 @each_case

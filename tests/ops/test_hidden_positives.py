@@ -236,7 +236,7 @@ def test_unavailable_backend():
     with pytest.raises(
         hpkernels.BackendUnavailableError, match=r"^hidden_positives: backend 'cuda' is not available: \w+"
     ):
-        hidden_positives(FEATURES, THRESHOLD, backend="cuda")
+        hidden_positives(FEATURES.double(), THRESHOLD.double(), backend="cuda")
 
 
 @pytest.mark.parametrize("anchors", [1, 31, 32, 33, 64, 70])

@@ -433,10 +433,13 @@ def test_autocast(case):
 
 @pytest.mark.parametrize("function", VALID, ids=lambda function: function.__name__)
 def test_unavailable_backend(function):
+    arguments = {
+        name: value.double() if isinstance(value, torch.Tensor) else value for name, value in VALID[function].items()
+    }
     with pytest.raises(
         hpkernels.BackendUnavailableError, match=rf"^{function.__name__}: backend 'cuda' is not available: \w+"
     ):
-        function(**VALID[function], backend="cuda")
+        function(**arguments, backend="cuda")
 
 
 @pytest.mark.parametrize("function", [local_propagation, local_propagation_weights], ids=lambda f: f.__name__)

@@ -361,7 +361,7 @@ def test_autocast(case):
 
 def test_unavailable_backend():
     with pytest.raises(hpkernels.BackendUnavailableError, match=r"^masked_topk: backend 'cuda' is not available: \w+"):
-        masked_topk(ONES(4, 3), ONES(5, 3), backend="cuda")
+        masked_topk(ONES(4, 3).double(), ONES(5, 3).double(), backend="cuda")
 
 
 @each_case

@@ -396,7 +396,7 @@ def test_autocast(case):
 
 def test_unavailable_backend():
     with pytest.raises(hpkernels.BackendUnavailableError, match=rf"^{OP}: backend 'cuda' is not available: \w+"):
-        multi_positive_contrastive(Z, POSITIVES, backend="cuda")
+        multi_positive_contrastive(Z.double(), POSITIVES, backend="cuda")
 
 
 @each_case
