@@ -21,8 +21,9 @@ def no_environment(monkeypatch):
 @pytest.fixture
 def register(monkeypatch):
     """``register(backend, dtypes, result)``: enter a backend of masked_topk that takes `dtypes` on the CPU only."""
-    # Without Triton's own, which takes tensors on the CPU in its interpreter.
-    others = {key: module for key, module in backends._modules.items() if key != (OP, "triton")}
+    # Without those that may run on the CPU, interpreted or emulated.
+    own = ((OP, "cuda"), (OP, "triton"))
+    others = {key: module for key, module in backends._modules.items() if key not in own}
     monkeypatch.setattr(backends, "_modules", others)
     monkeypatch.setattr(backends, "_on_request_only", set())
 

@@ -169,4 +169,4 @@ def test_unknown_version():
 
 def test_the_backend_is_passed_on():
     with pytest.raises(BackendUnavailableError):
-        SupConLoss(backend="cuda")(*arguments())
+        SupConLoss(backend="cuda")(*arguments(dtype=torch.float64))

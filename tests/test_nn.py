@@ -131,7 +131,7 @@ def test_hidden_positive_loss_trains():
 
 
 def test_hidden_positive_loss_passes_the_backend_on():
-    problem = random_problem()
+    problem = random_problem(dtype=torch.float64)
     module = HiddenPositiveLoss(problem.anchors_per_image, backend="cuda")
     with pytest.raises(BackendUnavailableError):
         module(problem.z, problem.features, problem.pool)
@@ -157,5 +157,6 @@ def test_local_propagation_is_the_op(settings):
 
 
 def test_local_propagation_passes_the_backend_on():
+    code, tokens = torch.ones(1, 2, 2, 2, dtype=torch.float64), torch.ones(1, 1, 5, 3, dtype=torch.float64)
     with pytest.raises(BackendUnavailableError):
-        LocalPropagation(backend="cuda")(torch.ones(1, 2, 2, 2), torch.ones(1, 1, 5, 3), torch.ones(1, 1, 5, 3))
+        LocalPropagation(backend="cuda")(code, tokens, tokens)

@@ -54,3 +54,10 @@ def core(build_core):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
+def engine(request, monkeypatch):
+    """On the CPU the geometry of either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    monkeypatch.setenv("HPKERNELS_SM90", request.param)
+    return request.param

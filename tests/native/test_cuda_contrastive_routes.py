@@ -24,13 +24,6 @@ def kernels():
     return backends.implementation(OP, "cuda")
 
 
-@pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
-def engine(request, monkeypatch):
-    """On the CPU the geometry of either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
-    monkeypatch.setenv("HPKERNELS_SM90", request.param)
-    return request.param
-
-
 class Loss:
     """The loss of three images with few positives across them."""
 

@@ -61,6 +61,18 @@ def test_rows_of_a_warp(grid, low, high, window, generator):
     assert_weights_close(cuda.weights_forward(query, key, *options), query, key, *options)
 
 
+@pytest.mark.parametrize("infinite", [0.05, 0.2])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_infinite_logits(infinite, sign, generator):
+    """A few are clamped like any others; as many as make a quantile infinite, and no row can be clamped to that."""
+    query, key = (value.abs() + 0.1 for value in tokens(generator, 1, 1, 0, 150, 1, torch.float16))
+    key[:, :, : int(infinite * 150)] = sign * torch.inf
+    options = (10, 15, 28.0, 0.1, 0.9, 3, 0)
+    actual, expected = (module.weights_forward(query, key, *options) for module in (cuda, reference))
+    assert expected.isnan().any() == (infinite > 0.1)
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 def weights_of_last_patches(query, key, first, height, width):
     """(R, 9): T_ij / c_i by its formula for the patches from `first` on, from the (G, d) tokens of one head."""
     logits = query[first:] @ key.T / math.sqrt(query.shape[1])
