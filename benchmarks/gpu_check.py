@@ -71,7 +71,7 @@ def steps(output: Path) -> list[Step]:
     """What is done, in this order: whoever is cut off misses what matters least."""
     python = sys.executable
     own = (python, "-m", "benchmarks.gpu_check")
-    tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-q", "-p", "no:cacheprovider")
+    tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-v", "-p", "no:cacheprovider")
     lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 

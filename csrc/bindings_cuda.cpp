@@ -59,44 +59,36 @@ void masked_topk_top1(Tensor query, Tensor pool, std::optional<Tensor> mask, std
   });
 }
 
-int64_t masked_topk_lists_of(Tensor query) {
-  const OnDeviceOf on(query);
-  int64_t lists = 0;
-  with_type_of(query, [&](auto zero) { lists = masked_topk_lists(rows<decltype(zero)>(query)); });
-  return lists;
-}
-
-// keys (queries, parts, lists, k)
+// below (queries), keys (queries, parts, k)
 void masked_topk(Tensor query, Tensor pool, std::optional<Tensor> mask, std::optional<Tensor> query_group,
-                 std::optional<Tensor> pool_group, Tensor keys) {
+                 std::optional<Tensor> pool_group, std::optional<Tensor> below, Tensor keys) {
   const OnDeviceOf on(query);
   with_type_of(query, [&](auto zero) {
     using T = decltype(zero);
     masked_topk_cuda(rows<T>(query), rows<T>(pool),
-                     topk_arguments(query, pool, keys.size(3), mask, query_group, pool_group),
-                     static_cast<int>(keys.size(1)), data<int64_t>(keys), on.stream);
+                     topk_arguments(query, pool, keys.size(2), mask, query_group, pool_group),
+                     static_cast<int>(keys.size(1)), data<int64_t>(below), data<int64_t>(keys), on.stream);
   });
 }
 
+// grad_query (queries, dim), of the rows as the kernels read them
 void masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor grad_query) {
   const OnDeviceOf on(pool);
   with_type_of(pool, [&](auto zero) {
     using T = decltype(zero);
     masked_topk_query_backward_cuda(rows<T>(pool), data<int64_t>(indices), data<float>(grad_values), indices.size(0),
-                                    static_cast<int>(indices.size(1)), data<T>(grad_query),
-                                    static_cast<int>(grad_query.size(1)), on.stream);
+                                    static_cast<int>(indices.size(1)), data<T>(grad_query), on.stream);
   });
 }
 
-// sums (parts, references, dim)
+// sums (parts, references, dim), likewise
 void masked_topk_pool_backward(Tensor query, Tensor order, Tensor first, Tensor grad_values, Tensor sums) {
   const OnDeviceOf on(query);
   with_type_of(query, [&](auto zero) {
     using T = decltype(zero);
     masked_topk_pool_backward_cuda(rows<T>(query), data<int64_t>(order), data<int64_t>(first),
                                    data<float>(grad_values), sums.size(1), static_cast<int>(grad_values.size(1)),
-                                   static_cast<int>(sums.size(0)), data<float>(sums), static_cast<int>(sums.size(2)),
-                                   on.stream);
+                                   static_cast<int>(sums.size(0)), data<float>(sums), on.stream);
   });
 }
 
@@ -266,10 +258,9 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");
-  m.def("masked_topk_lists(Tensor query) -> int");
   m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
         "Tensor(a!) values, Tensor(b!) indices) -> ()");
-  m.def("masked_topk(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
+  m.def("masked_topk(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, Tensor? below, "
         "Tensor(a!) keys) -> ()");
   m.def("masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor(a!) grad_query) -> ()");
   m.def("masked_topk_pool_backward(Tensor query, Tensor order, Tensor first, Tensor grad_values, Tensor(a!) sums) "
@@ -304,7 +295,6 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("hidden_positives", TORCH_BOX(&hidden_positives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
-  m.impl("masked_topk_lists", TORCH_BOX(&masked_topk_lists_of));
   m.impl("masked_topk_top1", TORCH_BOX(&masked_topk_top1));
   m.impl("masked_topk", TORCH_BOX(&masked_topk));
   m.impl("masked_topk_query_backward", TORCH_BOX(&masked_topk_query_backward));

@@ -297,7 +297,9 @@ PYBIND11_MODULE(_core, m) {
     return hpk::parts_for(strips, tiles, wanted, least);
   });
   m.def("rank_key", [](float value, int32_t index) { return hpk::rank_key(value, index); });
+  m.def("value_of_key", [](int64_t key) { return hpk::value_of_key(key); });
   m.attr("nothing_found") = hpk::kNothingFound;
+  m.attr("greatest_key") = hpk::kGreatestKey;
   m.def("best", &best);
   m.def("pairs_met", &pairs_met);
   m.def("coarse_int8", &coarse_int8);

@@ -15,6 +15,7 @@ struct StripSm80 {
   using Geometry = OfTile;
   static constexpr int kThreads = Geometry::kTeams * Geometry::kTeamThreads;
   static constexpr int kStages = 3;
+  static constexpr int kUnrolled = sizeof(T) == 4 ? 2 : 4;  // steps of a product at a time: TF32 takes the most registers
   static constexpr bool kGathers = true;  // any rows may be the columns of a tile
   static constexpr int kLeftBytes = Geometry::kRows * kTileBytes, kRightBytes = Geometry::kColumns * kTileBytes;
 
@@ -87,8 +88,8 @@ struct StripSm80 {
       __syncthreads();  // this stage is there for all, and all are done with the one before
       load();
       const char* const from = shared + stage * (kLeftBytes + kRightBytes);
-      add_products<T>(products.values, from, first_row_of_warp<Geometry>(thread), from + kLeftBytes,
-                      first_column_of_warp<Geometry>(thread));
+      add_products<T, kUnrolled>(products.values, from, first_row_of_warp<Geometry>(thread), from + kLeftBytes,
+                                 first_column_of_warp<Geometry>(thread));
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (++block == blocks) {
         consumer(products, tile, team);

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kTaskThreads = 256;
 
-// mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], cells inside the image only; or
-// the transpose, a gather too, so that no two threads write to one place and the order of the sum is fixed.
+// mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], cells inside the image only;
+// or the transpose, a gather too, so that no two threads write to one place and the order of the sum is fixed.
 //
 // Grid: blocks of tasks. Bytes: code and mixed once each, batch * dim * patches elements; weights, batch * window^2 *
 // patches * 4, once for every kStencilPlanes planes. The neighbours of a patch come from cache.
@@ -48,12 +48,12 @@ constexpr int kZeros = 4 * kRunPatches;  // at the start of shared memory, for t
 template <typename T>
 constexpr int kStagePlanes = kChunkBytes / static_cast<int>(sizeof(T));
 
-// The same sums for a window of 3 x 3 and images of kMostRuns runs at most. A thread has one run and its weights, for all
-// planes of the block. These come through shared memory, kStagePlanes at a time, a stage or two ahead of the sums.
+// The same sums for a window of 3 x 3 and images of kMostRuns runs at most. A thread has one run and its weights, for
+// all planes of the block. The planes come through shared memory, kStagePlanes at a time, two stages ahead of the sums.
 //
-// Grid (images x parts of their planes), as many threads as an image has runs. Bytes: code and mixed once each, in pieces
-// of 16 and 4 sizeof(T); weights, batch * 9 * patches * 4, once for every part. For each run and plane, 36 additions of
-// products and 9 loads from shared memory.
+// Grid (images x parts of their planes), as many threads as an image has runs. Bytes: code and mixed once each, in
+// pieces of 16 and 4 sizeof(T); weights, batch * 9 * patches * 4, once for every part. For each run and plane, 36
+// additions of products and 9 loads from shared memory.
 template <bool transposed, bool whole, typename T>
 __device__ __forceinline__ void run_planes(const T* input, const float* weights, const StencilShape& shape, int parts,
                                            T* output) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
     auto rows = run.rows(reinterpret_cast<const T*>(place_of(stage)), zeros + kRunPatches);
     T* to = output + int64_t{stage} * kStagePlanes<T> * patches;
     const int planes = planes_of(stage);
-#pragma unroll 2
+#pragma unroll(whole ? 2 : 1)  // two at a time overlap; those of parts of rows have no registers for it
     for (int plane = 0; plane < planes; ++plane) {
       float sums[kRunPatches];
       run.sum(rows, sums);
@@ -124,10 +124,12 @@ local_propagation_planes_bwd_kernel(const T* __restrict__ grad_mixed, const floa
 
 template <bool transposed, typename T>
 void apply(const T* input, const float* weights, const StencilShape& shape, T* output, cudaStream_t stream) {
-  const int64_t patches = shape.height * shape.width, threads = shape.height * runs_across(static_cast<int>(shape.width));
+  const int64_t patches = shape.height * shape.width;
+  const int64_t threads = shape.height * runs_across(static_cast<int>(shape.width));
   // Every image, and with it every stage of its planes, must start at a multiple of 16 bytes.
   const auto starts_chunk = [](uint64_t byte) { return byte % kChunkBytes == 0; };
-  const bool aligned = starts_chunk(reinterpret_cast<uintptr_t>(input)) && starts_chunk(reinterpret_cast<uintptr_t>(output)) &&
+  const bool aligned = starts_chunk(reinterpret_cast<uintptr_t>(input)) &&
+                       starts_chunk(reinterpret_cast<uintptr_t>(output)) &&
                        (shape.batch == 1 || starts_chunk(shape.dim * patches * sizeof(T)));
   if (shape.window == 3 && threads <= kMostRuns && aligned) {
     const int64_t stages = divide_up(shape.dim, kStagePlanes<T>);
@@ -138,8 +140,9 @@ void apply(const T* input, const float* weights, const StencilShape& shape, T* o
     if (transposed) {
       kernel = whole ? local_propagation_planes_bwd_kernel<true, T> : local_propagation_planes_bwd_kernel<false, T>;
     }
-    return launch(kernel, blocks, static_cast<int>(divide_up(threads, 32) * 32),
-                  static_cast<size_t>(kZeros * sizeof(T) + kPlaneStages * patches * kChunkBytes), stream, input, weights, shape, parts, output);
+    const size_t shared_bytes = kZeros * sizeof(T) + kPlaneStages * static_cast<size_t>(patches) * kChunkBytes;
+    return launch(kernel, blocks, static_cast<int>(divide_up(threads, 32) * 32), shared_bytes, stream, input, weights,
+                  shape, parts, output);
   }
   const int64_t wanted = divide_up(stencil_tasks(shape), kTaskThreads);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(wanted, std::numeric_limits<int32_t>::max()));

@@ -1,5 +1,5 @@
-// The stencil of local_propagation and its transpose: what one CUDA thread does, and free of CUDA so that tests run it on
-// a CPU. Both gather and pass over what lies outside the image, whatever weight is there:
+// The stencil of local_propagation and its transpose: what one CUDA thread does, and free of CUDA so that tests run it
+// on a CPU. Both gather and pass over what lies outside the image, whatever weight is there:
 //
 // forward:    output[p] = sum over cells of weights[cell][p] * input[p + offset(cell)]
 // transposed: output[p] = sum over cells of weights[cell][p - offset(cell)] * input[p - offset(cell)]

@@ -7,8 +7,8 @@
 
 namespace hpk {
 
-// The key of -inf, less than that of any reference.
-constexpr int64_t kNothingFound = -(int64_t{0x7F800001} << 32);
+// The key of -inf, less than that of any reference, and a key greater than any.
+constexpr int64_t kNothingFound = -(int64_t{0x7F800001} << 32), kGreatestKey = INT64_MAX;
 
 // Greater for a greater value and, where values are equal, for a lower index (0 <= index < 2^31). -0 equals 0; NaN is
 // greater than all other values.
@@ -20,6 +20,15 @@ HPK_HOST_DEVICE int64_t rank_key(float value, int32_t index) {
   if (bits < 0) bits ^= 0x7FFFFFFF;  // negative numbers are signed magnitudes
   return static_cast<int64_t>((static_cast<uint64_t>(static_cast<uint32_t>(bits)) << 32) |
                               static_cast<uint32_t>(0x7FFFFFFF - index));
+}
+
+// The value in a key; NaN for kGreatestKey.
+HPK_HOST_DEVICE float value_of_key(int64_t key) {
+  int32_t bits = static_cast<int32_t>(key >> 32);
+  if (bits < 0) bits ^= 0x7FFFFFFF;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // The greatest product of a query so far; the index is -1 if there is none, or if it is NaN.

@@ -32,35 +32,10 @@ struct FindBest {
     for (auto& pair : best) pair[0] = pair[1] = {-INFINITY, -1};
   }
 
-  __device__ void operator()(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
+  // Of most tiles no product is greater than what a row has: that takes one maximum a product to see.
+  __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
     const int first_column = tile * Geometry::kColumns;
-    if (kRestricted || first_column + Geometry::kColumns > arguments.references) {
-      forbid(products, first_column, team.thread);
-    }
-    raise(products, first_column, team.thread);
-  }
-
- private:
-  // Gives -inf to what may not be chosen.
-  __device__ __forceinline__ void forbid(Fragment<Geometry>& products, int first_column, int thread) const {
-#pragma unroll
-    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          const int row = first_row + Geometry::row(thread, m, part / 2);
-          const int column = first_column + Geometry::column(thread, n, part % 2);
-          bool allowed = row < arguments.queries && column < arguments.references;
-          if constexpr (kRestricted) allowed = allowed && is_allowed(arguments.restrictions, row, column);
-          if (!allowed) products.values[m][n][part] = -INFINITY;
-        }
-      }
-    }
-  }
-
-  // A thread meets its columns in ascending order, so an equal value comes too late.
-  __device__ __forceinline__ void raise(const Fragment<Geometry>& products, int first_column, int thread) {
+    const bool choose = kRestricted || first_column + Geometry::kColumns > arguments.references;
 #pragma unroll
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
@@ -71,16 +46,46 @@ struct FindBest {
           greatest = max_or_nan(greatest, max_or_nan(products.values[m][n][2 * h], products.values[m][n][2 * h + 1]));
         }
         Best& own = best[m][h];
-        if (!(greatest > own.value) && greatest == greatest) continue;
-        int index = -1;
-#pragma unroll
-        for (int n = Geometry::kColumnBlocks - 1; n >= 0; --n) {
-#pragma unroll
-          for (int c = 1; c >= 0; --c) {
-            if (products.values[m][n][2 * h + c] == greatest) index = first_column + Geometry::column(thread, n, c);
-          }
+        if (greatest <= own.value || own.value != own.value) continue;
+        if (choose) {
+          add_allowed(own, products.values[m], m, h, first_column, team.thread);
+        } else {
+          own = {greatest, first_with(greatest, products.values[m], h, first_column, team.thread)};
         }
-        own = {greatest, index};
+      }
+    }
+  }
+
+ private:
+  using OfRows = float[Geometry::kColumnBlocks][4];
+
+  // The first column that has a value, -1 for NaN.
+  __device__ static __forceinline__ int first_with(float value, const OfRows& values, int h, int first_column, int thread) {
+    int first = -1;
+#pragma unroll
+    for (int n = Geometry::kColumnBlocks - 1; n >= 0; --n) {
+#pragma unroll
+      for (int c = 1; c >= 0; --c) {
+        if (values[n][2 * h + c] == value) first = first_column + Geometry::column(thread, n, c);
+      }
+    }
+    return first;
+  }
+
+  // Adds those products one by one that may be chosen. A thread meets its columns in ascending order, so an equal value
+  // comes too late.
+  __device__ __forceinline__ void add_allowed(Best& own, const OfRows& values, int m, int h, int first_column,
+                                              int thread) const {
+    const int query = first_row + Geometry::row(thread, m, h);
+    if (query >= arguments.queries) return;
+#pragma unroll
+    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = first_column + Geometry::column(thread, n, c);
+        const float value = values[n][2 * h + c];
+        if (value <= own.value || own.value != own.value || column >= arguments.references) continue;
+        if (!kRestricted || is_allowed(arguments.restrictions, query, column)) own = {value, value == value ? column : -1};
       }
     }
   }
@@ -108,92 +113,63 @@ masked_topk_top1_fwd_kernel(const __grid_constant__ typename Engine::Operands op
   });
 }
 
-// The greatest keys of one query, in descending order: key j is in lane j % 32, at j / 32. All lanes work together.
-template <int kPlaces>
+// The `count` greatest keys so far, in the registers of a thread: in descending order at the end of keys[], behind some
+// that give way to none.
 struct SortedKeys {
-  int64_t keys[kPlaces];
+  static constexpr int kMost = kMostTopk;
+  int64_t keys[kMost];
 
-  __device__ __forceinline__ void load(const int64_t* list, int count) {
+  __device__ explicit SortedKeys(int count) {
 #pragma unroll
-    for (int place = 0; place < kPlaces; ++place) {
-      const int j = 32 * place + lane();
-      keys[place] = j < count ? list[j] : kNothingFound;
-    }
+    for (int i = 0; i < kMost; ++i) keys[i] = i < kMost - count ? kGreatestKey : kNothingFound;
   }
 
-  __device__ __forceinline__ void store(int64_t* list, int count) const {
-#pragma unroll
-    for (int place = 0; place < kPlaces; ++place) {
-      if (32 * place + lane() < count) list[32 * place + lane()] = keys[place];
-    }
-  }
+  __device__ __forceinline__ int64_t least() const { return keys[kMost - 1]; }
 
-  // The last of `count` keys, for all lanes.
-  __device__ __forceinline__ int64_t last(int count) const {
-    int64_t found = kNothingFound;
-#pragma unroll
-    for (int place = 0; place < kPlaces; ++place) {
-      const int64_t key = __shfl_sync(kAllLanes, keys[place], (count - 1) % 32);
-      if ((count - 1) / 32 == place) found = key;
-    }
-    return found;
-  }
-
-  // Puts a key, the same in all lanes, before the first that is less; the last one falls out.
+  // At every place at once, so that no place needs to be found.
   __device__ __forceinline__ void insert(int64_t key) {
-    int before = 0;
 #pragma unroll
-    for (int place = 0; place < kPlaces; ++place) before += __popc(__ballot_sync(kAllLanes, keys[place] > key));
-    int64_t carried = 0;
-#pragma unroll
-    for (int place = 0; place < kPlaces; ++place) {
-      const int64_t moved = __shfl_up_sync(kAllLanes, keys[place], 1);
-      const int64_t next_carried = __shfl_sync(kAllLanes, keys[place], 31);
-      const int j = 32 * place + lane();
-      if (j == before) keys[place] = key;
-      if (j > before) keys[place] = lane() == 0 ? carried : moved;
-      carried = next_carried;
-    }
+    for (int i = kMost - 1; i > 0; --i) keys[i] = key > keys[i - 1] ? keys[i - 1] : key > keys[i] ? key : keys[i];
+    if (key > keys[0]) keys[0] = key;
   }
 
- private:
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  // list[t * step] = the t-th greatest
+  __device__ __forceinline__ void store(int count, int64_t* list, int64_t step) const {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= kMost - count) list[(i - (kMost - count)) * step] = keys[i];
+    }
+  }
 };
 
-// Keeps the k greatest keys of each row in memory, which no one else touches; of what a warp sees most is below the least
-// of them. Products go through shared memory, 32 columns at a time, so that a warp has a row.
-template <class Geometry, int kPlaces>
+// The k greatest keys of each row that are less than some key: a thread of each team has a row. Products go through shared
+// memory, 32 columns at a time. Most are less than the least key kept, and that takes a comparison to see.
+template <class Geometry>
 struct FindTopk {
   static constexpr int kSlab = 32, kSlabs = Geometry::kColumns / kSlab;
-  static constexpr int kWarps = Geometry::kTeamThreads / 32, kRowsOfWarp = Geometry::kRows / kWarps;
+  static_assert(Geometry::kTeamThreads >= Geometry::kRows, "a thread has one row");
 
   struct Shared {
-    struct {
-      int64_t least[Geometry::kRows];
-      float products[Geometry::kRows][kSlab + 1];
-    } of_team[Geometry::kTeams];
+    float products[Geometry::kTeams][Geometry::kRows][kSlab + 1];
   };
 
   const TopkArguments& arguments;
-  int first_row, part, parts;
+  int query;
   Shared* shared;
-  int64_t* keys;
+  int64_t limit;
+  SortedKeys sorted;
 
-  __device__ FindTopk(const TopkArguments& arguments_, int first_row_, int part_, int parts_, char* memory, int64_t* keys_)
+  __device__ FindTopk(const TopkArguments& arguments_, int first_row, const int64_t* below, char* memory)
       : arguments(arguments_),
-        first_row(first_row_),
-        part(part_),
-        parts(parts_),
+        query(first_row + static_cast<int>(threadIdx.x) % Geometry::kTeamThreads),
         shared(reinterpret_cast<Shared*>(memory)),
-        keys(keys_) {
-    for (int i = threadIdx.x; i < Geometry::kTeams * Geometry::kRows; i += blockDim.x) {
-      shared->of_team[i / Geometry::kRows].least[i % Geometry::kRows] = kNothingFound;
-    }
-    __syncthreads();
+        limit(kGreatestKey),
+        sorted(arguments_.k) {
+    if (has_row() && below != nullptr) limit = below[query];
   }
 
   __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
-    auto& own = shared->of_team[team.index];
+    auto& own = shared->products[team.index];
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -204,59 +180,72 @@ struct FindTopk {
         for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
           for (int part = 0; part < 4; ++part) {
-            own.products[Geometry::row(team.thread, m, part / 2)][column + part % 2] = products.values[m][n][part];
+            own[Geometry::row(team.thread, m, part / 2)][column + part % 2] = products.values[m][n][part];
           }
         }
       }
       team.sync();
-      for (int i = 0; i < kRowsOfWarp; ++i) {
-        scan(own, team.thread / 32 * kRowsOfWarp + i, tile * Geometry::kColumns + slab * kSlab, team.index);
-      }
+      if (has_row()) add(own[team.thread], tile * Geometry::kColumns + slab * kSlab);
       team.sync();
     }
   }
 
- private:
-  template <class OfTeam>
-  __device__ __forceinline__ void scan(OfTeam& own, int row, int first_column, int team) const {
-    const int query = first_row + row, lane = threadIdx.x % 32, column = first_column + lane;
-    if (query >= arguments.queries) return;
-    const int64_t key = rank_key(own.products[row][lane], column), least = own.least[row];
-    const bool candidate = column < arguments.references && key > least &&
-                           is_allowed(arguments.restrictions, query, column);
-    uint32_t left = __ballot_sync(kAllLanes, candidate);
-    if (left == 0) return;
-    int64_t* const list = keys + ((int64_t{query} * parts + part) * Geometry::kTeams + team) * arguments.k;
-    SortedKeys<kPlaces> sorted;
-    sorted.load(list, arguments.k);
-    for (; left != 0; left &= left - 1) {
-      const int64_t next = __shfl_sync(kAllLanes, key, __ffs(left) - 1);
-      if (next > sorted.last(arguments.k)) sorted.insert(next);
+  // Calls after the last tile, of every thread of the teams: the keys of all teams come together in those of the first.
+  __device__ void join_teams() {
+    auto* const others = reinterpret_cast<int64_t(*)[kMostTopk][Geometry::kRows]>(shared);  // [team - 1], when all are done
+    static_assert(sizeof(*others) * (Geometry::kTeams - 1) <= sizeof(Shared), "the keys of the other teams fit");
+    const int team = threadIdx.x / Geometry::kTeamThreads, row = threadIdx.x % Geometry::kTeamThreads;
+    sync_teams<Geometry>();
+    if (team > 0 && has_row()) sorted.store(arguments.k, &others[team - 1][0][row], Geometry::kRows);
+    sync_teams<Geometry>();
+    if (team > 0 || !has_row()) return;
+    for (int other = 0; other < Geometry::kTeams - 1; ++other) {
+      for (int t = 0; t < arguments.k && others[other][t][row] > sorted.least(); ++t) sorted.insert(others[other][t][row]);
     }
-    sorted.store(list, arguments.k);
-    const int64_t last = sorted.last(arguments.k);
-    if (lane == 0) own.least[row] = last;
-    __syncwarp();
+  }
+
+  // Whether the thread, of its team, has a query.
+  __device__ __forceinline__ bool has_row() const {
+    return static_cast<int>(threadIdx.x) % Geometry::kTeamThreads < Geometry::kRows && query < arguments.queries;
+  }
+
+ private:
+  __device__ __forceinline__ void add(const float (&products)[kSlab + 1], int first_column) {
+    const float least = value_of_key(sorted.least()), greatest = value_of_key(limit);
+    uint32_t left = 0;
+#pragma unroll
+    for (int c = 0; c < kSlab; ++c) {
+      // NaN passes, and where a bound is NaN all do: then the keys decide alone.
+      left |= uint32_t{!(products[c] <= least || products[c] > greatest)} << c;
+    }
+    for (; left != 0; left &= left - 1) {
+      const int place = __ffs(left) - 1, column = first_column + place;
+      const int64_t key = rank_key(products[place], column);
+      if (key <= sorted.least() || key >= limit || column >= arguments.references) continue;
+      if (is_allowed(arguments.restrictions, query, column)) sorted.insert(key);
+    }
   }
 };
 
-// keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, of the tiles of team t, allowed} of
-// rank_key(<query_i, pool_m>, m). All of them are kNothingFound before.
+// keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, allowed} of key = rank_key(<query_i, pool_m>, m)
+// less than below[i], or kNothingFound.
 //
-// Grid (strips of queries, parts of the pool). Bytes: as for k = 1, and of keys 16 k for a row and each 32 columns that
-// have a candidate, from cache.
-template <class Engine, int kPlaces>
+// Grid (strips of queries, parts of the pool). FLOPs and bytes as for k = 1, and 8 k bytes written a query and part.
+template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
 masked_topk_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                       const __grid_constant__ TopkArguments arguments, int64_t* __restrict__ keys) {
+                       const __grid_constant__ TopkArguments arguments, const int64_t* __restrict__ below,
+                       int64_t* __restrict__ keys) {
   using Geometry = typename Engine::Geometry;
-  using Consumer = FindTopk<Geometry, kPlaces>;
+  using Consumer = FindTopk<Geometry>;
   const int first_row = static_cast<int>(blockIdx.x) * Geometry::kRows;
-  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
-  Consumer consumer(arguments, first_row, part, parts, shared_memory(), keys);
+  Consumer consumer(arguments, first_row, below, shared_memory());
   const TileRange all{0, divide_up(arguments.references, Geometry::kColumns)};
-  Engine::run(operands, first_row, part_of(all, part, parts),
+  Engine::run(operands, first_row, part_of(all, blockIdx.y, gridDim.y),
               shared_memory() + kAlignedBytes<typename Consumer::Shared>, consumer);
+  consumer.join_teams();
+  if (threadIdx.x >= Geometry::kTeamThreads || !consumer.has_row()) return;
+  consumer.sorted.store(arguments.k, keys + (int64_t{consumer.query} * gridDim.y + blockIdx.y) * arguments.k, 1);
 }
 
 template <class Engine>
@@ -274,16 +263,11 @@ void launch_top1(const typename Engine::Operands& operands, const TopkArguments&
 }
 
 template <class Engine>
-void launch_topk(const typename Engine::Operands& operands, const TopkArguments& arguments, int parts, int64_t* keys,
-                 cudaStream_t stream) {
-  const auto launch_with = [&](auto places) {
-    constexpr int kPlaces = decltype(places)::value;
-    constexpr size_t own = kAlignedBytes<typename FindTopk<typename Engine::Geometry, kPlaces>::Shared>;
-    launch(masked_topk_fwd_kernel<Engine, kPlaces>, topk_grid<Engine>(arguments, parts), Engine::kThreads,
-           own + Engine::shared_bytes(operands, own), stream, operands, arguments, keys);
-  };
-  if (arguments.k <= 32) return launch_with(std::integral_constant<int, 1>{});
-  launch_with(std::integral_constant<int, kMostTopk / 32>{});
+void launch_topk(const typename Engine::Operands& operands, const TopkArguments& arguments, int parts,
+                 const int64_t* below, int64_t* keys, cudaStream_t stream) {
+  constexpr size_t own = kAlignedBytes<typename FindTopk<typename Engine::Geometry>::Shared>;
+  launch(masked_topk_fwd_kernel<Engine>, topk_grid<Engine>(arguments, parts), Engine::kThreads,
+         own + Engine::shared_bytes(operands, own), stream, operands, arguments, below, keys);
 }
 
 }  // namespace hpk

@@ -5,7 +5,7 @@
 
 namespace hpk {
 
-constexpr int kMostTopk = 128;  // of masked_topk_cuda
+constexpr int kMostTopk = 16;  // keys of a query in the registers of a thread
 
 // Which references a query may choose: those whose mask is true, and of another group. Null is for no restriction.
 struct TopkRestrictions {
@@ -32,27 +32,22 @@ template <typename T>
 void masked_topk_top1_sm90(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
                            float* values, int64_t* indices, cudaStream_t stream);
 
-// How many lists of keys there are of a part.
-template <typename T>
-int masked_topk_lists(const Rows<T>& query) {
-  return sizeof(T) == 2 && runs_on_sm90(query) ? 2 : 1;
-}
-
-// keys (queries, parts, masked_topk_lists, k), kNothingFound before: the greatest keys (keys.h) of each list, descending.
+// keys (queries, parts, k), k <= kMostTopk: the greatest keys (keys.h) of each query and part of the pool, descending, of
+// those less than below (queries), or of all if that is null.
 template <typename T>
 void masked_topk_cuda(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
-                      int64_t* keys, cudaStream_t stream);
+                      const int64_t* below, int64_t* keys, cudaStream_t stream);
 template <typename T>
 void masked_topk_sm90(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
-                      int64_t* keys, cudaStream_t stream);
+                      const int64_t* below, int64_t* keys, cudaStream_t stream);
 
-// The gradients of the queries (queries, dim), and of the pool (parts, references, dim), which are still to be summed.
+// The gradients of the queries, rows of pool.dim, and of the pool, (parts, references, query.dim), still to be summed.
 template <typename T>
 void masked_topk_query_backward_cuda(const Rows<T>& pool, const int64_t* indices, const float* grad_values,
-                                     int64_t queries, int k, T* grad_query, int dim, cudaStream_t stream);
+                                     int64_t queries, int k, T* grad_query, cudaStream_t stream);
 template <typename T>
 void masked_topk_pool_backward_cuda(const Rows<T>& query, const int64_t* order, const int64_t* first,
-                                    const float* grad_values, int64_t references, int k, int parts, float* sums, int dim,
+                                    const float* grad_values, int64_t references, int k, int parts, float* sums,
                                     cudaStream_t stream);
 
 }  // namespace hpk

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/combine.cuh"
+#include "multi_positive_contrastive/anchor_numbers.cuh"
 #include "multi_positive_contrastive/masks.cuh"
 #include "multi_positive_contrastive/row_sums.cuh"
 
@@ -124,18 +125,6 @@ void launch_blocks_forward(const typename Engine::Operands& operands, const Bloc
   launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs), parts);
 }
 
-// log-denominator, push, pull and specific pull of an anchor.
-struct AnchorNumbers {
-  float log_denominator = 0, push = 0, pull = 0, specific = 0;
-};
-
-// `inside` is false for what is no anchor: no push, no pull.
-__device__ __forceinline__ AnchorNumbers numbers_of(const float* numbers, int64_t anchors, int64_t anchor, bool inside) {
-  if (!inside) return {};
-  const float* const at = numbers + anchor;
-  return {at[0], at[anchors], at[2 * anchors], at[3 * anchors]};
-}
-
 // Turns products into g_ij + g_ji, and writes the gradient.
 template <class Engine, bool kAll>
 struct BlockGradient {
@@ -205,7 +194,8 @@ struct BlockGradient {
 
  private:
   __device__ __forceinline__ AnchorNumbers numbers_of_anchor(int anchor) const {
-    return numbers_of(numbers, arguments.masks.anchors, anchor, scope.holds(anchor));
+    if (!scope.holds(anchor)) return {};
+    return numbers_of(numbers, arguments.masks.anchors, anchor);
   }
 
   // Bit `column` of the words of i, and bit `row` of those of j.

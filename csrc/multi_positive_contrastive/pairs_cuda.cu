@@ -5,6 +5,7 @@
 #include "common/bits.h"
 #include "common/schedule.h"
 #include "common/warp.cuh"
+#include "multi_positive_contrastive/anchor_numbers.cuh"
 #include "multi_positive_contrastive/log_sum.h"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 
@@ -210,17 +211,6 @@ contrastive_pairs_fwd_kernel(const __grid_constant__ ListedPairs<T> pairs, float
   for (int number = 0; number < 5; ++number) part[number * anchors + row] = found[number];
 }
 
-// The numbers of an anchor: log-denominator, push, pull and specific pull, from (4, N).
-struct AnchorNumbers {
-  float log_denominator, push, pull, specific;
-
-  __device__ AnchorNumbers(const float* numbers, int64_t anchors, int64_t anchor)
-      : log_denominator(numbers[anchor]),
-        push(numbers[anchors + anchor]),
-        pull(numbers[2 * anchors + anchor]),
-        specific(numbers[3 * anchors + anchor]) {}
-};
-
 // row[place] += added[0] and so on, four of them, as far as the row goes.
 __device__ __forceinline__ void add_four(float* row, int place, int dim, bool aligned, const float* added) {
   if (aligned && place < dim) {
@@ -249,14 +239,14 @@ contrastive_pairs_bwd_kernel(const __grid_constant__ ListedPairs<T> pairs, const
   const int lane = threadIdx.x % 32, segment = kWhole ? 0 : blockIdx.y;
   Gathered gathered(pairs.z, row);
   typename Gathered::OfLane::Numbers sums = {};
-  const AnchorNumbers i(numbers, anchors, row);
+  const AnchorNumbers i = numbers_of(numbers, anchors, row);
   const int group = static_cast<int>(pairs.group), position = static_cast<int>(row) % group;
   const int32_t* const list = pairs.columns + pairs.offsets[row];
   const int length = static_cast<int>(pairs.offsets[row + 1] - pairs.offsets[row]);
   for (int start = 0; start < length; start += 32) {
     const bool listed = start + lane < length;
     const int32_t column = listed ? list[start + lane] : static_cast<int32_t>(row);
-    const AnchorNumbers j(numbers, anchors, column);
+    const AnchorNumbers j = numbers_of(numbers, anchors, column);
     const bool agnostic = listed && is_set(pairs, pairs.positives, row, column);
     const bool specific = listed && is_set(pairs, pairs.specific, row, column);
     const bool in_i = agnostic && !is_set(pairs, pairs.negatives, position, column);

@@ -164,12 +164,14 @@ def test_rank_keys(core):
     falling = [np.inf, 3e38, 1.5, 1.0, 1e-45, 0.0, -1e-45, -1.0, -1.5, -3e38, -np.inf]
     indices = [0, 1, 31, 2**31 - 2]
     equal = {0.0: [0.0, -0.0], np.nan: [np.nan, -np.nan]}
-    keys = []
+    keys = [core.greatest_key]
     for value in [np.nan, *falling]:
         for index in indices:
             (key,) = {core.rank_key(same, index) for same in equal.get(value, [value])}
             keys.append(key)
+            np.testing.assert_equal(core.value_of_key(key), float(np.float32(value)))
     keys.append(core.nothing_found)
+    assert np.isnan(core.value_of_key(core.greatest_key)) and core.value_of_key(core.nothing_found) == -np.inf
     assert all(key > following for key, following in zip(keys, keys[1:], strict=False))
 
 

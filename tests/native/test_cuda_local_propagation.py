@@ -1,4 +1,4 @@
-"""The CUDA kernels of `local_propagation` across strips, tiles, passes and rows of any length, and every way of the stencil."""
+"""The CUDA kernels of `local_propagation`: strips, tiles, passes and rows of any length; all ways of the stencil."""
 
 from __future__ import annotations
 

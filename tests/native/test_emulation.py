@@ -28,7 +28,7 @@ def exercises(repository, tmp_path_factory):
         pytest.skip("building the emulator needs CUDA's headers, which are not in CUDA_HOME or /usr/local/cuda")
     library = tmp_path_factory.mktemp("emulation") / "exercises.so"
     sources = [repository / "csrc/emulation/cuda.cpp", Path(__file__).with_name("emulation_exercises.cpp")]
-    options = "-std=c++17 -O1 -shared -fPIC -DHPK_EMULATED -U_FORTIFY_SOURCE -xc++".split()
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DHPK_EMULATED", "-U_FORTIFY_SOURCE", "-xc++"]
     includes = [f"-I{repository / 'csrc'}", "-isystem", headers[0]]
     subprocess.run([*compiler, *options, *includes, *sources, "-o", library], check=True)
     return ctypes.CDLL(str(library))

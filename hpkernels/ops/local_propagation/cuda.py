@@ -1,7 +1,7 @@
-"""CUDA kernels of `local_propagation`: logits on tensor cores, exact quantiles of their rows, and a stencil that gathers.
+"""CUDA kernels of `local_propagation`: logits on tensor cores, exact quantiles of their rows, a stencil that gathers.
 
-The mean over heads of <q, k> is one product of full width, heads * d, read in place where a token's heads are next to each
-other in memory. The logits go to a workspace that stays in the second-level cache, as many images at a time as it holds.
+The mean over heads of <q, k> is one product of full width, heads * d, read in place where a token's heads are next to
+each other in memory. The logits go to a workspace that stays in the second-level cache, pass by pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """CUDA kernels of `masked_topk`: the products of a tile of queries and a tile of references never leave registers.
 
-The pool is split over blocks when there are few queries; PyTorch combines what the parts found. For more than `MOST_KEPT`
-values blocks of rows take the steps of the reference.
+The pool is split over blocks when there are few queries; PyTorch combines what the parts found. A pass over the pool finds
+`_MOST_OF_A_PASS` values, and each further pass those below. For more than `MOST_KEPT` blocks of rows take the steps of the
+reference.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["backward", "forward", "supports"]
 
 MOST_KEPT = 128
 _BLOCK_PRODUCTS = 2**24  # held at a time where k > MOST_KEPT
-_NOTHING_FOUND = -(0x7F800001 << 32)  # the key of -inf
+_MOST_OF_A_PASS = 16  # kMostTopk of csrc/masked_topk/masked_topk_cuda.h
 _BLOCKS = 1024  # of the gradient of the pool: a few for each multiprocessor of the largest GPUs
 _LEAST_ENTRIES = 256  # of such a block
 
@@ -37,7 +38,7 @@ def forward(
     query, pool = aligned_rows(query), aligned_rows(pool)
     groups = (None if group is None else group.contiguous() for group in (query_group, pool_group))
     inputs = (query, pool, mask, *groups)
-    parts = _kernels.masked_topk_parts(len(query), len(pool))
+    parts = _parts(len(query), len(pool))
     if k == 1:
         values = query.new_empty((len(query), parts), dtype=torch.float32)
         indices = torch.empty_like(values, dtype=torch.int64)
@@ -46,27 +47,36 @@ def forward(
             values, part = values.max(dim=1, keepdim=True)  # the first of equal maxima
             indices = indices.gather(1, part)
         return values, indices
-    lists = _kernels.masked_topk_lists(query)
-    keys = query.new_full((len(query), parts, lists, k), _NOTHING_FOUND, dtype=torch.int64)
-    _kernels.masked_topk(*inputs, keys)
-    keys = keys.flatten(1)
-    return _values_and_indices(keys if parts * lists == 1 else keys.topk(k, dim=1).values)
+    found: list[Tensor] = []
+    for first in range(0, k, _MOST_OF_A_PASS):
+        below = found[-1][:, -1].contiguous() if found else None
+        keys = query.new_empty((len(query), parts, min(_MOST_OF_A_PASS, k - first)), dtype=torch.int64)
+        _kernels.masked_topk(*inputs, below, keys)
+        found.append(keys[:, 0] if parts == 1 else keys.flatten(1).topk(keys.shape[2], dim=1).values)
+    return _values_and_indices(torch.cat(found, dim=1))
 
 
 def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
     references, dim = pool.shape
+    query, pool = aligned_rows(query), aligned_rows(pool)
     grad_values, indices = grad_values.contiguous(), indices.contiguous()
-    grad_query = query.new_empty((len(query), dim))
-    _kernels.masked_topk_query_backward(aligned_rows(pool), indices, grad_values, grad_query)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _kernels.masked_topk_query_backward(pool, indices, grad_values, grad_query)
 
     # Entries of indices in the order of the references they name, so that each reference sums a range of them.
     named, order = indices.flatten().sort(stable=True)
     first = torch.searchsorted(named, torch.arange(references + 1, device=named.device))
     parts = max(1, min(_BLOCKS // references, len(order) // references // _LEAST_ENTRIES))
-    sums = pool.new_empty((parts, references, dim), dtype=torch.float32)
-    _kernels.masked_topk_pool_backward(aligned_rows(query), order, first, grad_values, sums)
-    return grad_query, sums.sum(dim=0).to(pool.dtype)
+    sums = query.new_empty((parts, *pool.shape), dtype=torch.float32)
+    _kernels.masked_topk_pool_backward(query, order, first, grad_values, sums)
+    grad_pool = sums.sum(dim=0).to(pool.dtype)
+    return grad_query[:, :dim].contiguous(), grad_pool[:, :dim].contiguous()
+
+
+def _parts(queries: int, references: int) -> int:
+    """In how many parts the pool is split."""
+    return _kernels.masked_topk_parts(queries, references)
 
 
 def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:

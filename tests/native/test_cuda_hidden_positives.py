@@ -1,0 +1,90 @@
+"""The CUDA kernel of `hidden_positives` across strips, tiles, parts and blocks of features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpkernels import backends
+from hpkernels.ops import _cuda
+from hpkernels.ops.hidden_positives import reference
+from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.testing import available_cases
+
+OP = "hidden_positives"
+CASES = [case for case in available_cases(OP, _cuda.DTYPES) if case.backend == "cuda"]
+pytestmark = pytest.mark.skipif(
+    not CASES, reason=backends.availability(OP, "cuda", "cuda" if torch.cuda.is_available() else "cpu").reason
+)
+GIBIBYTE = 2**30
+
+
+@pytest.fixture
+def find():
+    """``find(features, threshold)``: the words of the CUDA kernel. Unlike the op it takes any threshold."""
+    return backends.implementation(OP, "cuda").forward
+
+
+def whole_numbers(case, anchors, dim):
+    """Features whose products are exact, and thresholds, many equal to a product, some that are no number."""
+    generator = torch.Generator().manual_seed(anchors)
+    features = torch.randint(-2, 3, (anchors, dim), generator=generator)
+    threshold = torch.randint(0, 4 * dim, (anchors,), generator=generator).float()
+    threshold[4::9], threshold[3::31], threshold[5::23] = torch.inf, -torch.inf, torch.nan
+    return features.to(case.device, case.dtype), threshold.to(case.device)
+
+
+def check(find, features, threshold):
+    bits = find(features, threshold)
+    expected = reference.forward(features.cpu().double(), threshold.cpu().double())
+    assert torch.equal(bits.cpu(), expected)
+    assert torch.equal(find(features, threshold), bits)
+
+
+# Rows of several blocks of 128 bytes.
+LONG = {torch.float16: 300, torch.bfloat16: 72, torch.float32: 140}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("anchors", [128, 129, 301])
+def test_strips_and_tiles(find, engine, case, anchors):
+    check(find, *whole_numbers(case, anchors, LONG[case.dtype]))
+
+
+@pytest.mark.parametrize("case", CASES[:1], ids=str)
+def test_parts(find, engine, case):
+    check(find, *whole_numbers(case, 8 * 128 + 37, 8))  # eight strips of two parts, and a last tile that is not full
+
+
+@pytest.mark.parametrize("case", CASES[:1], ids=str)
+def test_rows_too_long_for_a_strip_in_shared_memory(find, engine, case):
+    check(find, *whole_numbers(case, 150, 520))
+
+
+@pytest.mark.parametrize("limit", [torch.inf, -torch.inf, torch.nan])
+def test_the_same_threshold_everywhere(find, engine, limit):
+    features, _ = whole_numbers(CASES[0], 200, 8)
+    bits = find(features, torch.full((200,), limit, device=features.device))
+    found = unpack_bits(bits.cpu(), 224)  # with the bits after the last column
+    expected = torch.zeros(200, 224, dtype=torch.bool)
+    expected[:, :200] = ~torch.eye(200, dtype=torch.bool) & (limit == -torch.inf)
+    assert torch.equal(found, expected)
+
+
+def test_more_words_than_32_bits_count(find):
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 16 * GIBIBYTE:
+        pytest.skip("needs a CUDA device with 16 GiB of free memory")
+    anchors = 2**18 + 64
+    features = torch.ones(anchors, 8, dtype=torch.float16, device="cuda")
+    threshold = torch.full((anchors,), torch.inf, device="cuda")
+    similar = [0, 5, anchors - 2]  # to all, and no others are to one another
+    threshold[similar] = 7
+    bits = find(features, threshold)
+    assert bits.numel() > 2**31
+    rows = [0, 1, 5, anchors // 2, anchors - 3, anchors - 2, anchors - 1]
+    expected = torch.zeros(len(rows), anchors, dtype=torch.bool, device="cuda")
+    expected[:, similar] = True
+    for place, row in enumerate(rows):
+        expected[place] |= row in similar
+        expected[place, row] = False
+    assert torch.equal(unpack_bits(bits[rows], anchors), expected)
