@@ -49,9 +49,10 @@ def library():
 
 
 def test_no_kernel_spills(library):
+    """And none takes more registers than what is committed for the same compiler."""
     rows = cuda_resources.rows_of(library)
     assert rows and {row.kernel.endswith("_kernel") for row in rows} == {True}
-    assert cuda_resources.complaints(rows) == []
+    assert cuda_resources.complaints(rows, cuda_resources.read(cuda_resources.file_of(rows))) == []
 
 
 def test_command(library, capsys):
@@ -72,10 +73,21 @@ def test_what_is_kept_in_memory_is_refused():
     assert len(cuda_resources.complaints([replace(ROWS[0], local_bytes=8), replace(ROWS[0], stack_bytes=8)])) == 2
 
 
+def test_more_registers_are_refused():
+    kernel = replace(ROWS[2], compiler="nvcc 13.0.88")
+    more = replace(kernel, registers=172)
+    assert cuda_resources.complaints([more], [kernel]) == [
+        "rows_bwd_kernel<StripSm90<half>>, sm_90a must take at most 168 registers, takes 172"
+    ]
+    for fine in (kernel, replace(kernel, registers=160), replace(more, compiler="nvcc 13.1.80")):
+        assert cuda_resources.complaints([fine], [kernel]) == []
+
+
 def test_files_and_tables(tmp_path, monkeypatch):
     rows = [replace(row, compiler="nvcc 13.0.88") for row in ROWS]
     file = cuda_resources.file_of(rows, tmp_path)
     assert file == tmp_path / "cuda-13.0" / "resources.csv"
+    assert cuda_resources.read(file) == []
     monkeypatch.setattr(results, "commit", lambda: "abc")
     cuda_resources.write(file, rows)
     kept = cuda_resources.read(file)

@@ -215,22 +215,6 @@ def test_opcheck(case):
         torch.library.opcheck(op, args)
 
 
-@each_case
-@pytest.mark.parametrize("branch", [0, 1], ids=["z", "z_mixed"])
-def test_gradient_of_one_branch(case, branch):
-    """Backward computes what is asked for alone, the same bits as if it were both."""
-    step = Step(case)
-    _, *both = step.loss_and_gradients(backend=case.backend)
-    leaves = [step.z.detach(), step.z_mixed.detach()]
-    leaf = leaves[branch].requires_grad_()
-    loss = step.loss(*leaves, backend=case.backend)
-    with RecordedOps() as recorded:
-        (grad,) = torch.autograd.grad(loss, leaf)
-    assert torch.equal(grad, both[branch])
-    ((_, (_, first, second, *_)),) = recorded.calls
-    assert torch.equal(first, leaf) and second is None
-
-
 @pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])
 @pytest.mark.parametrize("case", EXACT_CASES, ids=str)
 def test_layouts(case, layout):
@@ -437,6 +421,22 @@ def test_autocast(case):
     with torch.autocast(case.device, torch.bfloat16):
         actual = step.loss_and_gradients(backend=case.backend)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@each_case
+@pytest.mark.parametrize("branch", [0, 1], ids=["z", "z_mixed"])
+def test_gradient_of_one_branch(case, branch):
+    """Backward computes what is asked for alone, the same bits as if it were both."""
+    step = Step(case)
+    _, *both = step.loss_and_gradients(backend=case.backend)
+    leaves = [step.z.detach(), step.z_mixed.detach()]
+    leaf = leaves[branch].requires_grad_()
+    loss = step.loss(*leaves, backend=case.backend)
+    with RecordedOps() as recorded:
+        (grad,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(grad, both[branch])
+    ((_, (_, first, second, *_)),) = recorded.calls
+    assert torch.equal(first, leaf) and second is None
 
 
 def test_unavailable_backend():
