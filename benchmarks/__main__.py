@@ -175,11 +175,13 @@ def _cuda_resources(check: bool, parser: argparse.ArgumentParser) -> int:
     rows = cuda_resources.rows_of(library)
     if not rows:
         parser.error(f"{library.name} has no kernels")
+    file = cuda_resources.file_of(rows)
+    complaints = cuda_resources.complaints(rows, cuda_resources.read(file) if check else [])
     if not check:
-        cuda_resources.write(cuda_resources.file_of(rows), rows)
+        cuda_resources.write(file, rows)
         cuda_resources.write_tables(_DOCS / "cuda.md")
     print(f"{len(rows)} kernels, compiled for {_native.architectures(library)}")
-    return _complain(cuda_resources.complaints(rows))
+    return _complain(complaints)
 
 
 def _complain(complaints: list[str]) -> int:

@@ -43,6 +43,11 @@ class Row:
     commit: str = ""
     date: str = ""
 
+    @property
+    def key(self) -> tuple:
+        """What was compiled, and by what."""
+        return self.kernel, self.variant, self.architecture, self.compiler
+
     def __str__(self) -> str:
         return f"{self.kernel}<{self.variant}>, {self.architecture}"
 
@@ -101,13 +106,17 @@ def _named(function: str) -> tuple[str, str, str]:
     return name[1], _TYPES[types[0]] if types else "", variant
 
 
-def complaints(rows: Iterable[Row]) -> list[str]:
-    """One sentence for each kernel that keeps something of a thread in memory."""
-    return [
-        f"{row} has {row.stack_bytes} bytes of stack and {row.local_bytes} bytes of local memory, must have none"
-        for row in rows
-        if row.stack_bytes or row.local_bytes
-    ]
+def complaints(rows: Iterable[Row], earlier: Iterable[Row] = ()) -> list[str]:
+    """One sentence for each kernel that keeps something of a thread in memory, or takes more registers than before."""
+    before = {row.key: row.registers for row in earlier}
+    found = []
+    for row in rows:
+        if row.stack_bytes or row.local_bytes:
+            memory = f"{row.stack_bytes} bytes of stack and {row.local_bytes} bytes of local memory"
+            found.append(f"{row} has {memory}, must have none")
+        if row.registers > before.get(row.key, row.registers):
+            found.append(f"{row} must take at most {before[row.key]} registers, takes {row.registers}")
+    return found
 
 
 def newer_sources(library: Path, sources: Path = _SOURCES) -> list[str]:
@@ -134,7 +143,9 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file."""
+    """The rows of a file, none if there is no file."""
+    if not path.exists():
+        return []
     numbers = {field.name for field in fields(Row) if field.type == "int"}
     with path.open(newline="") as file:
         return [

@@ -86,6 +86,13 @@ def test_a_step_that_cannot_be_taken_says_why(tmp_path):
     assert lines[0].split(maxsplit=1)[1].startswith("left out: needs pytest")
 
 
+def test_words_of_steps_that_succeeded(tmp_path):
+    words = {"one": ("right",), "two": ("wrong",)}
+    last = Step("three", (sys.executable, "-c", "import sys; print(sys.argv[1:])"), 60, words=words)
+    run(tmp_path, python("one", "pass"), python("two", "exit(1)"), last)
+    assert (tmp_path / "three.log").read_text().endswith("['right']\n")
+
+
 def test_variables_of_a_step(tmp_path, monkeypatch):
     """Those that the caller has set are kept."""
     monkeypatch.setenv("CHOSEN", "by the caller")
@@ -98,7 +105,7 @@ def test_variables_of_a_step(tmp_path, monkeypatch):
 def test_what_matters_most_fits_into_the_time(tmp_path):
     names = [step.name for step in gpu_check.steps(tmp_path)]
     most = gpu_check.steps(tmp_path)[: names.index("ops") + 1]
-    assert {"build", "verify", "loss", "tests", "memcheck"} < {step.name for step in most}
+    assert {"build", "verify-cuda", "verify-triton", "loss", "tests", "memcheck-cuda"} < {step.name for step in most}
     assert sum(step.seconds for step in most) <= 9 * 60
 
 
@@ -112,9 +119,11 @@ def test_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     for step in planned:
         if "run" in step.command:
-            assert command.main(list(step.command[step.command.index("run") :])) == 0
+            words = [word for own in step.words.values() for word in own]
+            assert command.main([*step.command[step.command.index("run") :], *words]) == 0
     cases = {entry[0] for entry in measured}
-    assert {(case.op, case.anchors) for case in cases} == {(op, n) for op in OPS for n in (12544, 50176)}
+    sizes = {(op, n) for op in OPS for n in (12544, 50176)} | {("ghp_contrastive", n) for n in (784, 3136)}
+    assert {(case.op, case.anchors) for case in cases} == sizes
     assert {(case.op, case.dtype) for case in cases} == {(op, dtype) for op in OPS for dtype in DTYPES}
     assert {"k=1", "k=8", "k=32", "density=0.001", "density=0.1", "rate=0.2", "rate=1"} < {case.call for case in cases}
     assert all({"cuda", "triton", "published"} <= set(entry[1:]) for entry in measured)
@@ -124,15 +133,16 @@ def test_verification_tells_right_from_wrong(monkeypatch):
     """On the interpreter or the emulator where there is one, on which a tiny case takes seconds."""
     tiny = Case("hidden_positives", "forward", images=2, grid=(2, 3))
     monkeypatch.setattr(gpu_check, "OPS", ["hidden_positives"])
-    monkeypatch.setattr(gpu_check, "KERNELS", ("reference",))
     monkeypatch.setattr(gpu_check, "cases", lambda *_, **__: [tiny])
     lines = []
-    assert gpu_check.verify_all("cpu", lines.append)
+    assert gpu_check.verify_all("cpu", "reference", lines.append)
     assert lines == ["hidden_positives forward N=12 reference HPKERNELS_SM90=0: right"] * 2
     wrong = replace(provider(tiny, "reference"), run=lambda inputs: {"bits": torch.zeros(12, 1, dtype=torch.int32) - 1})
     monkeypatch.setattr(gpu_check, "provider", lambda *_: wrong)
-    assert not gpu_check.verify_all("cpu", lines.append)
+    assert not gpu_check.verify_all("cpu", "reference", lines.append)
     assert "12 of 12 rows" in lines[-1]
+    monkeypatch.setattr(gpu_check, "OPS", [])
+    assert not gpu_check.verify_all("cpu", "reference", lines.append)  # nothing is not all
 
 
 def test_steps_name_real_things(tmp_path, repository):
@@ -148,9 +158,8 @@ TINY = Sizes(images=2, grid=(2, 3), dim=7, feature_dim=5, pool_size=9, heads=1, 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="kernels are not interpreted here")
 def test_exercise_runs_triton_kernels(monkeypatch):
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
-    monkeypatch.setattr(gpu_check, "KERNELS", ("triton",))
     monkeypatch.setattr(gpu_check.backends, "registered_ops", lambda: ["hidden_positives"])
-    assert gpu_check.exercise("cpu") == 4  # two sizes of features, two dtypes
+    assert gpu_check.exercise("cpu", "triton") == 4  # two sizes of features, two dtypes
 
 
 class Called(TorchDispatchMode):
@@ -170,10 +179,9 @@ class Called(TorchDispatchMode):
 @pytest.mark.skipif(not _native.EMULATED, reason="needs the emulated CUDA kernels, which `make test` builds")
 def test_exercise_runs_every_cuda_kernel(repository, monkeypatch):
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
-    monkeypatch.setattr(gpu_check, "KERNELS", ("cuda",))
     schemas = (repository / "csrc" / "bindings_cuda.cpp").read_text()
     with Called() as called:
-        gpu_check.exercise("cpu")
+        gpu_check.exercise("cpu", "cuda")
     assert called.names == set(re.findall(r'm\.def\("(\w+)\(', schemas))
 
 

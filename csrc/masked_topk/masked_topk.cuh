@@ -60,7 +60,8 @@ struct FindBest {
   using OfRows = float[Geometry::kColumnBlocks][4];
 
   // The first column that has a value, -1 for NaN.
-  __device__ static __forceinline__ int first_with(float value, const OfRows& values, int h, int first_column, int thread) {
+  __device__ static __forceinline__ int first_with(float value, const OfRows& values, int h, int first_column,
+                                                   int thread) {
     int first = -1;
 #pragma unroll
     for (int n = Geometry::kColumnBlocks - 1; n >= 0; --n) {
@@ -85,7 +86,8 @@ struct FindBest {
         const int column = first_column + Geometry::column(thread, n, c);
         const float value = values[n][2 * h + c];
         if (value <= own.value || own.value != own.value || column >= arguments.references) continue;
-        if (!kRestricted || is_allowed(arguments.restrictions, query, column)) own = {value, value == value ? column : -1};
+        if (kRestricted && !is_allowed(arguments.restrictions, query, column)) continue;
+        own = {value, value == value ? column : -1};
       }
     }
   }
@@ -142,8 +144,8 @@ struct SortedKeys {
   }
 };
 
-// The k greatest keys of each row that are less than some key: a thread of each team has a row. Products go through shared
-// memory, 32 columns at a time. Most are less than the least key kept, and that takes a comparison to see.
+// The k greatest keys of each row that are less than a limit: a thread of each team has a row. Products go through
+// shared memory, 32 columns at a time. Most are no greater than the least that is kept: a comparison tells.
 template <class Geometry>
 struct FindTopk {
   static constexpr int kSlab = 32, kSlabs = Geometry::kColumns / kSlab;
@@ -190,21 +192,24 @@ struct FindTopk {
     }
   }
 
-  // Calls after the last tile, of every thread of the teams: the keys of all teams come together in those of the first.
+  // Called after the last tile, by every thread of the teams: the first team gets the keys of all.
   __device__ void join_teams() {
-    auto* const others = reinterpret_cast<int64_t(*)[kMostTopk][Geometry::kRows]>(shared);  // [team - 1], when all are done
+    auto* const others = reinterpret_cast<int64_t(*)[kMostTopk][Geometry::kRows]>(shared);  // of team 1 and so on
     static_assert(sizeof(*others) * (Geometry::kTeams - 1) <= sizeof(Shared), "the keys of the other teams fit");
     const int team = threadIdx.x / Geometry::kTeamThreads, row = threadIdx.x % Geometry::kTeamThreads;
-    sync_teams<Geometry>();
+    sync_teams<Geometry>();  // no products are read any more
     if (team > 0 && has_row()) sorted.store(arguments.k, &others[team - 1][0][row], Geometry::kRows);
     sync_teams<Geometry>();
     if (team > 0 || !has_row()) return;
     for (int other = 0; other < Geometry::kTeams - 1; ++other) {
-      for (int t = 0; t < arguments.k && others[other][t][row] > sorted.least(); ++t) sorted.insert(others[other][t][row]);
+      for (int t = 0; t < arguments.k; ++t) {
+        const int64_t key = others[other][t][row];
+        if (key > sorted.least()) sorted.insert(key);
+      }
     }
   }
 
-  // Whether the thread, of its team, has a query.
+  // Whether the thread has a query: on one of the engines there are more threads than rows.
   __device__ __forceinline__ bool has_row() const {
     return static_cast<int>(threadIdx.x) % Geometry::kTeamThreads < Geometry::kRows && query < arguments.queries;
   }
@@ -227,8 +232,8 @@ struct FindTopk {
   }
 };
 
-// keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, allowed} of key = rank_key(<query_i, pool_m>, m)
-// less than below[i], or kNothingFound.
+// keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, allowed, with key < below[i]} of
+// key = rank_key(<query_i, pool_m>, m), or kNothingFound.
 //
 // Grid (strips of queries, parts of the pool). FLOPs and bytes as for k = 1, and 8 k bytes written a query and part.
 template <class Engine>
@@ -250,7 +255,8 @@ masked_topk_fwd_kernel(const __grid_constant__ typename Engine::Operands operand
 
 template <class Engine>
 dim3 topk_grid(const TopkArguments& arguments, int parts) {
-  return {static_cast<unsigned>(divide_up(arguments.queries, Engine::Geometry::kRows)), static_cast<unsigned>(parts), 1};
+  const int64_t strips = divide_up(arguments.queries, Engine::Geometry::kRows);
+  return {static_cast<unsigned>(strips), static_cast<unsigned>(parts), 1};
 }
 
 template <class Engine>

@@ -38,11 +38,13 @@ struct WeightedSum {
 template <class T>
 HPK_KERNEL(kThreads)
 masked_topk_query_bwd_kernel(const __grid_constant__ Rows<T> pool, const int64_t* __restrict__ indices,
-                             const float* __restrict__ grad_values, int64_t queries, int k, T* __restrict__ grad_query) {
+                             const float* __restrict__ grad_values, int64_t queries, int k,
+                             T* __restrict__ grad_query) {
   using Sum = WeightedSum<T>;
   const int64_t query = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (query >= queries) return;
-  for (int feature = static_cast<int>(threadIdx.x) % 32 * Sum::kNumbers; feature < pool.dim; feature += 32 * Sum::kNumbers) {
+  const int lane = threadIdx.x % 32;
+  for (int feature = lane * Sum::kNumbers; feature < pool.dim; feature += 32 * Sum::kNumbers) {
     Sum sum;
     for (int64_t t = query * k; t < (query + 1) * k; ++t) {
       if (indices[t] >= 0) sum.add(grad_values[t], pool.data + indices[t] * pool.stride + feature);
@@ -51,11 +53,11 @@ masked_topk_query_bwd_kernel(const __grid_constant__ Rows<T> pool, const int64_t
   }
 }
 
-// sums[s, m] = sum over {(i, t) in part s of those with indices[i, t] = m} of grad_values[i, t] query_i; the places i k + t
-// of reference m are order[first[m]] to order[first[m + 1] - 1].
+// sums[s, m] = sum over {(i, t) in part s of those with indices[i, t] = m} of grad_values[i, t] query_i; the places
+// i k + t of reference m are order[first[m]] to order[first[m + 1] - 1].
 //
-// Grid (references, parts): each warp takes every kWarps-th place. Bytes: 12 and a row of queries a place; rows of float32
-// written.
+// Grid (references, parts): each warp takes every kWarps-th place. Bytes: 12 and a row of queries a place; rows of
+// float32 written.
 template <class T>
 HPK_KERNEL(kThreads)
 masked_topk_pool_bwd_kernel(const __grid_constant__ Rows<T> query, const int64_t* __restrict__ order,
@@ -92,7 +94,8 @@ masked_topk_pool_bwd_kernel(const __grid_constant__ Rows<T> query, const int64_t
 
 int64_t masked_topk_parts(int64_t queries, int64_t references) {
   // Few: of k keys each part finds many that are not among the greatest in the end.
-  return parts_for(divide_up(queries, Geometry80::kRows), divide_up(references, Geometry80::kColumns), kWantedBlocks / 2, 2);
+  const int64_t strips = divide_up(queries, Geometry80::kRows), tiles = divide_up(references, Geometry80::kColumns);
+  return parts_for(strips, tiles, kWantedBlocks / 2, 2);
 }
 
 template <typename T>
@@ -129,20 +132,21 @@ template <typename T>
 void masked_topk_pool_backward_cuda(const Rows<T>& query, const int64_t* order, const int64_t* first,
                                     const float* grad_values, int64_t references, int k, int parts, float* sums,
                                     cudaStream_t stream) {
-  constexpr size_t kSharedBytes = kWarps * 32 * sizeof(WeightedSum<T>);
-  launch(masked_topk_pool_bwd_kernel<T>, dim3(static_cast<unsigned>(references), static_cast<unsigned>(parts)), kThreads,
-         kSharedBytes, stream, query, order, first, grad_values, k, sums);
+  constexpr size_t shared_bytes = kWarps * 32 * sizeof(WeightedSum<T>);
+  const dim3 grid(static_cast<unsigned>(references), static_cast<unsigned>(parts));
+  launch(masked_topk_pool_bwd_kernel<T>, grid, kThreads, shared_bytes, stream, query, order, first, grad_values, k,
+         sums);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                              \
-  template void masked_topk_top1_cuda<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, float*, int64_t*,   \
-                                         cudaStream_t);                                                                 \
-  template void masked_topk_cuda<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, const int64_t*, int64_t*, \
-                                    cudaStream_t);                                                                      \
-  template void masked_topk_query_backward_cuda<T>(const Rows<T>&, const int64_t*, const float*, int64_t, int, T*,      \
-                                                   cudaStream_t);                                                       \
-  template void masked_topk_pool_backward_cuda<T>(const Rows<T>&, const int64_t*, const int64_t*, const float*, int64_t, \
-                                                  int, int, float*, cudaStream_t);
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void masked_topk_top1_cuda<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, float*, int64_t*, \
+                                         cudaStream_t);                                                               \
+  template void masked_topk_cuda<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, const int64_t*,        \
+                                    int64_t*, cudaStream_t);                                                          \
+  template void masked_topk_query_backward_cuda<T>(const Rows<T>&, const int64_t*, const float*, int64_t, int, T*,    \
+                                                   cudaStream_t);                                                     \
+  template void masked_topk_pool_backward_cuda<T>(const Rows<T>&, const int64_t*, const int64_t*, const float*,       \
+                                                  int64_t, int, int, float*, cudaStream_t);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(__half)
 HPK_INSTANTIATE(__nv_bfloat16)

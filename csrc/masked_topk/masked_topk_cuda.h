@@ -32,8 +32,8 @@ template <typename T>
 void masked_topk_top1_sm90(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
                            float* values, int64_t* indices, cudaStream_t stream);
 
-// keys (queries, parts, k), k <= kMostTopk: the greatest keys (keys.h) of each query and part of the pool, descending, of
-// those less than below (queries), or of all if that is null.
+// keys (queries, parts, k), k <= kMostTopk: the greatest keys (keys.h) of each query and part of the pool, descending.
+// below (queries): only keys less than this count; null for all.
 template <typename T>
 void masked_topk_cuda(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
                       const int64_t* below, int64_t* keys, cudaStream_t stream);

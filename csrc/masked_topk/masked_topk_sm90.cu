@@ -15,11 +15,11 @@ void masked_topk_sm90(const Rows<T>& query, const Rows<T>& pool, const TopkArgum
   launch_topk<StripSm90<T>>(StripSm90<T>::operands(query, pool), arguments, parts, below, keys, stream);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                             \
-  template void masked_topk_top1_sm90<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, float*, int64_t*,  \
-                                         cudaStream_t);                                                                \
-  template void masked_topk_sm90<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, const int64_t*, int64_t*, \
-                                    cudaStream_t);
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void masked_topk_top1_sm90<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, float*, int64_t*, \
+                                         cudaStream_t);                                                               \
+  template void masked_topk_sm90<T>(const Rows<T>&, const Rows<T>&, const TopkArguments&, int, const int64_t*,        \
+                                    int64_t*, cudaStream_t);
 HPK_INSTANTIATE(__half)
 HPK_INSTANTIATE(__nv_bfloat16)
 #undef HPK_INSTANTIATE

@@ -435,8 +435,8 @@ def test_gradient_of_one_branch(case, branch):
     with RecordedOps() as recorded:
         (grad,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(grad, both[branch])
-    ((_, (_, first, second, *_)),) = recorded.calls
-    assert torch.equal(first, leaf) and second is None
+    [(_, (_, z, z_mixed, *_))] = recorded.calls
+    assert torch.equal(z, leaf) and z_mixed is None
 
 
 def test_unavailable_backend():

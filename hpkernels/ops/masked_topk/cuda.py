@@ -1,8 +1,8 @@
 """CUDA kernels of `masked_topk`: the products of a tile of queries and a tile of references never leave registers.
 
-The pool is split over blocks when there are few queries; PyTorch combines what the parts found. A pass over the pool finds
-`_MOST_OF_A_PASS` values, and each further pass those below. For more than `MOST_KEPT` blocks of rows take the steps of the
-reference.
+The pool is split over blocks when there are few queries; PyTorch combines what the parts found. A pass over the pool
+finds `_MOST_OF_A_PASS` values, and each further pass those below. For more than `MOST_KEPT` values blocks of rows take
+the steps of the reference.
 """
 
 from __future__ import annotations

@@ -81,11 +81,10 @@ def _backward(ctx: Any, grad_losses: Tensor, _grad_rows: Tensor | None) -> tuple
     needs_z, needs_mixed, *_ = ctx.needs_input_grad
     asked = slice(0 if needs_z else 1, 2 if needs_mixed else 1)  # a branch that needs no gradient is left out
     first, second = (*branches[asked], None)[:2]
-    relations = (positives, specific, negatives, seed)
-    grads = iter(
-        multi_positive_contrastive_backward(grad_losses[asked], first, second, *relations, rows[asked], *ctx.constants)
+    grads = multi_positive_contrastive_backward(
+        grad_losses[asked], first, second, positives, specific, negatives, seed, rows[asked], *ctx.constants
     )
-    return next(grads) if needs_z else None, next(grads) if needs_mixed else None, *(None,) * 14
+    return grads[0] if needs_z else None, grads[-1] if needs_mixed else None, *(None,) * 14
 
 
 multi_positive_contrastive.register_autograd(_backward, setup_context=_setup_context)

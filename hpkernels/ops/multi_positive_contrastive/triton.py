@@ -55,7 +55,10 @@ class _Lists(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """`count` patch positions from a word of R transposed on; the gradients of column j are staged from slots[j] on."""
+    """Patch positions whose columns' gradients are held at a time: `count` from 32 `first_word` on.
+
+    Those of column j are in the rows slots[j] to slots[j + 1] - 1 of `capacity`; `positions` is R transposed, whole.
+    """
 
     positions: Tensor
     first_word: int
