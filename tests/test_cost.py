@@ -112,7 +112,7 @@ def test_measured_times_are_near():
             seconds.append(time.perf_counter() - start)
         cost = estimate(op, **sizes, density=density, within_image_share=1.0)
         measured = 1e3 * min(seconds) / cost.routes[cost.best].milliseconds
-        assert 0.5 <= measured <= 12, f"{op} takes {measured:.1f} times as long as estimated"
+        assert 0.2 <= measured <= 12, f"{op} takes {measured:.1f} times as long as estimated"
 
 
 def test_loss_is_the_sum_of_its_parts():
