@@ -15,7 +15,7 @@ struct StripSm80 {
   using Geometry = OfTile;
   static constexpr int kThreads = Geometry::kTeams * Geometry::kTeamThreads;
   static constexpr int kStages = 3;
-  static constexpr int kUnrolled = sizeof(T) == 4 ? 2 : 4;  // steps at a time: TF32 takes more registers
+  static constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 4;  // steps at a time: TF32 takes more registers
   static constexpr bool kGathers = true;  // any rows may be the columns of a tile
   static constexpr int kLeftBytes = Geometry::kRows * kTileBytes, kRightBytes = Geometry::kColumns * kTileBytes;
 

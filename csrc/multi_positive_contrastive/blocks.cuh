@@ -137,18 +137,14 @@ struct BlockGradient {
   const float* numbers;
   float* grad;
   int dim;
-  AnchorNumbers of_rows[2];
-
-  __device__ void load_rows(int thread) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) of_rows[h] = numbers_of_anchor(scope.row + Geometry::row(thread, 0, h));
-  }
 
   __device__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) const {
     const ContrastiveMasks& masks = arguments.masks;
     const int first_column = scope.column + tile * Geometry::kColumns;
     const int first_position = kAll ? 0 : first_column % masks.group;
     const int rows[] = {scope.row + Geometry::row(team.thread, 0, 0), scope.row + Geometry::row(team.thread, 0, 1)};
+    // Read for each tile, from cache: registers are short.
+    const AnchorNumbers of_rows[] = {numbers_of_anchor(rows[0]), numbers_of_anchor(rows[1])};
 #pragma unroll
     for (int w = 0; w < Geometry::kColumnBlocks / 4; ++w) {
       const int word = (first_column + Geometry::column(team.thread, 4 * w, 0)) / 32;
@@ -227,8 +223,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   if (*arguments.enabled != arguments.within) return;
   const ContrastiveMasks& masks = arguments.masks;
   const Scope scope = scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  BlockGradient<Engine, kAll> consumer{arguments, scope, symmetric, numbers, grad, dim, {}};
-  consumer.load_rows(threadIdx.x % Geometry::kTeamThreads);
+  const BlockGradient<Engine, kAll> consumer{arguments, scope, symmetric, numbers, grad, dim};
   const TileRange tiles{0, tiles_of(Engine::kTileColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
     const auto left_row = [&](int r) { return scope.holds(scope.row + r) ? scope.row + r : -1; };
