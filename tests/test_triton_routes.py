@@ -9,7 +9,7 @@ from hpkernels import PositiveMask, backends
 from hpkernels.ops import _triton
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import pack_bits, population_count, unpack_bits
-from hpkernels.ops.multi_positive_contrastive import reference
+from hpkernels.ops.multi_positive_contrastive import lists, reference
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
 from hpkernels.testing.launches import recorded
 
@@ -108,8 +108,8 @@ def route(kernels, monkeypatch):
     """``route(density)``: allow lists up to a density; returns a list of what `enabled` is in the calls that follow."""
 
     def allow(density):
-        monkeypatch.setattr(kernels, "lists_may_pay", lambda *_: density is not None)
-        monkeypatch.setattr(kernels, "MOST_LISTED_DENSITY", density)
+        monkeypatch.setattr(lists, "lists_may_pay", lambda *_: density is not None)
+        monkeypatch.setattr(lists, "MOST_LISTED_DENSITY", density)
         enabled, forward = [], kernels._blocks_forward
 
         def spy(pairs, z, scale, within):
@@ -159,7 +159,7 @@ def test_branches_share_what_does_not_depend_on_them(kernels, bits, route, densi
 
 def test_lists_of_many_positions_are_staged_in_turn(kernels, route, monkeypatch):
     """Positions of several words, gradients staged a word at a time; and by blocks where masks may not be symmetric."""
-    monkeypatch.setattr(kernels, "_STAGED_BYTES", 1)
+    monkeypatch.setattr(lists, "_STAGED_BYTES", 1)
     loss = Loss(CASES[-1], images=2, height=5, width=7, dim=6)
     route(1.0)
     value, grad = loss.by(kernels)

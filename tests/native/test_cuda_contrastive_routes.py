@@ -8,7 +8,7 @@ import torch
 from hpkernels import PositiveMask, backends
 from hpkernels.ops import _cuda
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.multi_positive_contrastive import reference
+from hpkernels.ops.multi_positive_contrastive import lists, reference
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
 
 OP = "multi_positive_contrastive"
@@ -71,15 +71,15 @@ LONG = {torch.float16: 300, torch.bfloat16: 72, torch.float32: 140}
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("rate", [0.05, 1.0])
 def test_blocks(kernels, engine, case, rate, monkeypatch):
-    monkeypatch.setattr(kernels, "lists_may_pay", lambda *_: False)
+    monkeypatch.setattr(lists, "lists_may_pay", lambda *_: False)
     Loss(case, LONG[case.dtype], rate).check(kernels)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("density", [1.0, 0.0], ids=["lists", "too many for lists"])
 def test_lists(kernels, case, density, monkeypatch):
-    monkeypatch.setattr(kernels, "lists_may_pay", lambda *_: True)
-    monkeypatch.setattr(kernels, "MOST_LISTED_DENSITY", density)
+    monkeypatch.setattr(lists, "lists_may_pay", lambda *_: True)
+    monkeypatch.setattr(lists, "MOST_LISTED_DENSITY", density)
     Loss(case, LONG[case.dtype], 0.05).check(kernels)
 
 
@@ -90,11 +90,11 @@ def test_masks_that_are_not_symmetric(kernels, engine):
 
 
 def test_gradients_are_staged_in_turn(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "lists_may_pay", lambda *_: True)
-    monkeypatch.setattr(kernels, "MOST_LISTED_DENSITY", 1.0)
+    monkeypatch.setattr(lists, "lists_may_pay", lambda *_: True)
+    monkeypatch.setattr(lists, "MOST_LISTED_DENSITY", 1.0)
     loss = Loss(CASES[-1], 20, 0.05)
     value, grad = loss.by(kernels)
-    monkeypatch.setattr(kernels, "_STAGED_BYTES", 1)
+    monkeypatch.setattr(lists, "_STAGED_BYTES", 1)
     same_value, same_grad = loss.check(kernels)
     assert torch.equal(value, same_value)
     torch.testing.assert_close(grad, same_grad)

@@ -8,16 +8,13 @@ number on the device, from the counts of the bits, lets those of one do nothing.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
 from hpkernels.ops._cuda import aligned_rows, supports
 from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.multi_positive_contrastive import cuda_bits as bits
+from hpkernels.ops.multi_positive_contrastive import lists
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 
 __all__ = ["backward", "forward", "supports"]
@@ -25,30 +22,6 @@ __all__ = ["backward", "forward", "supports"]
 _kernels = torch.ops.hpkernels_cuda
 
 _NUMBERS = 5  # of a part of a row: log-sum, counts of A and S, sums of their logits
-_MOST_LISTED = 2**26  # positives across images: 256 MiB of columns
-_STAGED_BYTES = 2**28  # of gradients of sampled columns at a time
-
-
-class _Lists(NamedTuple):
-    """Pairs across images by their first anchor, or patch position: where each list starts, and its columns."""
-
-    columns: Tensor
-    offsets: Tensor
-    sampled_columns: Tensor
-    sampled_offsets: Tensor
-
-
-class _Stage(NamedTuple):
-    """Patch positions whose columns' gradients are held at a time: `count` from 32 `first_word` on.
-
-    Those of column j are in the rows slots[j] to slots[j + 1] - 1 of `capacity`.
-    """
-
-    positions: Tensor
-    slots: Tensor
-    first_word: int
-    count: int
-    capacity: int
 
 
 class _Pairs:
@@ -70,33 +43,15 @@ class _Pairs:
             self.negatives, counts = bits.draw(seed, group, self.anchors, rate)
             self.lists = self._find_lists(counts) if lists_allowed else None
 
-    def _find_lists(self, sampled_counts: Tensor) -> _Lists:
-        capacity = min(math.ceil(MOST_LISTED_DENSITY * self.anchors**2), _MOST_LISTED)
-        sampled_capacity = self.sampled_capacity(self.group)
+    def _find_lists(self, sampled_counts: Tensor) -> lists.Lists:
+        capacity = lists.capacity(self.anchors)
+        sampled_capacity = lists.sampled_capacity(self.group, self.anchors, self.rate)
         across = (self.positives, self.specific, self.group)
         offsets = bits.offsets_of(bits.count(*across), self.enabled, capacity)
         sampled_offsets = bits.offsets_of(sampled_counts, self.enabled, sampled_capacity)
         columns = bits.columns_of(self.positives, offsets, self.enabled, capacity, self.specific, self.group)
         sampled_columns = bits.columns_of(self.negatives, sampled_offsets, self.enabled, sampled_capacity)
-        return _Lists(columns, offsets, sampled_columns, sampled_offsets)
-
-    def sampled_capacity(self, positions: int) -> int:
-        """Room for the negatives drawn at some positions, ten standard deviations above their expected number."""
-        expected = self.rate * positions * self.anchors
-        return math.ceil(min(expected + 10 * math.sqrt(expected) + 64, positions * self.anchors))
-
-    def stages(self) -> list[_Stage]:
-        """The patch positions, so many at a time that the gradients of their columns fit `_STAGED_BYTES`."""
-        positions = bits.transpose(self.negatives, self.anchors)
-        expected_bytes = 4 * self.dim * max(self.rate, 1e-6) * self.anchors  # of a position
-        words_at_a_time = max(1, int(_STAGED_BYTES / expected_bytes / 32))
-        stages = []
-        for first_word in range(0, positions.shape[1], words_at_a_time):
-            words = positions[:, first_word : first_word + words_at_a_time]
-            count = min(32 * words.shape[1], self.group - 32 * first_word)
-            slots = bits.offsets_of(bits.count(words))
-            stages.append(_Stage(positions, slots, first_word, count, self.sampled_capacity(count)))
-        return stages
+        return lists.Lists(offsets, columns, sampled_offsets, sampled_columns)
 
     def blocks(self, z: Tensor, within: bool, scale: float) -> tuple:
         """What the kernels of blocks take first."""
@@ -104,8 +59,8 @@ class _Pairs:
 
     def listed(self, z: Tensor, scale: float) -> tuple:
         """What the kernels of listed positives take first."""
-        lists = (self.lists.columns, self.lists.offsets)
-        return z, self.positives, self.specific, self.negatives, *lists, self.enabled, scale
+        columns = (self.lists.columns, self.lists.offsets)
+        return z, self.positives, self.specific, self.negatives, *columns, self.enabled, scale
 
     def sampled(self, z: Tensor, scale: float) -> tuple:
         """What the kernels of sampled negatives take first."""
@@ -128,7 +83,7 @@ def forward(
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
-    lists_allowed = _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    lists_allowed = lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
     results = []
     for branch in branches:
@@ -162,9 +117,11 @@ def backward(
     symmetric: bool,
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits, negatives and lists are computed again."""
-    lists_allowed = symmetric and _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    lists_allowed = symmetric and lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    stages = pairs.stages() if lists_allowed else []
+    stages = []
+    if lists_allowed:
+        stages = lists.stages(bits, pairs.negatives, pairs.anchors, pairs.dim, negative_rate)
     grads = []
     for grad_loss, branch, statistics in zip(grad_losses, branches, rows, strict=True):
         # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
@@ -173,11 +130,6 @@ def backward(
         grad = _gradient(pairs, stages, aligned_rows(branch), numbers, 1 / temperature, symmetric)
         grads.append((grad * (grad_loss * largest / temperature)).to(branch.dtype))
     return grads
-
-
-def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: float) -> bool:
-    """Whether lists may take less time than blocks; given negatives may be any number, so they take blocks."""
-    return negatives is None and lists_may_pay(anchors, group, rate)
 
 
 def _parts(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
@@ -195,7 +147,9 @@ def _parts(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
     return parts
 
 
-def _gradient(pairs: _Pairs, stages: list[_Stage], z: Tensor, numbers: Tensor, scale: float, symmetric: bool) -> Tensor:
+def _gradient(
+    pairs: _Pairs, stages: list[lists.Stage], z: Tensor, numbers: Tensor, scale: float, symmetric: bool
+) -> Tensor:
     """sum over j of (g_ij + g_ji) z_j, (N, D) float32, with the numbers (4, N) of the rows."""
     grad = z.new_empty((pairs.anchors, pairs.dim), dtype=torch.float32)
     _kernels.contrastive_blocks_backward(*pairs.blocks(z, False, scale), symmetric, numbers, grad)

@@ -8,17 +8,14 @@ number on the device, from the counts of the bits, lets those of one do nothing.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
-from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
 from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
 from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.multi_positive_contrastive import lists
 from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
@@ -39,32 +36,8 @@ from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
 
 __all__ = ["backward", "forward", "supports"]
 
-_MOST_LISTED = 2**26  # positives across images: 256 MiB of columns
-_STAGED_BYTES = 2**28  # of gradients of sampled columns at a time
 _PROGRAMS = 512  # that forward splits columns to reach where there are few rows
 _SPLITS = 4  # of each position's list in the gradients of its columns
-
-
-class _Lists(NamedTuple):
-    """Pairs across images by their first anchor, or patch position: where each list starts, and its columns."""
-
-    offsets: Tensor
-    columns: Tensor
-    sampled_offsets: Tensor
-    sampled_columns: Tensor
-
-
-class _Stage(NamedTuple):
-    """Patch positions whose columns' gradients are held at a time: `count` from 32 `first_word` on.
-
-    Those of column j are in the rows slots[j] to slots[j + 1] - 1 of `capacity`; `positions` is R transposed, whole.
-    """
-
-    positions: Tensor
-    first_word: int
-    count: int
-    slots: Tensor
-    capacity: int
 
 
 class _Pairs:
@@ -82,9 +55,9 @@ class _Pairs:
         self.enabled = positives.new_zeros(())
         self.lists = self._find_lists() if lists_allowed else None
 
-    def _find_lists(self) -> _Lists:
-        capacity = min(math.ceil(MOST_LISTED_DENSITY * self.anchors**2), _MOST_LISTED)
-        sampled_capacity = self.sampled_capacity(self.group)
+    def _find_lists(self) -> lists.Lists:
+        capacity = lists.capacity(self.anchors)
+        sampled_capacity = lists.sampled_capacity(self.group, self.anchors, self.rate)
         across = (self.positives, self.specific, self.group)
         offsets = bits.offsets_of(bits.count(*across))
         sampled_offsets = bits.offsets_of(bits.count(self.negatives))
@@ -92,12 +65,7 @@ class _Pairs:
         self.enabled = fit.to(torch.int32)
         columns = bits.columns_of(self.positives, offsets, self.enabled, capacity, self.specific, self.group)
         sampled = bits.columns_of(self.negatives, sampled_offsets, self.enabled, sampled_capacity)
-        return _Lists(offsets, columns, sampled_offsets, sampled)
-
-    def sampled_capacity(self, positions: int) -> int:
-        """Room for the negatives drawn at some positions, ten standard deviations above their expected number."""
-        expected = self.rate * positions * self.anchors
-        return math.ceil(min(expected + 10 * math.sqrt(expected) + 64, positions * self.anchors))
+        return lists.Lists(offsets, columns, sampled_offsets, sampled)
 
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, S and R bit-packed; A again if there is no S, for the kernels do not read it then."""
@@ -106,19 +74,6 @@ class _Pairs:
     def sizes(self) -> tuple[int, int, int, int]:
         """N, D, words of a row of masks, G."""
         return self.anchors, self.dim, self.positives.shape[1], self.group
-
-    def stages(self) -> list[_Stage]:
-        """The patch positions, so many at a time that the gradients of their columns fit `_STAGED_BYTES`."""
-        positions = bits.transpose(self.negatives, self.anchors)
-        expected_bytes = 4 * self.dim * max(self.rate, 1e-6) * self.anchors  # of a position
-        words_at_a_time = max(1, int(_STAGED_BYTES / expected_bytes / 32))
-        stages = []
-        for first_word in range(0, positions.shape[1], words_at_a_time):
-            words = positions[:, first_word : first_word + words_at_a_time]
-            count = min(32 * words.shape[1], self.group - 32 * first_word)
-            slots = bits.offsets_of(bits.count(words.contiguous()))
-            stages.append(_Stage(positions, first_word, count, slots, self.sampled_capacity(count)))
-        return stages
 
 
 def forward(
@@ -137,7 +92,7 @@ def forward(
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
-    lists_allowed = _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    lists_allowed = lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
     results = []
     for z in branches:
@@ -174,9 +129,11 @@ def backward(
     symmetric: bool,
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits, negatives and lists are computed again."""
-    lists_allowed = symmetric and _lists_allowed(len(positives), anchors_per_image, negatives, negative_rate)
+    lists_allowed = symmetric and lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    stages = pairs.stages() if lists_allowed else []
+    stages = []
+    if lists_allowed:
+        stages = lists.stages(bits, pairs.negatives, pairs.anchors, pairs.dim, negative_rate)
     grads = []
     for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
         z = z.detach().contiguous()
@@ -190,11 +147,6 @@ def backward(
             _lists_backward(pairs, stages, z, numbers, grad_z, 1 / temperature)
         grads.append((grad_z * (grad_loss * largest / temperature)).to(z.dtype))
     return grads
-
-
-def _lists_allowed(anchors: int, group: int, negatives: Tensor | None, rate: float) -> bool:
-    """Whether lists may take less time than blocks; given negatives may be any number, so they take blocks."""
-    return negatives is None and lists_may_pay(anchors, group, rate)
 
 
 def _empty_parts(pairs: _Pairs, parts: int) -> Tensor:
@@ -250,12 +202,12 @@ def _blocks_backward(
 
 def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
     sampled, listed = parts = _empty_parts(pairs, 2)
-    lists, images = pairs.lists, pairs.anchors // pairs.group
+    of_pairs, images = pairs.lists, pairs.anchors // pairs.group
     config = _triton.configuration(sampled_rows_fwd_kernel, z)
     _triton.launch(
         sampled_rows_fwd_kernel,
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
-        *(z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, sampled, scale),
+        *(z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, sampled, scale),
         *(pairs.anchors, pairs.dim, pairs.group),
         PRECISION=_triton.precision(z.dtype),
         **config,
@@ -263,7 +215,7 @@ def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
     _triton.launch(
         contrastive_pairs_fwd_kernel,
         (pairs.anchors,),
-        *(z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
+        *(z, *pairs.masks(), of_pairs.columns, of_pairs.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
         **_triton.configuration(contrastive_pairs_fwd_kernel, z),
     )
@@ -271,18 +223,18 @@ def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
 
 
 def _lists_backward(
-    pairs: _Pairs, stages: list[_Stage], z: Tensor, numbers: Tensor, grad: Tensor, scale: float
+    pairs: _Pairs, stages: list[lists.Stage], z: Tensor, numbers: Tensor, grad: Tensor, scale: float
 ) -> None:
-    lists, images = pairs.lists, pairs.anchors // pairs.group
+    of_pairs, images = pairs.lists, pairs.anchors // pairs.group
     config = _triton.configuration(contrastive_pairs_bwd_kernel, z)
     _triton.launch(
         contrastive_pairs_bwd_kernel,
         (pairs.anchors, triton.cdiv(pairs.dim, config["BLOCK_D"])),
-        *(z, *pairs.masks(), lists.columns, lists.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
+        *(z, *pairs.masks(), of_pairs.columns, of_pairs.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
         **config,
     )
-    sampled = (z, lists.sampled_columns, lists.sampled_offsets, pairs.enabled, numbers)
+    sampled = (z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, numbers)
     sizes = (pairs.anchors, pairs.dim, pairs.group)
     config = _triton.configuration(sampled_rows_bwd_kernel, z)
     _triton.launch(
@@ -298,7 +250,7 @@ def _lists_backward(
 
 
 def _sampled_columns_backward(
-    pairs: _Pairs, stage: _Stage, sampled: tuple, sizes: tuple, grad: Tensor, scale: float
+    pairs: _Pairs, stage: lists.Stage, sampled: tuple, sizes: tuple, grad: Tensor, scale: float
 ) -> None:
     """What the sampled columns get from the rows: products by position are staged, and gathered by column."""
     z, *_ = sampled

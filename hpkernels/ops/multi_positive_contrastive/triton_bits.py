@@ -163,6 +163,7 @@ def transpose(bits: Tensor, columns: int) -> Tensor:
 
 def count(first: Tensor, second: Tensor | None = None, group: int | None = None) -> Tensor:
     """Set bits of each row of one mask, or of the union of two, outside of the row's `group`, (R,) int32."""
+    first = first.contiguous()
     rows, words = first.shape
     counts = first.new_empty(rows)
     config = _triton.configuration(count_bits_kernel, first)
