@@ -7,6 +7,10 @@ NATIVE := CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # The CUDA kernels compiled for the CPU: without a GPU they are tested so.
 EMULATED := build/emulated/_C_cuda_emulated.so
 
+# Threads that wait for each other sleep. By default they spin, and take the processor from those they wait for if the
+# machine does other work as well.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-packaging gpu-check lint clean
 

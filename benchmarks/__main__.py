@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | resources | gpu-check``; docs/benchmarks.md explains."""
+"""``python -m benchmarks run | plot | tables | compare | estimates | resources | gpu-check``: see docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cuda_resources, gpu_check, plots, resources, results, tables
+from benchmarks import cuda_resources, estimates, gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("before", type=Path)
     command.add_argument("after", type=Path)
     command.set_defaults(command=_compare)
+
+    command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
+    command.set_defaults(command=_estimates)
 
     command = commands.add_parser(
         "resources", help="registers and spills of the Triton kernels, compiled for each target"
@@ -137,6 +140,12 @@ def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
         print(line)
+    return 0
+
+
+def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in estimates.lines():
+        print(line, flush=True)
     return 0
 
 

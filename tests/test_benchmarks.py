@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, published, tables
+from benchmarks import estimates, measure, published, tables
 from benchmarks import results as records
 from benchmarks import run as runner
 from benchmarks.cases import OPS, Case, cases
@@ -354,3 +354,12 @@ def test_unknown_names(arguments, message, capsys):
 def test_every_op_has_its_benchmark(repository):
     files = {path.stem for path in (repository / "benchmarks").glob("bench_*.py")}
     assert files == {f"bench_{op}" for op in OPS}
+
+
+def test_estimates_name_every_dense_op(monkeypatch, capsys):
+    for name, value in {"_IMAGES": 2, "_SIDE": 6, "_DIM": 16, "_FEATURES": 16, "_POOL": 20}.items():
+        monkeypatch.setattr(estimates, name, value)
+    assert command.main(["estimates"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["masked_topk", "hidden_positives", "multi_positive_contrastive"]
+    assert all(float(line.split()[-2]) > 0 for line in lines)

@@ -2,19 +2,17 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import hpkernels
 from hpkernels import PositiveMask
-from hpkernels.cost import DEVICES, Device, contrastive_route, estimate
+from hpkernels.cost import DEVICES, contrastive_route, estimate
 from hpkernels.ops import _coarse
 from hpkernels.ops.hidden_positives import cpu as discovery
 from hpkernels.ops.masked_topk import cpu as topk
 from hpkernels.ops.multi_positive_contrastive import cpu as contrastive
-from hpkernels.testing import random_problem
 
 
 @pytest.fixture
@@ -67,52 +65,6 @@ def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
     sizes = {"N": 60, "D": 8, "anchors_per_image": 20, "negative_rate": 0.0}
     costs = estimate("multi_positive_contrastive", **sizes, density=19 / 60, within_image_share=1.0)
     assert sum(multiplied) == costs.routes[route].flops
-
-
-def rates_of_this_machine():
-    """A device with the rates that PyTorch's matrix products have here."""
-
-    def flops_per_second(multiply):
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            multiply()
-            seconds.append(time.perf_counter() - start)
-        return 2 * 512 * 2048 * 512 / min(seconds)
-
-    left, right = torch.rand(512, 512), torch.rand(2048, 512)
-    codes, other_codes = (127 * left).to(torch.int8), (127 * right).to(torch.int8)
-    single = flops_per_second(lambda: left @ right.T)
-    ranking = flops_per_second(lambda: torch._int_mm(codes, other_codes.T)) if _coarse.int8_is_fast() else None
-    return Device({"float32": single}, single, DEVICES["CPU"].bandwidth, "measured", ranking=ranking)
-
-
-def test_measured_times_are_near():
-    """docs/benchmarks.md states the factor."""
-    problem = random_problem(images=4, height=28, width=28, dim=512, feature_dim=384, pool_size=2048)
-    sizes = {"N": 3136, "dtype": "float32", "device": rates_of_this_machine()}
-    z = problem.z.requires_grad_()
-
-    def loss():
-        options = {"anchors_per_image": 784, "negative_rate": 0.02, "seed": 0, "backend": "cpu"}
-        hpkernels.multi_positive_contrastive(z, positives, **options).backward()
-
-    threshold = hpkernels.masked_topk(problem.features, problem.pool).values[:, 0]
-    positives = hpkernels.hidden_positives(problem.features, threshold)
-    density = positives.count().sum().item() / 3136**2
-    for op, call in {
-        "masked_topk": lambda: hpkernels.masked_topk(problem.features, problem.pool, backend="cpu"),
-        "hidden_positives": lambda: hpkernels.hidden_positives(problem.features, threshold, backend="cpu"),
-        "multi_positive_contrastive": loss,
-    }.items():
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        cost = estimate(op, **sizes, density=density, within_image_share=1.0)
-        measured = 1e3 * min(seconds) / cost.routes[cost.best].milliseconds
-        assert 0.2 <= measured <= 12, f"{op} takes {measured:.1f} times as long as estimated"
 
 
 def test_loss_is_the_sum_of_its_parts():

@@ -1,0 +1,59 @@
+"""How near the CPU backend comes to `hpkernels.estimate`, with the rates of PyTorch's products on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import hpkernels
+from benchmarks.measure import seconds_of
+from hpkernels.cost import DEVICES, Device, estimate
+from hpkernels.ops import _coarse
+from hpkernels.testing import random_problem
+
+_IMAGES, _SIDE, _DIM, _FEATURES, _POOL, _RATE = 4, 28, 512, 384, 2048, 0.02
+_REPETITIONS = 5  # of which the least counts: the model knows no other processes
+
+
+def lines() -> Iterator[str]:
+    """A line an op: the time measured, the time estimated, and how many times as long that is."""
+    device = _this_machine()
+    for op, call, density in _calls():
+        cost = estimate(
+            op, N=_IMAGES * _SIDE**2, dtype="float32", device=device, density=density, within_image_share=1.0
+        )
+        measured, estimated = 1e3 * _least(call), cost.routes[cost.best].milliseconds
+        yield f"{op:28} {measured:9.2f} ms, estimated {estimated:9.2f} ms, {measured / estimated:6.2f} times"
+
+
+def _calls() -> Iterator[tuple[str, Callable[[], object], float]]:
+    problem = random_problem(
+        images=_IMAGES, height=_SIDE, width=_SIDE, dim=_DIM, feature_dim=_FEATURES, pool_size=_POOL
+    )
+    features, pool, z = problem.features, problem.pool, problem.z.requires_grad_()
+    threshold = hpkernels.masked_topk(features, pool, backend="cpu").values[:, 0]
+    positives = hpkernels.hidden_positives(features, threshold, backend="cpu")
+    density = positives.count().sum().item() / len(z) ** 2
+
+    def loss() -> None:
+        options = {"anchors_per_image": _SIDE**2, "negative_rate": _RATE, "seed": 0, "backend": "cpu"}
+        hpkernels.multi_positive_contrastive(z, positives, **options).backward()
+
+    yield "masked_topk", lambda: hpkernels.masked_topk(features, pool, backend="cpu"), density
+    yield "hidden_positives", lambda: hpkernels.hidden_positives(features, threshold, backend="cpu"), density
+    yield "multi_positive_contrastive", loss, density
+
+
+def _this_machine() -> Device:
+    """A device with the rates that PyTorch's matrix products have here."""
+    left, right = torch.rand(512, 512), torch.rand(2048, 512)
+    codes, other_codes = (127 * left).to(torch.int8), (127 * right).to(torch.int8)
+    flops = 2 * 512 * 2048 * 512
+    single = flops / _least(lambda: left @ right.T)
+    ranking = flops / _least(lambda: torch._int_mm(codes, other_codes.T)) if _coarse.int8_is_fast() else None
+    return Device({"float32": single}, single, DEVICES["CPU"].bandwidth, "measured", ranking=ranking)
+
+
+def _least(call: Callable[[], object]) -> float:
+    return min(seconds_of(call) for _ in range(_REPETITIONS))
