@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | resources | gpu-check``: see docs/benchmarks.md."""
+"""``python -m benchmarks run | plot | tables | compare | estimates | resources | gpu-check``; docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ def lines() -> Iterator[str]:
     """A line an op: the time measured, the time estimated, and how many times as long that is."""
     device = _this_machine()
     for op, call, density in _calls():
-        cost = estimate(
-            op, N=_IMAGES * _SIDE**2, dtype="float32", device=device, density=density, within_image_share=1.0
-        )
+        sizes = {"N": _IMAGES * _SIDE**2, "anchors_per_image": _SIDE**2, "M": _POOL, "features_dim": _FEATURES, "k": 1}
+        sizes |= {"D": _DIM, "negative_rate": _RATE, "density": density, "within_image_share": 1.0}
+        cost = estimate(op, dtype="float32", device=device, **sizes)
         measured, estimated = 1e3 * _least(call), cost.routes[cost.best].milliseconds
         yield f"{op:28} {measured:9.2f} ms, estimated {estimated:9.2f} ms, {measured / estimated:6.2f} times"
 
