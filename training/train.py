@@ -125,6 +125,7 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
     terms = {"cluster_probe": run.state.cluster_probe(detached)[0]}
     labels = run.train_bank.labels(images)
     if labels is not None:
+        run.state.saw_labels = run.state.saw_labels or bool((labels >= 0).any())
         terms["linear_probe"] = run.state.linear_probe.loss(detached, labels)
     return terms
 
