@@ -47,6 +47,11 @@ class Clusterings(nn.Module):
         self.fitted.fill_(True)
         self.matched.fill_(False)  # whatever was matched before were other clusters
 
+    def forget(self) -> None:
+        """Take what is here for neither fitted nor matched: the head is about to change."""
+        self.fitted.fill_(False)
+        self.matched.fill_(False)
+
     def set_assignment(self, row: int, assignment: Tensor) -> None:
         """Keep the class (C,) int64 of each cluster of one row of `assignments`."""
         self.assignments[row] = assignment.to(self.assignments.device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,10 +12,14 @@ from PIL import Image
 from training import checkpoint
 from training import evaluate as evaluation
 from training import predict as prediction
+from training.backbones import build_backbone
+from training.backbones.patch_dictionary import PatchDictionary
 from training.evaluate import evaluate, metrics_table, summary
+from training.published import export_state, import_state
 from training.results import write_results
 from training.run import checkpoint_path, open_run, open_trained
 from training.segment import SEGMENTATIONS, check_usable, map_names, to_classes
+from training.state import TrainingState
 from training.train import train
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -187,3 +192,49 @@ def test_matching_is_forgotten_when_clusters_are_found_anew(folder_run):
     assert state.clusterings.matched.tolist() == [False, True, False]
     state.clusterings.fit(run.train_bank, state.head, 0)
     assert not state.clusterings.matched.any()
+
+
+def test_training_on_forgets_what_was_fitted(folder_run):
+    run = folder_run()
+    run.state.clusterings.fit(run.train_bank, run.state.head, 0)
+    run.state.clusterings.set_assignment(2, torch.arange(6))
+    train(run)
+    assert not run.state.clusterings.fitted and not run.state.clusterings.matched.any()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["flags", "no flags"])
+def test_imported_checkpoint_gives_its_probes_only(tiny_config, photo_folder, tmp_path, capsys, old):
+    root = photo_folder()
+    data = {"name": "folder", "root": str(root), "size": [32, 48], "classes": NAMES}
+    config = tiny_config(data=data, backbone={"name": "vit_tiny_patch16_224"})
+    backbone = build_backbone(config.backbone, 0, torch.device("cpu"))
+    own = TrainingState(config, backbone.features_dim, 8, torch.device("cpu"), 6)
+    _, backbone, state = import_state(config, export_state(backbone, own))
+    assert (state.clusters, state.classes) == (8, 6)
+    contents = {"config": asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+    if old:
+        del contents["state"]["saw_labels"]
+    path = tmp_path / "imported.pt"
+    checkpoint.save(path, contents)
+    evaluation.main(["--checkpoint", str(path), "--json"])
+    scores = strict(capsys.readouterr().out)["hp"]
+    assert scores["kmeans"] is None and scores["cluster_probe"] is not None and scores["linear"] is not None
+    arguments = ["--checkpoint", str(path), "--images", str(root / "imgs" / "val"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="the k-means centres are not fitted"):
+        prediction.main(arguments)
+    prediction.main([*arguments, "--segmentation", "cluster_probe"])
+    written = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert list(written.values()) == [f"cluster {index}" for index in range(8)]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_images_of_one_colour_are_refused_in_a_sentence(value):
+    with pytest.raises(ValueError, match="training images must differ from one single colour"):
+        PatchDictionary(24, 8).fit([torch.full((3, 32, 40), value)] * 3)
+
+
+def test_images_of_one_colour_each_give_finite_features():
+    images = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 3, 32, 40)
+    backbone = PatchDictionary(24, 8)
+    backbone.fit(list(images))
+    assert backbone(images).tokens.isfinite().all()
