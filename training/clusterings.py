@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,10 @@ class Clusterings(nn.Module):
     Attributes:
         features: (C, Df) centres of the frozen features: the baseline.
         codes: (C, D) centres of the head's codes.
-        assignments: (3, C) int64, the class of each cluster of `features`, of `codes` and of the cluster probe; the
-            identity until there were labels to match with.
+        assignments: (3, C) int64, the class of each cluster of `features`, of `codes` and of the cluster probe,
+            negative for a cluster left without a class; the identity until there were labels to match with.
+        fitted: () bool, whether `features` and `codes` hold centres; zeros until then.
+        matched: (3,) bool, which rows of `assignments` were matched on labelled images.
     """
 
     def __init__(self, features_dim: int, dim: int, clusters: int) -> None:
@@ -29,6 +33,8 @@ class Clusterings(nn.Module):
         self.register_buffer("features", torch.zeros(clusters, features_dim))
         self.register_buffer("codes", torch.zeros(clusters, dim))
         self.register_buffer("assignments", torch.arange(clusters).repeat(3, 1))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("matched", torch.zeros(3, dtype=torch.bool))
 
     @torch.no_grad()
     def fit(self, bank: FeatureBank, head: SegmentationHead, seed: int) -> None:
@@ -38,6 +44,41 @@ class Clusterings(nn.Module):
         self.features.copy_(kmeans(tokens, clusters, seed=seed, restarts=_RESTARTS))
         codes = head.eval()(tokens[:, None])[:, 0]
         self.codes.copy_(kmeans(codes, clusters, seed=seed, restarts=_RESTARTS))
+        self.fitted.fill_(True)
+        self.matched.fill_(False)  # whatever was matched before were other clusters
+
+    def forget(self) -> None:
+        """Take what is here for neither fitted nor matched: the head is about to change."""
+        self.fitted.fill_(False)
+        self.matched.fill_(False)
+
+    def set_assignment(self, row: int, assignment: Tensor) -> None:
+        """Keep the class (C,) int64 of each cluster of one row of `assignments`."""
+        self.assignments[row] = assignment.to(self.assignments.device)
+        self.matched[row] = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Checkpoints of before there were flags: centres are zeros until they are fitted, and all rows are matched in
+        # one go, when not one of them is likely to remain the identity.
+        if f"{prefix}codes" in state_dict and f"{prefix}fitted" not in state_dict:
+            assignments = state_dict[f"{prefix}assignments"]
+            fitted = state_dict[f"{prefix}codes"].any()
+            moved = (assignments != torch.arange(assignments.shape[1])).any()
+            state_dict[f"{prefix}fitted"] = fitted
+            state_dict[f"{prefix}matched"] = (fitted & moved).expand(3)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def check_clusters(clusters: int, images: int, patches: int) -> None:
+    """Refuse to look for more clusters than k-means gets patches to find them among.
+
+    Raises:
+        ValueError: there are too few patches.
+    """
+    seen = min(images, _IMAGES)
+    vectors = seen * min(patches, -(-_VECTORS // seen))
+    if clusters > vectors:
+        raise ValueError(f"config: `data.clusters` must be at most the {vectors} patches to cluster, got {clusters}")
 
 
 def _sample(bank: FeatureBank, seed: int) -> Tensor:

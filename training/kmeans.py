@@ -33,7 +33,7 @@ def kmeans(vectors: Tensor, clusters: int, *, seed: int, restarts: int) -> Tenso
     if len(vectors) < clusters:
         raise ValueError(f"`vectors` must have at least {clusters} rows, one for each cluster, got {len(vectors)}")
     rows = F.normalize(vectors.detach().float(), dim=1).cpu().numpy()
-    sample = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:_SAMPLE].numpy()
+    sample = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: max(_SAMPLE, clusters)].numpy()
     # Threads add up partial sums in the order in which they finish; one thread gives the same bits every time.
     with threadpool_limits(1):
         start = KMeans(clusters, n_init=restarts, random_state=seed, tol=1e-3).fit(rows[sample])

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+UNMATCHED = -1
+"""The class of a cluster that no class was matched to: its pixels are wrong."""
 
 
 class SegmentationMetrics:
     """Accumulates predictions against labels, image batch by image batch.
 
     Args:
-        classes: how many classes, and how many values a prediction may take.
-        match: predictions are clusters without a name: match each to one class (Hungarian algorithm) before scoring.
+        classes: how many classes there are.
+        clusters: how many values a prediction may take. None: as many as there are classes.
+        match: predictions are clusters without a name: match each to a class before scoring.
 
     Attributes:
-        confusion: (classes, classes) int64 pixel counts so far; rows predicted, columns labelled.
+        confusion: (clusters, classes) int64 pixel counts so far; rows predicted, columns labelled.
 
     Example:
         >>> metrics = SegmentationMetrics(2, match=True)
@@ -24,41 +33,63 @@ class SegmentationMetrics:
         ([1, 0], {'accuracy': 100.0, 'miou': 100.0})
     """
 
-    def __init__(self, classes: int, *, match: bool = False) -> None:
+    def __init__(self, classes: int, clusters: int | None = None, *, match: bool = False) -> None:
         self.classes = classes
+        self.clusters = classes if clusters is None else clusters
         self.match = match
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self.confusion = torch.zeros(self.clusters, classes, dtype=torch.int64)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count predictions in [0, classes) against labels of the same shape, where a negative label is ignored."""
-        self.confusion += confusion_matrix(prediction, label, self.classes).cpu()
+        """Count predictions in [0, clusters) against labels of the same shape, where a negative label is ignored."""
+        self.confusion += confusion_matrix(prediction, label, self.classes, self.clusters).cpu()
+
+    @property
+    def counted(self) -> int:
+        """How many labelled pixels were counted."""
+        return int(self.confusion.sum())
 
     @property
     def assignment(self) -> Tensor:
-        """The class (classes,) int64 of each prediction value; the identity unless clusters are matched."""
-        return match_clusters(self.confusion) if self.match else torch.arange(self.classes)
+        """The class (clusters,) int64 of each prediction value, one to one, `UNMATCHED` for the clusters left over.
+
+        Values that need no matching are their own classes.
+        """
+        if self.match:
+            return match_clusters(self.confusion)
+        own = torch.arange(self.clusters)
+        return own.where(own < self.classes, UNMATCHED)
+
+    @property
+    def majority(self) -> Tensor:
+        """The class (clusters,) int64 that most pixels of each cluster have: many clusters may be one class."""
+        return majority_classes(self.confusion)
 
     def class_iou(self) -> Tensor:
         """IoU of each class (classes,) float32 in percent; NaN for a class in neither predictions nor labels."""
-        return 100 * class_iou(self._by_class())
+        return 100 * class_iou(merge_clusters(self.confusion, self.assignment))
 
     def scores(self) -> dict[str, float]:
         """Pixel accuracy and mean IoU in percent; NaN before anything was counted."""
-        confusion = self._by_class()
+        return self._scores(self.assignment)
+
+    def majority_scores(self) -> dict[str, float]:
+        """The same with each cluster as the class that most of its pixels have."""
+        return self._scores(self.majority)
+
+    def _scores(self, assignment: Tensor) -> dict[str, float]:
+        confusion = merge_clusters(self.confusion, assignment)
         fractions = {"accuracy": accuracy(confusion), "miou": class_iou(confusion).nanmean()}
         return {name: 100 * fraction.item() for name, fraction in fractions.items()}
 
-    def _by_class(self) -> Tensor:
-        return self.confusion[self.assignment.argsort()]
 
-
-def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Pixel counts (classes, classes) int64 by predicted (row) and labelled (column) value.
+def confusion_matrix(prediction: Tensor, label: Tensor, classes: int, clusters: int | None = None) -> Tensor:
+    """Pixel counts (clusters, classes) int64 by predicted (row) and labelled (column) value.
 
     Args:
-        prediction: integers in [0, classes).
+        prediction: integers in [0, clusters).
         label: integers below `classes`, the same shape; negative: ignore the pixel.
-        classes: how many values there are.
+        classes: how many labels there are.
+        clusters: how many values a prediction may take. None: `classes`.
 
     Raises:
         TypeError: an argument is not a tensor of integers.
@@ -69,20 +100,38 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     if prediction.shape != label.shape:
         expected, actual = tuple(label.shape), tuple(prediction.shape)
         raise ValueError(f"`prediction` must have the shape of `label` {expected}, got {actual}")
+    clusters = classes if clusters is None else clusters
     prediction, label = prediction.long(), label.to(prediction.device).long()
-    if ((prediction < 0) | (prediction >= classes)).any():
-        raise ValueError(f"`prediction` must be in [0, {classes}), got {_span(prediction)}")
+    if ((prediction < 0) | (prediction >= clusters)).any():
+        raise ValueError(f"`prediction` must be in [0, {clusters}), got {_span(prediction)}")
     if (label >= classes).any():
         raise ValueError(f"`label` must be below {classes} or negative (ignored), got {_span(label)}")
     counted = label >= 0
     pairs = prediction[counted] * classes + label[counted]
-    return pairs.bincount(minlength=classes * classes).view(classes, classes)
+    return pairs.bincount(minlength=clusters * classes).view(clusters, classes)
 
 
 def match_clusters(confusion: Tensor) -> Tensor:
-    """The class (classes,) int64 of each cluster: one to one, with the most pixels right (Hungarian algorithm)."""
-    _, assignment = linear_sum_assignment(confusion.numpy(), maximize=True)
-    return torch.from_numpy(assignment)
+    """The class (clusters,) int64 of each cluster: one to one, with the most pixels right (Hungarian algorithm).
+
+    With more clusters than classes those left over are `UNMATCHED`; with fewer, some classes have no cluster.
+    """
+    clusters, classes = linear_sum_assignment(confusion.numpy(), maximize=True)
+    assignment = torch.full((len(confusion),), UNMATCHED)
+    assignment[torch.from_numpy(clusters)] = torch.from_numpy(classes)
+    return assignment
+
+
+def majority_classes(confusion: Tensor) -> Tensor:
+    """The class (clusters,) int64 that most pixels of each cluster have; `UNMATCHED` for a cluster without pixels."""
+    return confusion.argmax(dim=1).where(confusion.any(dim=1), UNMATCHED)
+
+
+def merge_clusters(confusion: Tensor, assignment: Tensor) -> Tensor:
+    """Pixel counts (classes + 1, classes) int64 by class: row c adds up the clusters of class c, the last the rest."""
+    classes = confusion.shape[1]
+    rows = assignment.where(assignment >= 0, classes)
+    return torch.zeros(classes + 1, classes, dtype=confusion.dtype).index_add_(0, rows, confusion)
 
 
 def accuracy(confusion: Tensor) -> Tensor:
@@ -91,9 +140,26 @@ def accuracy(confusion: Tensor) -> Tensor:
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class (classes,) float32 in [0, 1]; NaN for 0 / 0, which a nanmean leaves out."""
+    """Intersection over union of each class (classes,) float32 in [0, 1]; NaN for 0 / 0, which a nanmean leaves out.
+
+    Rows after that of the last class are predictions of no class: they are in no class's prediction.
+    """
     intersection = confusion.diagonal()
-    return _ratio(intersection, confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
+    predicted = confusion.sum(dim=1)[: len(intersection)]
+    return _ratio(intersection, confusion.sum(dim=0) + predicted - intersection)
+
+
+def to_json(value: Any) -> str:
+    """JSON of plain values; a number that is not finite becomes null, because JSON has no name for it."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from training.data import list_images, load_image
 from training.evaluate import HEADLINE
 from training.figures import class_palette
 from training.run import open_trained
-from training.segment import SEGMENTATIONS, segment, to_classes
+from training.segment import SEGMENTATIONS, check_usable, map_names, segment, to_classes
 from training.state import TrainingState
 
 
@@ -59,14 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         config, backbone, state = open_trained(options.checkpoint, options.device)
+        check_usable(state, options.segmentation)
         files = list_images(options.images)
         options.out.mkdir(parents=True, exist_ok=True)
-        count = len(state.linear_probe.bias)
+        names = map_names(state, options.segmentation, config.data.classes)
+        count = len(names)
         for file in tqdm(files, desc="predict", unit="image"):
             write_prediction(file, predict(config, backbone, state, file, options.segmentation), count, options.out)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"predict: {error}")
-    names = config.data.classes or [f"cluster {index}" for index in range(count)]
     (options.out / "classes.json").write_text(json.dumps(dict(enumerate(names)), indent=2))
     print(f"{len(files)} images, {count} classes, in {options.out}")
 

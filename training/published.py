@@ -73,7 +73,8 @@ def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Back
     load_weights(backbone.vit, {name.removeprefix("model."): value for name, value in net.items()}, "the checkpoint")
 
     clusters = contents["cluster_model_state_dict"].get("clusters", torch.empty(0)).shape[0]
-    state = TrainingState(config, backbone.features_dim, clusters, torch.device("cpu"))
+    classes = contents["linear_model_state_dict"].get("bias", torch.empty(0)).shape[0]
+    state = TrainingState(config, backbone.features_dim, clusters, torch.device("cpu"), classes)
     try:
         for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
             head.load_state_dict(_head_state(net, names))
@@ -81,6 +82,7 @@ def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Back
         state.cluster_probe.load_state_dict(contents["cluster_model_state_dict"])
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"published: the checkpoint does not fit the configuration: {error}") from error
+    state.saw_labels = True
     state.step = int(contents.get("iter") or 0)
     return config, backbone, state
 

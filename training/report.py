@@ -116,13 +116,27 @@ def _results(metrics: Mapping[str, Any]) -> str:
     }
     if not scores:
         return page.paragraph("There are no labels to score the segmentations with.")
+    majority = any("majority" in score for score in scores.values())
     rows = [
-        (_METHODS.get(method, " ".join(method)), (score["miou"], score.get("accuracy")))
+        (_METHODS.get(method, " ".join(method)), _figures(score, majority))
         for method, score in sorted(scores.items(), key=lambda item: _position(_METHODS, item[0]))
         if not _repeats_another(method, scores)
     ]
-    caption = "Validation images. Clusters are matched one to one to classes; the linear probe needs no matching."
-    return _headline(scores) + page.percent_table(("Method", "mIoU, %", "Accuracy, %"), rows, caption)
+    columns = ("Method", "mIoU, %", "Accuracy, %")
+    caption = f"{str(metrics.get('images', 'validation')).capitalize()} images. "
+    caption += "Clusters are matched one to one to classes; pixels of a cluster left over are wrong."
+    if majority:
+        columns += ("mIoU, majority, %", "Accuracy, majority, %")
+        caption += " Majority: each cluster is the class that most of its pixels have."
+    if any(score["miou"] is None for score in scores.values()):
+        caption += " A dash: there are no labelled pixels."
+    return _headline(scores) + page.percent_table(columns, rows, caption)
+
+
+def _figures(score: Mapping[str, Any], with_majority: bool) -> tuple[float | None, ...]:
+    names = ("miou", "accuracy")
+    majority = score.get("majority", {})
+    return tuple(score.get(name) for name in names) + tuple(majority.get(name) for name in names if with_majority)
 
 
 def _repeats_another(method: tuple[str, str], scores: Mapping[tuple[str, str], Mapping[str, float]]) -> bool:

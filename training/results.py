@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,10 +15,11 @@ from torch.nn import functional as F
 
 import hpkernels
 from training import checkpoint
-from training.evaluate import HEADLINE, evaluate, summary
+from training.evaluate import HEADLINE, evaluate, images_scored, summary
+from training.metrics import to_json
 from training.report import AnchorPositives, Example, PropagationWeights, Report, write_report
 from training.run import Run
-from training.segment import segment, to_classes
+from training.segment import map_names, segment, to_classes
 
 _EXAMPLES = 6  # images segmented in the report
 _IMAGES_OF_POSITIVES = 4  # images among which the positives of an anchor are shown
@@ -36,9 +36,13 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
     run.state.clusterings.fit(run.train_bank, run.state.head, run.config.seed)
     scores = evaluate(run.state, run.val_bank)
     run.save()
-    metrics = summary(scores) | {"config": asdict(run.config), "run": provenance(run)}
+    metrics = summary(scores) | {
+        "images": images_scored(run.config),
+        "config": asdict(run.config),
+        "run": provenance(run),
+    }
     output = Path(run.config.output)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (output / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
     write_report(output / "report.html", describe(run, metrics, scores))
     return output / "report.html", metrics
 
@@ -65,15 +69,19 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
     about = metrics["run"]
     images = _spread(len(run.val_bank), _EXAMPLES)
     columns = {"baseline": "Baseline", HEADLINE: "HP", "linear": "HP, linear probe"}
+    scored = {name: title for name, title in columns.items() if scores is not None and name in scores}
+    # Without a labelled pixel nothing was matched, and no class has an IoU.
+    matched = bool(run.state.clusterings.matched.all())
+    class_iou = {title: scores[name]["class_iou"] for name, title in scored.items()} if matched else {}
     return Report(
         title=f"Hidden Positives: {Path(run.config.output).name}",
         metrics=metrics,
-        class_names=run.val_bank.data.classes,
+        class_names=map_names(run.state, HEADLINE, run.val_bank.data.classes),
         history=run.state.history,
         examples=examples(run, images),
         positives=anchor_positives(run, images[:_IMAGES_OF_POSITIVES]),
         propagation=propagation_weights(run, images[:3]),
-        class_iou={} if scores is None else {title: scores[name]["class_iou"] for name, title in columns.items()},
+        class_iou=class_iou,
         device=about["device"],
         versions=about["versions"],
         date=about["finished"],

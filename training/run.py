@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from training import checkpoint
 from training.backbones import Backbone, build_backbone
+from training.clusterings import check_clusters
 from training.config import Config
 from training.config_file import config_from_dict
 from training.data import SegmentationData, open_data, steps_per_epoch
 from training.features import FeatureBank
 from training.schedule import seed_step
-from training.state import TrainingState
+from training.state import TrainingState, output_sizes
 
 _PLACE = ("output", "device", "log_every", "checkpoint_every")  # keys that may differ between a run and its resumption
 
@@ -84,17 +85,24 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
 
     backbone = build_backbone(config.backbone, config.seed, device)
+    number = clusters(train_data, config)
+    height, width = backbone.grid(config.data.size)
+    check_clusters(number, len(train_data), height * width)
     if saved is None:
         backbone.fit(_images(train_data, config.seed))
     else:
         backbone.load_state_dict(saved["backbone"])
     train_bank = open_bank(config, backbone, train_data, device, views=config.backbone.views)
     torch.manual_seed(config.seed)
-    state = TrainingState(config, backbone.features_dim, clusters(train_data, config), device)
-    if saved is None:
-        state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
-    else:
+    # Older checkpoints have as many classes as clusters.
+    number, classes = (number, len(train_data.classes) or number) if saved is None else output_sizes(saved["state"])
+    state = TrainingState(config, backbone.features_dim, number, device, classes)
+    if saved is not None:
         state.load_state_dict(saved["state"])
+    if not state.pools.agnostic.vectors.any():  # a new run, or one imported from the published code
+        state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
+        if saved is not None:
+            state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, open_data(config, "val"), device)
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
 
@@ -109,7 +117,8 @@ def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbo
     config.backbone.weights = None
     backbone = build_backbone(config.backbone, config.seed, where)
     backbone.load_state_dict(saved["backbone"])
-    state = TrainingState(config, backbone.features_dim, len(saved["state"]["modules"]["linear_probe"]["bias"]), where)
+    number, classes = output_sizes(saved["state"])
+    state = TrainingState(config, backbone.features_dim, number, where, classes)
     state.load_modules(saved["state"])
     state.step = saved["state"]["step"]
     return config, backbone, state

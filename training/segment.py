@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,12 +47,52 @@ def segment(state: TrainingState, tokens: Tensor, grid: tuple[int, int], size: t
     return {name: upsample(score, size).argmax(dim=1) for name, score in scores.items()}
 
 
+def why_unusable(state: TrainingState, name: str) -> str | None:
+    """Why a state cannot give the segmentation `name`; None if it can."""
+    if name in ("baseline", "kmeans") and not state.clusterings.fitted:
+        return "the k-means centres are not fitted: finish the run, or use the segmentation cluster_probe"
+    if name == "linear" and not state.saw_labels:
+        return "the linear probe never saw a label: use another segmentation"
+    return None
+
+
+def check_usable(state: TrainingState, name: str) -> None:
+    """Refuse the segmentation `name` if it would come from what was never fitted.
+
+    Raises:
+        ValueError: it would.
+    """
+    reason = why_unusable(state, name)
+    if reason is not None:
+        raise ValueError(f"segmentation {name}: {reason}")
+
+
 def to_classes(state: TrainingState, segmentations: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the clusters of `segment` by the classes they were matched to."""
+    """Replace the clusters of `segment` by the classes they were matched to; `map_names` names the values.
+
+    Clusters left without a class, because there are more of them, take the values after the last class. Where clusters
+    were never matched they keep their numbers.
+    """
     classes = dict(segmentations)
-    for name, assignment in zip(CLUSTERED, state.clusterings.assignments, strict=True):
-        classes[name] = assignment[segmentations[name]]
+    for row, name in enumerate(CLUSTERED):
+        if name in segmentations and state.clusterings.matched[row]:
+            assignment = state.clusterings.assignments[row]
+            left = assignment < 0
+            values = assignment.where(~left, state.classes - 1 + left.cumsum(0))
+            classes[name] = values[segmentations[name]]
     return classes
+
+
+def map_names(state: TrainingState, name: str, class_names: Sequence[str]) -> list[str]:
+    """What each value of the maps of `to_classes` is: a class, an unmatched cluster, or a cluster of unknown class."""
+    named = [*class_names, *(f"class {index}" for index in range(len(class_names), state.classes))]
+    if name not in CLUSTERED:
+        return named
+    row = CLUSTERED.index(name)
+    if not state.clusterings.matched[row]:
+        return [f"cluster {index}" for index in range(state.clusters)]
+    left = int((state.clusterings.assignments[row] < 0).sum())
+    return named + [f"unmatched cluster {index}" for index in range(1, left + 1)]
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

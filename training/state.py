@@ -20,26 +20,35 @@ class TrainingState:
     Args:
         config: of the run.
         features_dim: Df of the backbone.
-        clusters: how many clusters and classes there are.
+        clusters: how many clusters k-means and the cluster probe find.
         device: where the modules are.
+        classes: how many classes the linear probe tells apart. None: as many as there are clusters.
 
     Attributes:
+        clusters: how many clusters there are.
+        classes: how many classes there are.
         step: steps done so far.
+        saw_labels: whether the linear probe was trained with a label.
         history: the figures of each logged step, for the curves of the report.
         seconds: time spent in training steps so far.
         best_accuracy: the best validation accuracy so far, where the checkpoint is chosen by labels.
     """
 
-    def __init__(self, config: Config, features_dim: int, clusters: int, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, features_dim: int, clusters: int, device: torch.device, classes: int | None = None
+    ) -> None:
         head, optim = config.head, config.optim
+        self.clusters = clusters
+        self.classes = clusters if classes is None else classes
         self.step = 0
+        self.saw_labels = False
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.best_accuracy = 0.0
         self.head = SegmentationHead(features_dim, head.dim, head.dropout)
         self.ema_head = ema_copy(self.head)
         self.projection = Projection(head.dim)
-        self.linear_probe = LinearProbe(head.dim, clusters)
+        self.linear_probe = LinearProbe(head.dim, self.classes)
         self.cluster_probe = ClusterProbe(head.dim, clusters)
         pool_dropout = head.dropout if config.quirks.dropout_on_frozen else 0.0
         self.pools = Pools(config.pool.size, features_dim, head.dim, pool_dropout)
@@ -74,6 +83,7 @@ class TrainingState:
         """Tensors and plain values only, so that it loads with ``weights_only=True``."""
         return {
             "step": self.step,
+            "saw_labels": self.saw_labels,
             "history": self.history,
             "seconds": self.seconds,
             "best_accuracy": self.best_accuracy,
@@ -92,6 +102,25 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
 
     def load_modules(self, state: dict[str, Any]) -> None:
-        """Take the modules alone from `state`."""
+        """Take the modules alone from `state`, and whether the linear probe saw a label."""
+        self.saw_labels = saw_labels(state)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
+
+
+def saw_labels(state: dict[str, Any]) -> bool:
+    """Whether the linear probe in the `state_dict` of a run was trained with a label.
+
+    In checkpoints of before this was kept, its optimizer has worked; or that of the head has not, in a run imported
+    from the published code, where every probe was trained.
+    """
+    if "saw_labels" in state:
+        return state["saw_labels"]
+    linear, head = (state["optimizers"][name]["state"] for name in ("linear_probe", "head"))
+    return bool(linear) or not head
+
+
+def output_sizes(state: dict[str, Any]) -> tuple[int, int]:
+    """How many clusters and classes there are in the `state_dict` of a run."""
+    modules = state["modules"]
+    return len(modules["cluster_probe"]["clusters"]), len(modules["linear_probe"]["bias"])

@@ -125,6 +125,7 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
     terms = {"cluster_probe": run.state.cluster_probe(detached)[0]}
     labels = run.train_bank.labels(images)
     if labels is not None:
+        run.state.saw_labels = run.state.saw_labels or bool((labels >= 0).any())
         terms["linear_probe"] = run.state.linear_probe.loss(detached, labels)
     return terms
 
@@ -165,6 +166,8 @@ def train(run: Run) -> None:
     writer = SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step)
     bar = tqdm(total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train")
     started = time.perf_counter() - state.seconds
+    if state.step < run.steps:
+        state.clusterings.forget()
     while state.step < run.steps:
         step, lam = state.step, current_lambda(run)
         images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
@@ -195,6 +198,7 @@ def keep_best(run: Run) -> None:
     if scores is not None and scores["cluster_probe"]["accuracy"] > run.state.best_accuracy:
         run.state.best_accuracy = scores["cluster_probe"]["accuracy"]
         run.save(run.best_path)
+    run.state.clusterings.forget()  # the matching is of this step alone
 
 
 def main(arguments: list[str] | None = None) -> None:

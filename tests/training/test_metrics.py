@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from training.metrics import SegmentationMetrics, accuracy, class_iou, confusion_matrix, match_clusters
+from training.metrics import (
+    UNMATCHED,
+    SegmentationMetrics,
+    accuracy,
+    class_iou,
+    confusion_matrix,
+    majority_classes,
+    match_clusters,
+    to_json,
+)
 
 
 @pytest.mark.parametrize("name", ["metrics_5", "metrics_27_missing"])
@@ -109,3 +119,35 @@ def test_errors(prediction, label, error, message):
     with pytest.raises(error, match=message):
         metrics.update(prediction, label)
     assert not metrics.confusion.any()
+
+
+def test_more_clusters_than_classes():
+    # Clusters 0 and 1 are halves of class 0, cluster 2 is class 1: one to one, one half of class 0 is lost.
+    metrics = SegmentationMetrics(2, 4, match=True)
+    metrics.update(torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert metrics.assignment[:3].tolist() == [0, UNMATCHED, 1] and metrics.majority.tolist() == [0, 0, 1, UNMATCHED]
+    assert metrics.scores() == pytest.approx({"accuracy": 100 * 5 / 6, "miou": (75 + 100) / 2})
+    assert metrics.majority_scores() == {"accuracy": 100.0, "miou": 100.0}
+    assert metrics.class_iou().tolist() == [75, 100]
+
+
+def test_fewer_clusters_than_classes():
+    # A class without a cluster exists, so it counts with an IoU of 0; a class without pixels leaves the mean.
+    metrics = SegmentationMetrics(4, 2, match=True)
+    metrics.update(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([2, 2, 0, 0, 1]))
+    assert metrics.assignment.tolist() == metrics.majority.tolist() == [2, 0]
+    assert metrics.class_iou().tolist() == pytest.approx([200 / 3, 0, 100, math.nan], nan_ok=True)
+    assert metrics.scores() == pytest.approx({"accuracy": 80, "miou": (200 / 3 + 0 + 100) / 3})
+
+
+def test_majority_takes_the_class_of_most_pixels():
+    assert majority_classes(torch.tensor([[10, 9], [9, 0], [0, 0]])).tolist() == [0, 0, UNMATCHED]
+
+
+def test_json_has_null_for_what_is_not_finite():
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    value = {"a": math.nan, "b": [math.inf, (-math.inf, 1.5)], "c": {"d": None, "e": "NaN", "f": 3}}
+    read = json.loads(to_json(value), parse_constant=refuse)
+    assert read == {"a": None, "b": [None, [None, 1.5]], "c": {"d": None, "e": "NaN", "f": 3}}

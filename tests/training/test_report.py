@@ -158,6 +158,21 @@ def test_headline_is_not_repeated_in_the_table(page):
     assert "Hidden Positives, unsupervised" not in rows
 
 
+def test_both_matchings_and_the_images_scored_are_named(tmp_path):
+    scored = {"accuracy": 40.5, "miou": 20.5, "matching": "one-to-one", "majority": {"accuracy": 60.5, "miou": 30.5}}
+    metrics = {"baseline": {"unsupervised": scored}, "hp": {"linear": {"accuracy": 70.5, "miou": 50.5}}}
+    page, _ = written(tmp_path, Report("Both", metrics | {"images": "training"}))
+    assert page.texts["th"][:5] == ["Method", "mIoU, %", "Accuracy, %", "mIoU, majority, %", "Accuracy, majority, %"]
+    assert page.texts["td"] == ["20.5", "40.5", "30.5", "60.5", "50.5", "70.5", "–", "–"]
+    assert page.text("caption").startswith("Training images. Clusters are matched one to one")
+
+
+def test_figures_without_a_labelled_pixel_are_dashes(tmp_path):
+    page, _ = written(tmp_path, Report("Void", {"baseline": {"unsupervised": {"accuracy": None, "miou": None}}}))
+    assert page.texts["td"] == ["–", "–"]
+    assert "A dash: there are no labelled pixels." in page.text("caption")
+
+
 def test_window_at_the_border(page):
     cells = page.texts["td"]
     start = cells.index("0.25") - 4

@@ -54,7 +54,8 @@ def test_kmeans_segments_patches_by_their_nearest_centre(trained):
 
 def test_clusters_become_the_classes_they_were_matched_to(trained):
     run, _, _ = trained
-    run.state.clusterings.assignments.copy_(torch.stack([torch.arange(6).roll(shift) for shift in range(3)]))
+    for row in range(3):
+        run.state.clusterings.set_assignment(row, torch.arange(6).roll(row))
     maps = {name: torch.arange(6)[None] for name in SEGMENTATIONS}
     classes = to_classes(run.state, maps)
     for row, name in enumerate(CLUSTERED):
@@ -72,7 +73,7 @@ def test_evaluate_command_repeats_the_scores_of_training(trained, capsys):
     path = str(checkpoint_path(run.config))
     evaluation.main(["--checkpoint", path, "--json"])
     scores = json.loads(capsys.readouterr().out)
-    assert scores == {key: metrics[key] for key in ("baseline", "hp")}
+    assert scores == {key: metrics[key] for key in ("baseline", "hp", "images")}
     evaluation.main(["--checkpoint", path, "--root", str(root)])
     assert f"{scores['hp']['linear']['accuracy']:.2f}%" in capsys.readouterr().out
 

@@ -23,6 +23,7 @@ _LEARNING_IMAGES = 160  # images to learn from, drawn from all
 _LEARNING_WINDOWS = 40_000  # windows to learn a dictionary from
 _LEARNING_STRIDE = 5  # pixels between them; odd, so that they meet patches at every offset
 _KMEANS_ROUNDS = 12
+_LEAST_SPREAD = 1e-6  # standard deviation of a descriptor; less is rounding
 _CHUNK = 16  # images coded at a time while learning
 
 
@@ -66,7 +67,11 @@ class PatchDictionary(Backbone):
 
     @torch.no_grad()
     def fit(self, images: Iterable[Tensor]) -> None:
-        """Learn the dictionaries and the final PCA from unlabelled images (3, h, w) of one size."""
+        """Learn the dictionaries and the final PCA from unlabelled images (3, h, w) of one size.
+
+        Raises:
+            ValueError: no patch differs from another.
+        """
         images = torch.stack(_reservoir(images, _LEARNING_IMAGES, random.Random(self.seed))).to(self.mean.device)
         generator = torch.Generator().manual_seed(self.seed)
         for scale, dictionary in zip(_SCALES, self.dictionaries, strict=True):
@@ -84,7 +89,12 @@ class PatchDictionary(Backbone):
 
     def _fit_projection(self, descriptors: Tensor) -> None:
         self.mean.copy_(descriptors.mean(dim=0))
-        self.scale.copy_(1 / descriptors.std(dim=0).clamp(min=1e-6))
+        spread = descriptors.std(dim=0)
+        if spread.max() <= _LEAST_SPREAD:
+            raise ValueError(
+                "PatchDictionary: the training images must differ from one single colour, or there is nothing to learn"
+            )
+        self.scale.copy_(1 / spread.clamp(min=_LEAST_SPREAD))
         standardised = (descriptors - self.mean) * self.scale
         eigenvalues, eigenvectors = torch.linalg.eigh(standardised.T @ standardised / len(standardised))
         leading = eigenvalues.flip(0)[: self.features_dim].clamp(min=1e-6)
