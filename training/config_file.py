@@ -26,7 +26,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not path.is_file():
         presets = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) or "no YAML files"
         raise ValueError(f"config: no file {path}; beside it there are {presets}")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = _yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} must be UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise TypeError(f"config: {path} must hold a mapping, got {type(values).__name__}")
     for override in overrides:
@@ -39,6 +42,13 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {where} is not YAML: {error}") from error
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
@@ -48,7 +58,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"config: `{key}` goes into `{section}`, which is not a section")
-    values[name] = yaml.safe_load(text)
+    values[name] = _yaml(text, f"the value of `{key}`")
 
 
 def _build(kind: type, values: Any, prefix: str) -> Any:

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from training.config import Config
+from training.photographs import display_name, list_images, opened, read_rgb, size_of, visible_files
 from training.procedural import ProceduralData
 
 IGNORE = -1
 """The label of pixels that belong to no class."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+"""Formats that keep the value of every pixel."""
 
 
 class SegmentationData(Protocol):
@@ -38,7 +41,9 @@ class SegmentationData(Protocol):
 
 
 class FolderData:
-    """Photographs in ``root/imgs/split`` and, if there are any, label PNGs of the same stems in ``root/labels/split``.
+    """Photographs in ``root/imgs/split`` and, if there are any, labels of the same stems in ``root/labels/split``.
+
+    Without folders of splits, all photographs of ``root/imgs``, or of `root` itself, belong to every split.
 
     Args:
         root: the folder.
@@ -48,7 +53,8 @@ class FolderData:
         limit: use the first `limit` images, by name. None: all.
 
     Raises:
-        ValueError: there are no images, or some have a label and some do not.
+        ValueError: there are no images, labels and images do not fit together, or the header of a file is not that of
+            an image or of a label.
     """
 
     def __init__(
@@ -56,21 +62,24 @@ class FolderData:
     ) -> None:
         self.classes = classes
         self.size = size
-        self._files = list_images(Path(root) / "imgs" / split)[:limit]
-        labels = [Path(root) / "labels" / split / f"{file.stem}.png" for file in self._files]
-        missing = [label for label in labels if not label.is_file()]
-        if missing and len(missing) < len(labels):
-            raise ValueError(f"data: {len(missing)} of {len(labels)} images have no label, for example {missing[0]}")
-        if not missing and not classes:
-            raise ValueError(f"data: {labels[0].parent} has labels, so `data.classes` must name their classes")
-        self._labels = None if missing else labels
+        root = Path(root).expanduser()
+        folder = _folder(root, "imgs", split)
+        labels = _folder(root, "labels", split)
+        inside = labels.resolve()
+        files = [file for file in list_images(folder) if inside not in file.resolve().parents]
+        self._names = [file.relative_to(folder).with_suffix("") for file in files][:limit]
+        self._files = files[:limit]
+        self._labels = _labels(labels, self._names, self._files)
+        if self._labels is not None and not classes:
+            raise ValueError(f"data: {display_name(labels)} has labels, so `data.classes` must name their classes")
+        self._check_headers(split)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def name(self, index: int) -> str:
         """The file name without extension."""
-        return self._files[index].stem
+        return display_name(self._names[index])
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
@@ -81,30 +90,73 @@ class FolderData:
         if self._labels is None:
             return None
         height, width = self.size
-        with Image.open(self._labels[index]) as file:
-            if file.mode not in ("L", "P"):
-                raise ValueError(f"data: label {self._labels[index]} must have one byte a pixel, got mode {file.mode}")
+        with opened(self._labels[index]) as file:
             label = torch.from_numpy(np.array(file.resize((width, height), Image.Resampling.NEAREST))).long()
         return label.where(label < len(self.classes), IGNORE)
 
+    def _check_headers(self, split: str) -> None:
+        for index, file in enumerate(tqdm(self._files, desc=f"headers of {split}", unit="file", leave=False, delay=2)):
+            size = size_of(file)
+            if self._labels is not None:
+                _check_label(self._labels[index], file, size)
 
-def list_images(folder: Path) -> list[Path]:
-    """The JPEG and PNG files of `folder`, by name.
 
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"data: there are no {' '.join(IMAGE_SUFFIXES)} files in {folder}")
-    return files
+def _folder(root: Path, kind: str, split: str) -> Path:
+    """Where the files of a split are: ``root/kind/split``, or one folder for all splits."""
+    whole = root / kind
+    if any((whole / name).is_dir() for name in ("train", "val")):
+        return whole / split
+    return root if kind == "imgs" and not whole.is_dir() else whole
+
+
+def _labels(folder: Path, names: list[Path], images: list[Path]) -> list[Path] | None:
+    """The label of each image; None where there are no labels."""
+    found = visible_files(folder) if folder.is_dir() else []
+    if not found:
+        return None
+    by_name: dict[Path, Path] = {}
+    for file in found:
+        if file.suffix.lower() in LABEL_SUFFIXES:
+            name = file.relative_to(folder).with_suffix("")
+            if name in by_name:
+                raise ValueError(f"data: two labels have one name: {display_name(by_name[name])} and {file.name}")
+            by_name[name] = file
+    missing = [image for name, image in zip(names, images, strict=True) if name not in by_name]
+    if len(missing) == len(images):
+        raise ValueError(
+            f"data: none of the {len(found)} files in {display_name(folder)} is the label of an image: a label must"
+            f" have the name of its image and one of {' '.join(LABEL_SUFFIXES)}, got"
+            f" {display_name(found[0].name)} beside {display_name(images[0].name)}"
+        )
+    if missing:
+        raise ValueError(
+            f"data: {len(missing)} of {len(images)} images have no label, for example {display_name(missing[0])}"
+        )
+    shared = {name: image for name, image in zip(names, images, strict=True)}
+    for name, image in zip(names, images, strict=True):
+        if shared[name] != image:
+            raise ValueError(
+                f"data: {display_name(image)} and {shared[name].name} have one name, so their label is not known"
+            )
+    return [by_name[name] for name in names]
+
+
+def _check_label(label: Path, image: Path, size: tuple[int, int]) -> None:
+    with opened(label) as file:
+        mode, (width, height) = file.mode, file.size
+    if mode not in ("L", "P"):
+        raise ValueError(f"data: label {display_name(label)} must have one byte a pixel, got mode {mode}")
+    if (height, width) != size:
+        raise ValueError(
+            f"data: label {display_name(label)} must have the size of {display_name(image.name)}, "
+            f"{size[1]} x {size[0]}, got {width} x {height}"
+        )
 
 
 def load_image(file: Path, size: tuple[int, int]) -> Tensor:
     """The photograph as (3, h, w) uint8, resized to `size` = (height, width)."""
     height, width = size
-    with Image.open(file) as image:
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    resized = read_rgb(file).resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
@@ -116,8 +168,8 @@ def open_data(config: Config, split: str) -> SegmentationData:
         # The images are the same for every seed of the run, as photographs would be.
         return ProceduralData(limit or 64, data.size, seed=0 if split == "train" else 1)
     if data.root is None:
-        raise ValueError("config: `data.root` must be the folder that holds imgs/, got None")
-    if split == "val" and not (Path(data.root) / "imgs" / "val").is_dir():
+        raise ValueError("config: `data.root` must be the folder that holds the photographs, or their imgs/, got None")
+    if split == "val" and not (Path(data.root).expanduser() / "imgs" / "val").is_dir():
         split = "train"  # with no images set aside, the training images are segmented
     return FolderData(data.root, split, data.size, data.classes, limit)
 

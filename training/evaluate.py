@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from training.config import Config
 from training.data import open_data
 from training.features import FeatureBank
 from training.metrics import SegmentationMetrics, to_json
+from training.program import one_sentence
 from training.run import open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
@@ -138,15 +138,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
-    try:
+    with one_sentence("evaluate"):
         config, backbone, state = open_trained(options.checkpoint, options.device)
         if options.root is not None:
             config.data = dataclasses.replace(config.data, name="folder", root=options.root)
         device = next(state.head.parameters()).device
         bank = open_bank(config, backbone, open_data(config, "val"), device)
         metrics = summary(evaluate(state, bank)) | {"images": images_scored(config)}
-    except (ValueError, TypeError) as error:
-        sys.exit(f"evaluate: {error}")
     print(to_json(metrics) if options.json else metrics_table(metrics))
 
 

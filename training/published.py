@@ -7,7 +7,6 @@ python -m training.published export  runs/coco27/checkpoint.pt published.pth
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
+from training.program import one_sentence
 from training.run import open_trained
 from training.state import TrainingState
 
@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--config", help="import: the YAML file that describes the backbone and head")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="import: edits, e.g. head.dim=90")
-    options = parser.parse_args(arguments)
-    try:
+    options = parser.parse_intermixed_args(arguments)
+    with one_sentence("published"):
         if options.direction == "export":
             _, backbone, state = open_trained(options.source, "cpu")
             torch.save(export_state(backbone, state), options.target)
@@ -112,8 +112,6 @@ def main(arguments: list[str] | None = None) -> None:
             config, backbone, state = import_state(config, checkpoint.load_tensors(options.source))
             contents = {"config": asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
             checkpoint.save(options.target, contents)
-    except (ValueError, TypeError) as error:
-        sys.exit(f"published: {error}")
     print(f"{options.target} written")
 
 

@@ -78,7 +78,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is not None:
         _check_same(config, saved["config"])
     device = resolve_device(config.device)
-    train_data = open_data(config, "train")
+    train_data, val_data = open_data(config, "train"), open_data(config, "val")
     every = steps_per_epoch(len(train_data), config.batch_size)
     steps = config.steps or config.epochs * every
     if config.warmup >= steps:
@@ -103,8 +103,18 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
-    val_bank = open_bank(config, backbone, open_data(config, "val"), device)
+    val_bank = open_bank(config, backbone, val_data, device)
+    if fresh:
+        _remove_old(Path(config.output))
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
+
+
+def _remove_old(output: Path) -> None:
+    """Remove what an older run left in its output folder, and nothing else."""
+    for name in ("checkpoint.pt", "best.pt", "metrics.json", "report.html"):
+        (output / name).unlink(missing_ok=True)
+    for log in (output / "tensorboard").glob("events.out.tfevents.*"):
+        log.unlink()
 
 
 def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbone, TrainingState]:

@@ -19,10 +19,18 @@ the codes, the cluster probe on the codes."""
 SEGMENTATIONS = (*CLUSTERED, "linear")
 """All segmentations; the linear probe gives classes."""
 
+_BAND_NUMBERS = 2**22  # scores at pixels that are in memory at a time
+
 
 @torch.no_grad()
-def segment(state: TrainingState, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Segment images, at `size` pixels, each way of `SEGMENTATIONS`.
+def segment(
+    state: TrainingState,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    only: Sequence[str] = SEGMENTATIONS,
+) -> dict[str, Tensor]:
+    """Segment images, at `size` pixels, each way of `only`.
 
     Every patch gets a score for each cluster or class; a pixel takes the greatest of the scores interpolated to it. For
     both probes that is the published evaluation, which interpolates codes to pixels first: their scores are linear in
@@ -39,12 +47,32 @@ def segment(state: TrainingState, tokens: Tensor, grid: tuple[int, int], size: t
     codes = state.head.eval()(tokens)
     code_map = to_map(codes, grid)
     scores = {
-        "baseline": to_map(closeness(tokens, state.clusterings.features), grid),
-        "kmeans": to_map(closeness(codes, state.clusterings.codes), grid),
-        "cluster_probe": state.cluster_probe.similarity(code_map) * code_map.norm(dim=1, keepdim=True),
-        "linear": state.linear_probe(code_map),
+        "baseline": lambda: to_map(closeness(tokens, state.clusterings.features), grid),
+        "kmeans": lambda: to_map(closeness(codes, state.clusterings.codes), grid),
+        "cluster_probe": lambda: state.cluster_probe.similarity(code_map) * code_map.norm(dim=1, keepdim=True),
+        "linear": lambda: state.linear_probe(code_map),
     }
-    return {name: upsample(score, size).argmax(dim=1) for name, score in scores.items()}
+    return {name: greatest(scores[name](), size) for name in only}
+
+
+def greatest(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which of the C scores (B, C, H, W), interpolated to `size` = (h, w), is the greatest at each pixel, (B, h, w).
+
+    Goes through bands of rows, so that memory is bounded whatever the size.
+    """
+    height, width = size
+    # Bilinear interpolation is one of columns after one of rows; that of columns is small as long as rows are few.
+    wide = F.interpolate(scores, size=(scores.shape[2], width), mode="bilinear", align_corners=False)
+    at = ((torch.arange(height, device=scores.device) + 0.5) * scores.shape[2] / height - 0.5).clamp(min=0)
+    above = at.long().clamp(max=scores.shape[2] - 1)
+    below = (above + 1).clamp(max=scores.shape[2] - 1)
+    share = (at - above)[:, None].to(scores.dtype)
+    result = torch.empty((len(scores), height, width), dtype=torch.int64, device=scores.device)
+    rows = max(1, _BAND_NUMBERS // max(1, scores.shape[0] * scores.shape[1] * width))
+    for band in torch.arange(height, device=scores.device).split(rows):
+        blended = wide[:, :, above[band]].lerp(wide[:, :, below[band]], share[band])
+        result[:, band] = blended.argmax(dim=1)
+    return result
 
 
 def why_unusable(state: TrainingState, name: str) -> str | None:

@@ -6,7 +6,6 @@ python -m training.train --config training/configs/camvid.yaml data.root=DIR out
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from training.config_file import load_config
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
+from training.program import one_sentence
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -209,14 +209,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="edits of the configuration, e.g. loss.local=false"
     )
-    options = parser.parse_args(arguments)
-    try:
+    options = parser.parse_intermixed_args(arguments)
+    with one_sentence("train"):
         run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
-    except (ValueError, TypeError) as error:
-        sys.exit(f"train: {error}")
-    announce(run)
-    train(run)
-    report, metrics = write_results(run)
+        announce(run)
+        train(run)
+        report, metrics = write_results(run)
     print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
 
 

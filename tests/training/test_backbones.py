@@ -53,6 +53,26 @@ def test_vit_query_and_key_give_the_attention_of_the_last_block(vit):
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_rotary_embedding_is_in_query_and_key(name, monkeypatch):
+    backbone, seen, original = TimmViT(name), [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, *rest, **options):
+        seen.append((query, key))
+        return original(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    side = backbone.patch_size
+    _, query, key = backbone(torch.randn(1, 3, 2 * side, 3 * side))
+    torch.testing.assert_close(query, seen[-1][0])
+    torch.testing.assert_close(key, seen[-1][1])
+
+
+def test_hybrid_vit_is_refused():
+    with pytest.raises(ValueError, match="is not a plain ViT"):
+        TimmViT("vit_tiny_r_s16_p8_224")
+
+
 def test_vit_is_frozen(vit):
     assert not any(parameter.requires_grad for parameter in vit.parameters())
     assert not vit.training

@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 
 from training.data import FolderData, batch_of_step, load_image, open_data
 from training.metrics import SegmentationMetrics
+from training.photographs import size_of
 from training.procedural import CLASSES, ProceduralData
 
 
@@ -39,7 +40,7 @@ def test_folder_limit(photo_folder):
 
 
 def test_folder_errors(photo_folder, tmp_path):
-    with pytest.raises(ValueError, match="there are no .jpg .jpeg .png files in"):
+    with pytest.raises(ValueError, match="the folder of images .*nowhere is not there"):
         FolderData(tmp_path / "nowhere", "train", (24, 32), CLASSES)
     with pytest.raises(ValueError, match="`data.classes` must name their classes"):
         FolderData(photo_folder(), "train", (24, 32), ())
@@ -50,7 +51,72 @@ def test_folder_errors(photo_folder, tmp_path):
     coloured = photo_folder(name="coloured")
     Image.new("RGB", (64, 48)).save(coloured / "labels" / "train" / "mosaic_0000.png")
     with pytest.raises(ValueError, match="must have one byte a pixel, got mode RGB"):
-        FolderData(coloured, "train", (24, 32), CLASSES).label(0)
+        FolderData(coloured, "train", (24, 32), CLASSES)
+    Image.new("L", (64, 50)).save(coloured / "labels" / "train" / "mosaic_0000.png")
+    with pytest.raises(ValueError, match="must have the size of mosaic_0000.png, 64 x 48, got 64 x 50"):
+        FolderData(coloured, "train", (24, 32), CLASSES)
+
+
+def test_labels_that_match_no_image_are_an_error(photo_folder):
+    root = photo_folder()
+    for file in list((root / "labels" / "train").iterdir()):
+        file.rename(file.with_name(file.stem + "_labelIds.png"))
+    with pytest.raises(ValueError, match="none of the 6 files in .*train is the label of an image: .*_labelIds.png"):
+        FolderData(root, "train", (24, 32), CLASSES)
+
+
+def test_names_in_upper_case_and_hidden_files(photo_folder):
+    root = photo_folder()
+    for kind in ("imgs", "labels"):
+        for file in list((root / kind / "train").iterdir()):
+            file.rename(file.with_suffix(".PNG"))
+        (root / kind / "train" / "._mosaic_0000.PNG").write_bytes(b"not an image")
+    data = FolderData(root, "train", (24, 32), CLASSES)
+    assert len(data) == 6 and data.label(0) is not None
+
+
+def test_a_flat_folder_of_photographs_is_all_splits(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    for name in ("b.webp", "a.bmp", "holiday/c.TIF"):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name, format={"b": "WEBP", "a": "BMP"}.get(name[0], "TIFF"))
+    for split in ("train", "val"):
+        data = FolderData(tmp_path, split, (6, 8), ())
+        assert [data.name(index) for index in range(len(data))] == ["a", "b", "holiday/c"]
+
+
+def test_a_bad_file_is_named(photo_folder):
+    root = photo_folder()
+    file = root / "imgs" / "train" / "mosaic_0002.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="mosaic_0002.png cannot be read"):
+        FolderData(root, "train", (24, 32), CLASSES).image(2)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="mosaic_0002.png"):
+        FolderData(root, "train", (24, 32), CLASSES)
+
+
+def test_photographs_are_read_as_viewers_show_them(tmp_path):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:20, :40] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+    Image.fromarray(pixels).save(upright)
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    assert torch.equal(load_image(turned, (40, 80)), load_image(upright, (40, 80)))
+    assert size_of(turned) == (40, 80)
+
+
+def test_grey_levels_of_sixteen_bits_are_kept(tmp_path):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(8, 0)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    assert torch.equal(
+        load_image(tmp_path / "grey.png", (8, 64))[0, 0].int(), torch.from_numpy(levels[0] / 257).round().int()
+    )
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(ValueError, match="real.tif cannot be read: its grey levels have 32 bits"):
+        load_image(tmp_path / "real.tif", (8, 64))
 
 
 def test_load_image_takes_grey_and_transparent_files(tmp_path):
@@ -61,7 +127,7 @@ def test_load_image_takes_grey_and_transparent_files(tmp_path):
 
 
 def test_open_data_needs_a_root(tiny_config):
-    with pytest.raises(ValueError, match="`data.root` must be the folder that holds imgs/, got None"):
+    with pytest.raises(ValueError, match="`data.root` must be the folder that holds the photographs, .* got None"):
         open_data(tiny_config(data={"name": "folder"}), "train")
 
 

@@ -105,5 +105,5 @@ def test_predict_needs_images(trained, tmp_path):
     run, _, _ = trained
     (tmp_path / "empty").mkdir()
     arguments = ["--checkpoint", str(checkpoint_path(run.config)), "--images", str(tmp_path / "empty")]
-    with pytest.raises(SystemExit, match="there are no .jpg .jpeg .png files"):
+    with pytest.raises(SystemExit, match="there are no .jpg .jpeg .png .* files"):
         prediction.main([*arguments, "--out", str(tmp_path / "out")])

@@ -31,7 +31,15 @@ class Backbone(nn.Module, ABC):
     prefix_tokens: int
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The (H, W) grid of patches for an image of `size` pixels."""
+        """The (H, W) grid of patches for an image of `size` pixels.
+
+        Raises:
+            ValueError: the patch size does not divide `size`.
+        """
+        if min(size) < self.patch_size or any(side % self.patch_size for side in size):
+            raise ValueError(
+                f"config: `data.size` must be a multiple of the patch size {self.patch_size}, got {size[0]} x {size[1]}"
+            )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
     def fit(self, images: Iterable[Tensor]) -> None:

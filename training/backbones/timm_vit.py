@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.backbones.base import Backbone, PatchFeatures
 
@@ -38,7 +43,7 @@ class TimmViT(Backbone):
         options = {} if class_token else {"class_token": False, "global_pool": "avg"}
         try:
             self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **options)
-            self.vit.blocks[-1].attn.qkv  # noqa: B018
+            self.vit.blocks[-1].attn.fused_attn = True  # so that query and key can be read where they meet
         except (AttributeError, TypeError) as error:
             raise ValueError(f"backbone: {name!r} is not a plain ViT: {error}") from error
         if not class_token:
@@ -46,12 +51,20 @@ class TimmViT(Backbone):
             self.vit.norm, self.vit.fc_norm = nn.LayerNorm(self.vit.embed_dim, eps=1e-6), nn.Identity()
         if weights is not None:
             load_weights(self.vit, read_weights(weights), weights)
+        if not isinstance(self.vit.patch_embed, PatchEmbed):
+            kind = type(self.vit.patch_embed).__name__
+            raise ValueError(f"backbone: {name!r} is not a plain ViT: its patches are made by a {kind}")
         self.features_dim = self.vit.embed_dim
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.prefix_tokens = self.vit.num_prefix_tokens
         self._mean = torch.tensor(self.vit.pretrained_cfg["mean"])[:, None, None]
         self._std = torch.tensor(self.vit.pretrained_cfg["std"])[:, None, None]
         self.requires_grad_(False).eval()
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, 2 * self.patch_size, 3 * self.patch_size))
+        except (RuntimeError, AttributeError, TypeError, IndexError) as error:
+            raise ValueError(f"backbone: {name!r} is not a plain ViT: its attention cannot be read: {error}") from error
 
     def normalize(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation of the images that the ViT was trained on."""
@@ -59,17 +72,33 @@ class TimmViT(Backbone):
 
     def forward(self, images: Tensor) -> PatchFeatures:
         """Patch features of normalised images (B, 3, h, w)."""
-        attention = self.vit.blocks[-1].attn
-        inputs: list[Tensor] = []
-        hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-        try:
+        with _attended() as calls:
             tokens = self.vit.forward_features(images)
-        finally:
-            hook.remove()
-        query, key, _ = attention.qkv(inputs[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, scale = calls[-1]
+        if query.shape != key.shape or query.shape[2] != tokens.shape[1]:
+            raise RuntimeError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, tokens {tuple(tokens.shape)}")
         # The propagation op divides by sqrt(d), which is not every ViT's scale.
-        query = attention.q_norm(query) * (attention.scale * math.sqrt(query.shape[-1]))
-        return PatchFeatures(tokens[:, self.prefix_tokens :], query, attention.k_norm(key))
+        query = query * (scale * math.sqrt(query.shape[-1]))
+        return PatchFeatures(tokens[:, self.prefix_tokens :], query, key)
+
+
+@contextmanager
+def _attended() -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """Query, key and scale of each attention inside the block, with all that the model does to them before they meet:
+    biases, norms, rotary embeddings."""
+    calls: list[tuple[Tensor, Tensor, float]] = []
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        scale = options.get("scale")
+        calls.append((query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+        return original(query, key, *rest, **options)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield calls
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

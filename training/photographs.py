@@ -1,0 +1,91 @@
+"""Image files as people have them: found by name, decoded as every viewer shows them, and named where they are bad."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
+
+
+def display_name(path: str | Path) -> str:
+    """`path` as text that every file and terminal takes: bytes that are not UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files of `folder` and of the folders in it, by name; those that begin with a dot are left out.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no image.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        kind = "not a folder" if folder.exists() else "not there"
+        raise ValueError(f"data: the folder of images {display_name(folder)} is {kind}")
+    files = [file for file in visible_files(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise ValueError(f"data: there are no {' '.join(IMAGE_SUFFIXES)} files in {display_name(folder)}")
+    return files
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder`, by name, without those that begin with a dot and those in folders that do.
+
+    A link that leads nowhere counts as a file, so that opening it names it.
+    """
+    found = (file for file in folder.rglob("*") if not file.is_dir())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """The image in `file`, whose pixels PIL decodes when they are asked for.
+
+    Raises:
+        ValueError: it cannot be read, inside the ``with`` block as well; the message names the file.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except _DAMAGE as error:
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise ValueError(f"data: the image {display_name(file)} cannot be read: {reason}") from error
+
+
+def read_rgb(file: Path) -> Image.Image:
+    """The photograph, turned as its EXIF orientation says, with 8 bits of red, green and blue; transparency is dropped.
+
+    Grey levels of 16 bits are divided by 257.
+
+    Raises:
+        ValueError: the file cannot be read, or its grey levels have 32 bits, whose range nothing tells.
+    """
+    with opened(file) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"its grey levels have 32 bits (mode {image.mode}), expected 8 or 16")
+        upright = ImageOps.exif_transpose(image)
+        if deep:
+            upright = Image.fromarray((np.asarray(upright).astype(np.float64) / 257).round().astype(np.uint8))
+        return upright.convert("RGB")
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Height and width of the photograph as `read_rgb` gives it, from the header of the file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    with opened(file) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
