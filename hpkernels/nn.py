@@ -39,7 +39,11 @@ class ReferencePool(nn.Module):
         """
         check.tensor("ReferencePool.fill", "vectors", vectors, tuple(self.vectors.shape))
         check.finite("ReferencePool.fill", "vectors", vectors)
-        self.vectors.copy_(F.normalize(vectors.to(self.vectors), dim=1))
+        # Not in half precision, and divided by the greatest entry first, so that no square overflows or vanishes.
+        (accumulate,) = check.accumulation(vectors.dtype)
+        rows = vectors.to(self.vectors.device, accumulate)
+        rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(accumulate).tiny)
+        self.vectors.copy_(F.normalize(rows, dim=1))
 
     def forward(self) -> Tensor:
         """The vectors (size, dim)."""

@@ -160,3 +160,13 @@ def test_local_propagation_passes_the_backend_on():
     code, tokens = torch.ones(1, 2, 2, 2, dtype=torch.float64), torch.ones(1, 1, 5, 3, dtype=torch.float64)
     with pytest.raises(BackendUnavailableError):
         LocalPropagation(backend="cuda")(code, tokens, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 5e3, 5e5, 1e25, 1e38])
+def test_pool_has_unit_rows_at_any_scale(dtype, scale):
+    vectors = torch.rand(3, 16) * scale
+    vectors[1] = 0
+    pool = ReferencePool(3, 16).to(dtype)
+    pool.fill(vectors)
+    torch.testing.assert_close(pool().double().norm(dim=1), torch.tensor([1.0, 0, 1]).double(), atol=1e-2, rtol=0)

@@ -106,7 +106,8 @@ def flag(op: str, name: str, value: Any) -> None:
 
 def _tensor_text(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequence[torch.dtype]) -> str:
     wanted = f"{_dtype_names(dtypes)} tensor of shape {_shape_text(shape)}"
-    return f"{op}: `{name}` must be a {wanted}, got {_describe(value)}"
+    article = "an" if wanted.startswith("int") else "a"
+    return f"{op}: `{name}` must be {article} {wanted}, got {_describe(value)}"
 
 
 def _span_text(minimum: int, maximum: int | None) -> str:

@@ -307,3 +307,19 @@ def test_a_pair_with_nan_is_no_positive_where_values_cannot_be_read(case):
     assert find(features, threshold).count().tolist() == [2, 0, 2, 2]
     threshold[3] = torch.nan
     assert find(features, threshold).count().tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "anchors", "kind"),
+    [
+        (torch.zeros((2, 1), dtype=torch.int32), 40, ValueError),
+        (torch.zeros((40, 1), dtype=torch.int32), 40, ValueError),
+        (torch.zeros((40, 2), dtype=torch.int64), 40, TypeError),
+        (torch.zeros((40, 2)), 40, TypeError),
+        (None, 40, TypeError),
+        (torch.zeros((40, 2), dtype=torch.int32), 40.0, TypeError),
+    ],
+)
+def test_mask_of_other_bits_is_refused(bits, anchors, kind):
+    with pytest.raises(kind, match="PositiveMask: `(bits|anchors)` must be an int"):
+        PositiveMask(bits, anchors)

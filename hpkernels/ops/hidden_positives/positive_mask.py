@@ -18,9 +18,14 @@ class PositiveMask:
         bits: (N, ceil(N / 32)) int32; pair (i, j) is bit ``j % 32`` of word ``bits[i, j // 32]``, padding bits are 0.
         anchors: N.
         symmetric: whether the mask is known to be its own transpose, which saves the loss from making the transpose.
+
+    Raises:
+        TypeError, ValueError: `bits` is not an int32 tensor of that shape.
     """
 
     def __init__(self, bits: Tensor, anchors: int, *, symmetric: bool = False) -> None:
+        check.integer("PositiveMask", "anchors", anchors, 1)
+        check.tensor("PositiveMask", "bits", bits, (anchors, words_per_row(anchors)), (torch.int32,))
         self.bits = bits
         self.anchors = anchors
         self.symmetric = symmetric

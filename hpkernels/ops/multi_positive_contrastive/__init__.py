@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask
+from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import registration
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
 
@@ -144,4 +146,6 @@ def check_mask(op: str, name: str, mask: PositiveMask, z: Tensor) -> None:
         raise TypeError(f"{op}: `{name}` must be a PositiveMask (see its from_dense), got {type(mask).__name__}")
     if mask.anchors != z.shape[0]:
         raise ValueError(f"{op}: `{name}` must be a mask of N = {z.shape[0]} anchors, got one of {mask.anchors}")
+    # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
+    check.tensor(op, f"{name}.bits", mask.bits, (mask.anchors, words_per_row(mask.anchors)), (torch.int32,))
     check.same(op, name, mask.bits, "z", z, dtype=False)
