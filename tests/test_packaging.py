@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,65 @@ def test_build_of_nothing(build_ext, tmp_path):
     stale.write_text("of an earlier build")
     done, built = build_ext("none", CXX="/nonexistent/c++")
     assert (done.returncode, done.stderr, built) == (0, "", [])
+
+
+@pytest.mark.parametrize("name", ["CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"])
+def test_number_of_jobs_that_is_no_number(name, build_ext):
+    others = {"CMAKE_BUILD_PARALLEL_LEVEL": "", "MAX_JOBS": "2"}
+    done, _ = build_ext("cpu", **others | {name: "many"}, CXX=sys.executable)
+    assert_one_sentence(done, f"{name} must be a whole number from 1, got 'many'")
+
+
+@pytest.fixture
+def setup_script(repository, monkeypatch):
+    """The functions of setup.py, which does not set anything up here."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    for name in ("CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"):
+        monkeypatch.setenv(name, "")
+    return runpy.run_path(str(repository / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("files", "jobs"),
+    [
+        ({}, 8),
+        ({"proc/meminfo": "MemFree: 9 kB\nMemAvailable:    3145728 kB\n"}, 2),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, 8),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/memory.max": f"{8 * 2**30}\n",
+                "sys/fs/cgroup/a/memory.current": f"{2 * 2**30}\n",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/of/the/host\n3:cpu,cpuacct:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{9 * 2**30}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "0",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "500000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            5,
+        ),
+    ],
+)
+def test_number_of_jobs(files, jobs, setup_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in ({"proc/meminfo": "MemAvailable: 104857600 kB\n"} | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert setup_script["parallel_jobs"](tmp_path) == jobs
+    monkeypatch.setenv("MAX_JOBS", "11")
+    assert setup_script["parallel_jobs"](tmp_path) == 11
+
+
+def test_an_empty_choice_is_the_default(build_ext):
+    done, built = build_ext("", CXX="/nonexistent/c++")
+    assert (done.returncode, built) == (0, [])
+    assert done.stderr.count("going on without") == 2
 
 
 @pytest.mark.parametrize("choice", ["cpu", "cuda"])
