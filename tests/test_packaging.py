@@ -286,6 +286,20 @@ def sources(repository, tmp_path):
     shutil.rmtree(tmp_path)
 
 
+def test_a_wheel_of_nothing_compiled_serves_every_platform(sources):
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    output_of(*command, cwd=sources, environment={"HPKERNELS_BUILD": "none"}, timeout=120)
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    (metadata,) = (
+        zipfile.Path(wheel) / name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")
+    )
+    required = re.findall(r"^Requires-Dist: (.+)$", metadata.read_text(), re.MULTILINE)
+    assert [each for each in required if "extra ==" not in each] == ["torch>=2.11"]
+    assert all(">=" in each for each in required)
+
+
 @pytest.mark.packaging
 def test_a_wheel_serves_another_torch(sources, tmp_path, repository):
     """sdist, from it the wheel, and that in a new environment with the oldest PyTorch that the package allows."""
