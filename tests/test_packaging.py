@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -298,6 +299,41 @@ def test_a_wheel_of_nothing_compiled_serves_every_platform(sources):
     required = re.findall(r"^Requires-Dist: (.+)$", metadata.read_text(), re.MULTILINE)
     assert [each for each in required if "extra ==" not in each] == ["torch>=2.11"]
     assert all(">=" in each for each in required)
+
+
+@pytest.mark.parametrize(
+    ("choice", "nvcc", "names"),
+    [
+        ("none", True, []),
+        ("cpu", True, ["torch", "cmake", "ninja"]),
+        ("", False, ["torch", "cmake", "ninja"]),
+        ("", True, ["torch", "cmake", "ninja", "nvidia-cutlass"]),
+    ],
+)
+def test_what_a_build_asks_for(choice, nvcc, names, repository, tmp_path, monkeypatch):
+    backend = runpy.run_path(str(repository / "build_backend" / "hpkernels_build.py"))
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    if nvcc:
+        compiler.touch(mode=0o755)
+    settings = {"HPKERNELS_BUILD": choice, "CUDA_HOME": str(tmp_path), "CUDACXX": "", "HPKERNELS_CUTLASS": ""}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert [re.split("[>=]", each)[0] for each in backend["compile_requirements"]()] == names
+
+
+def test_an_sdist_needs_setuptools_alone(sources):
+    command = "import hpkernels_build as b; print(b.get_requires_for_build_sdist()); b.build_sdist('dist')"
+    environment = {"PYTHONPATH": str(sources / "build_backend")}
+    said = output_of(sys.executable, "-c", command, cwd=sources, environment=environment)
+    assert "[]" in said.splitlines()
+    (archive,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    kept = ["CMakeLists.txt", "setup.py", "cmake/cuda.cmake", "build_backend/hpkernels_build.py"]
+    kept += [str(file.relative_to(sources)) for file in sources.glob("csrc/**/*.*")]
+    assert set(kept) <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 @pytest.mark.packaging
