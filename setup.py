@@ -6,7 +6,8 @@ Environment:
     CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST: the C++ compiler, the CUDA toolkit, the GPU architectures (cmake/cuda.cmake).
     HPKERNELS_CUTLASS: CUTLASS, for kernels for sm_90a: its headers, the folder above, or a wheel of nvidia-cutlass; the
         default is the nvidia-cutlass that is installed.
-    CMAKE_BUILD_PARALLEL_LEVEL: compilers at a time; the default follows processors and memory.
+    CMAKE_BUILD_PARALLEL_LEVEL, else MAX_JOBS: compilers at a time; the default follows processors and memory.
+An empty variable counts as unset.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Build what HPKERNELS_BUILD asks for into the package."""
-        choice = os.environ.get("HPKERNELS_BUILD", "auto")
+        choice = os.environ.get("HPKERNELS_BUILD") or "auto"
         if choice not in CHOICES:
             sys.exit(f"hpkernels: HPKERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -72,7 +73,7 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         """The libraries, for the wheel."""
-        return self.built
+        return getattr(self, "built", [])
 
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing that an editable install must link to: the libraries are built into the source tree."""
@@ -83,7 +84,9 @@ class PlatformWheel(bdist_wheel):
     """A wheel for any Python on one platform: the libraries do not use Python's ABI."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """``py3-none-<platform>``."""
+        """``py3-none-<platform>``, or ``py3-none-any`` where nothing is compiled."""
+        if not self.get_finalized_command("build_ext").get_outputs():
+            return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]
 
 
@@ -97,6 +100,7 @@ def build(directory: Path, package: Path, kind: str) -> None:
         check_cuda(path, torch)
     if shutil.which("cmake", path=path) is None:
         raise CannotBuild("there is no cmake on PATH (pip install cmake ninja)")
+    jobs = str(parallel_jobs())
     directory.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja", path=path)
     options = [f"-DHPKERNELS_{other}={'ON' if other == kind else 'OFF'}" for other in LIBRARIES.values()]
@@ -107,14 +111,14 @@ def build(directory: Path, package: Path, kind: str) -> None:
     if not (directory / "tools").exists() or (directory / "tools").read_text() != tools:
         options += ["--fresh"]  # CMake keeps those of the last build, which with pip are gone with its environment
         (directory / "tools").write_text(tools)
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(parallel_jobs()))
     source = Path(__file__).resolve().parent
+    variables = {name: value for name, value in os.environ.items() if value}
     for step, command in {
         "configure": ["cmake", "-S", source, "-B", directory, f"-DHPKERNELS_TORCH={torch}", *options],
         "compile": ["cmake", "--build", directory, "--parallel", jobs],
         "install": ["cmake", "--install", directory, "--prefix", package],
     }.items():
-        run(directory, command, step, os.environ | {"PATH": path})
+        run(directory, command, step, variables | {"PATH": path})
 
 
 def run(directory: Path, command: list[str | Path], step: str, environment: dict[str, str]) -> None:
@@ -172,13 +176,64 @@ def check_cuda(path: str, torch: Path) -> None:
         raise CannotBuild(f"there is no nvcc in {where}; install the CUDA toolkit and set CUDA_HOME to its folder")
 
 
-def parallel_jobs() -> int:
-    """As many compilers as there are processors and as memory allows."""
+def parallel_jobs(root: Path = Path("/")) -> int:
+    """As many compilers as the environment says, or as processors and memory allow; `root` has proc and sys."""
+    for name in ("CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"):
+        value = os.environ.get(name)
+        if value:
+            if not re.fullmatch(r"0*[1-9][0-9]*", value):
+                sys.exit(f"hpkernels: {name} must be a whole number from 1, got {value!r}")
+            return int(value)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_processors(root)
+    memory = free_memory(root)
+    return max(1, int(min(processors, quota, memory / 2**30 / GIB_PER_COMPILER)))
+
+
+def free_memory(root: Path) -> float:
+    """Bytes that programs may still take, by the system and by the control group."""
+    found = re.search(r"^MemAvailable: +(\d+) kB", read(root / "proc/meminfo"), re.MULTILINE)
+    free = [int(found[1]) * 1024.0 if found else GIB_PER_COMPILER * 2**30]
+    for folder in cgroup_folders(root, "memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, used = read(folder / limit).strip(), read(folder / usage).strip()
+            if most.isdigit() and used.isdigit():
+                free.append(float(int(most) - int(used)))
+    return min(free)
+
+
+def cgroup_processors(root: Path) -> float:
+    """Processors that the control group's quota comes to; infinite where there is none."""
+    quotas = [float("inf")]
+    for folder in cgroup_folders(root, "cpu"):
+        version1 = f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
+        for text in (read(folder / "cpu.max"), version1):
+            quota, period = [*text.split(), "", ""][:2]
+            if quota.isdigit() and period.isdigit() and int(period):
+                quotas.append(int(quota) / int(period))
+    return min(quotas)
+
+
+def cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control groups and of those around them, of version 2 and of version 1."""
+    folders = []
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controllers
+            inner = Path(path.strip("/"))
+            # In a container the path may be the host's: then only the top is there.
+            folders += [top / inner, *(top / outer for outer in inner.parents)]
+            folders.append(root / "sys/fs/cgroup" / (controller if controllers else ""))
+    return folders
+
+
+def read(file: Path) -> str:
+    """The text of a file, or nothing if it cannot be read."""
     try:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):
-        memory = GIB_PER_COMPILER
-    return max(1, min(os.cpu_count() or 1, int(memory / GIB_PER_COMPILER)))
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 setup(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -123,6 +125,65 @@ def test_build_of_nothing(build_ext, tmp_path):
     assert (done.returncode, done.stderr, built) == (0, "", [])
 
 
+@pytest.mark.parametrize("name", ["CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"])
+def test_number_of_jobs_that_is_no_number(name, build_ext):
+    others = {"CMAKE_BUILD_PARALLEL_LEVEL": "", "MAX_JOBS": "2"}
+    done, _ = build_ext("cpu", **others | {name: "many"}, CXX=sys.executable)
+    assert_one_sentence(done, f"{name} must be a whole number from 1, got 'many'")
+
+
+@pytest.fixture
+def setup_script(repository, monkeypatch):
+    """The functions of setup.py, which does not set anything up here."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    for name in ("CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"):
+        monkeypatch.setenv(name, "")
+    return runpy.run_path(str(repository / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("files", "jobs"),
+    [
+        ({}, 8),
+        ({"proc/meminfo": "MemFree: 9 kB\nMemAvailable:    3145728 kB\n"}, 2),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, 8),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/memory.max": f"{8 * 2**30}\n",
+                "sys/fs/cgroup/a/memory.current": f"{2 * 2**30}\n",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/of/the/host\n3:cpu,cpuacct:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{9 * 2**30}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "0",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "500000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            5,
+        ),
+    ],
+)
+def test_number_of_jobs(files, jobs, setup_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in ({"proc/meminfo": "MemAvailable: 104857600 kB\n"} | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert setup_script["parallel_jobs"](tmp_path) == jobs
+    monkeypatch.setenv("MAX_JOBS", "11")
+    assert setup_script["parallel_jobs"](tmp_path) == 11
+
+
+def test_an_empty_choice_is_the_default(build_ext):
+    done, built = build_ext("", CXX="/nonexistent/c++")
+    assert (done.returncode, built) == (0, [])
+    assert done.stderr.count("going on without") == 2
+
+
 @pytest.mark.parametrize("choice", ["cpu", "cuda"])
 def test_build_without_the_named_compiler(build_ext, choice):
     done, built = build_ext(choice, CXX="/nonexistent/c++")
@@ -224,6 +285,55 @@ def sources(repository, tmp_path):
     shutil.copytree(repository, copy, ignore=NOT_SOURCES)
     yield copy
     shutil.rmtree(tmp_path)
+
+
+def test_a_wheel_of_nothing_compiled_serves_every_platform(sources):
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    output_of(*command, cwd=sources, environment={"HPKERNELS_BUILD": "none"}, timeout=120)
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    (metadata,) = (
+        zipfile.Path(wheel) / name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")
+    )
+    required = re.findall(r"^Requires-Dist: (.+)$", metadata.read_text(), re.MULTILINE)
+    assert [each for each in required if "extra ==" not in each] == ["torch>=2.11"]
+    assert all(">=" in each for each in required)
+
+
+@pytest.mark.parametrize(
+    ("choice", "nvcc", "names"),
+    [
+        ("none", True, []),
+        ("cpu", True, ["torch", "cmake", "ninja"]),
+        ("", False, ["torch", "cmake", "ninja"]),
+        ("", True, ["torch", "cmake", "ninja", "nvidia-cutlass"]),
+    ],
+)
+def test_what_a_build_asks_for(choice, nvcc, names, repository, tmp_path, monkeypatch):
+    backend = runpy.run_path(str(repository / "build_backend" / "hpkernels_build.py"))
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    if nvcc:
+        compiler.touch(mode=0o755)
+    settings = {"HPKERNELS_BUILD": choice, "CUDA_HOME": str(tmp_path), "CUDACXX": "", "HPKERNELS_CUTLASS": ""}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert [re.split("[>=]", each)[0] for each in backend["compile_requirements"]()] == names
+
+
+def test_an_sdist_needs_setuptools_alone(sources):
+    command = "import hpkernels_build as b; print(b.get_requires_for_build_sdist()); b.build_sdist('dist')"
+    environment = {"PYTHONPATH": str(sources / "build_backend")}
+    said = output_of(sys.executable, "-c", command, cwd=sources, environment=environment)
+    assert "[]" in said.splitlines()
+    (archive,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    kept = ["CMakeLists.txt", "setup.py", "cmake/cuda.cmake", "build_backend/hpkernels_build.py"]
+    kept += [str(file.relative_to(sources)) for file in sources.glob("csrc/**/*.*")]
+    assert set(kept) <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 @pytest.mark.packaging
