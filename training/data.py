@@ -63,6 +63,7 @@ class FolderData:
         self.classes = classes
         self.size = size
         root = Path(root).expanduser()
+        _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
         inside = labels.resolve()
@@ -99,6 +100,16 @@ class FolderData:
             size = size_of(file)
             if self._labels is not None:
                 _check_label(self._labels[index], file, size)
+
+
+def _check_layout(root: Path) -> None:
+    """Refuse folders of splits that would be taken for something else, or overlooked."""
+    imgs, labels = root / "imgs", root / "labels"
+    if not imgs.is_dir() and (root / "train").is_dir() and (root / "val").is_dir():
+        raise ValueError(f"data: {display_name(root)} has train/ and val/: they must be in {display_name(imgs)}")
+    if (labels / "val").is_dir() and not (imgs / "val").is_dir() and visible_files(labels / "val"):
+        beside = display_name(imgs / "val")
+        raise ValueError(f"data: there are labels in {display_name(labels / 'val')}, but no {beside}")
 
 
 def _folder(root: Path, kind: str, split: str) -> Path:
@@ -155,9 +166,14 @@ def _check_label(label: Path, image: Path, size: tuple[int, int]) -> None:
 
 def load_image(file: Path, size: tuple[int, int]) -> Tensor:
     """The photograph as (3, h, w) uint8, resized to `size` = (height, width)."""
+    return resized(read_rgb(file), size)
+
+
+def resized(photograph: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An RGB photograph as (3, h, w) uint8, resized to `size` = (height, width)."""
     height, width = size
-    resized = read_rgb(file).resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    pixels = photograph.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
 def open_data(config: Config, split: str) -> SegmentationData:

@@ -40,10 +40,26 @@ def list_images(folder: str | Path) -> list[Path]:
 def visible_files(folder: Path) -> list[Path]:
     """All files below `folder`, by name, without those that begin with a dot and those in folders that do.
 
-    A link that leads nowhere counts as a file, so that opening it names it.
+    Links to folders are followed. A link that leads nowhere counts as a file, so that opening it names it.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
-    found = (file for file in folder.rglob("*") if not file.is_dir())
-    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    found = []
+    seen = set()  # a link may lead back to a folder above it
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent) / name for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 @contextmanager
@@ -54,6 +70,8 @@ def opened(file: Path) -> Iterator[Image.Image]:
         ValueError: it cannot be read, inside the ``with`` block as well; the message names the file.
     """
     try:
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise OSError("it is no file")
         with Image.open(file) as image:
             yield image
     except _DAMAGE as error:
@@ -86,6 +104,9 @@ def size_of(file: Path) -> tuple[int, int]:
         ValueError: the file cannot be read.
     """
     with opened(file) as image:
+        # The method of PNG files would decode them to look for EXIF data behind the pixels.
+        turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
+        if turned and image.format == "TIFF":  # Pillow turns these by itself, and by its version sooner or later
+            image, turned = ImageOps.exif_transpose(image), False
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)

@@ -1,5 +1,7 @@
 """Images, labels and batches."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sklearn.cluster import KMeans
 
 from training.data import FolderData, batch_of_step, load_image, open_data
 from training.metrics import SegmentationMetrics
-from training.photographs import size_of
+from training.photographs import list_images, read_rgb, size_of
 from training.procedural import CLASSES, ProceduralData
 
 
@@ -106,6 +108,43 @@ def test_photographs_are_read_as_viewers_show_them(tmp_path):
     Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     assert torch.equal(load_image(turned, (40, 80)), load_image(upright, (40, 80)))
     assert size_of(turned) == (40, 80)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.jpg", "a.webp", "a.png"])
+def test_the_size_of_a_turned_photograph_is_that_of_its_pixels(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kwargs = {"tiffinfo": {0x0112: 6}} if name == "a.tif" else {"exif": exif}
+    Image.new("RGB", (60, 40)).save(tmp_path / name, **kwargs)
+    assert size_of(tmp_path / name) == (60, 40)
+    assert read_rgb(tmp_path / name).size == (40, 60)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "real" / "a.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "in")
+    assert list_images(tmp_path / "in") == [tmp_path / "in" / "link" / "a.png"]
+
+
+def test_a_pipe_is_no_photograph(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png cannot be read: it is no file"):
+        read_rgb(tmp_path / "a.png")
+
+
+def test_folders_of_splits_that_would_be_overlooked(tmp_path, photo_folder):
+    for split in ("train", "val"):
+        (tmp_path / "bare" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(tmp_path / "bare" / split / "a.png")
+    with pytest.raises(ValueError, match="has train/ and val/: they must be in .*imgs"):
+        FolderData(tmp_path / "bare", "train", (6, 8), ())
+    root = photo_folder()
+    (root / "imgs" / "val").rename(root / "imgs" / "validation")
+    with pytest.raises(ValueError, match="there are labels in .*val, but no .*val"):
+        FolderData(root, "train", (24, 32), CLASSES)
 
 
 def test_grey_levels_of_sixteen_bits_are_kept(tmp_path):
