@@ -39,10 +39,15 @@ def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific:
     group = check.integer(op, "anchors_per_image", options.anchors_per_image, 1)
     if anchors % group:
         raise ValueError(f"{op}: `anchors_per_image` must divide the number of anchors N = {anchors}, got {group}")
-    temperature = check.real(op, "temperature", options.temperature, 0, open_minimum=True)
+    (accumulate,) = check.accumulation(z.dtype)
+    temperature = check.reciprocal(op, "temperature", options.temperature, accumulate)
     base_temperature = options.base_temperature
     if base_temperature is not None:
-        base_temperature = check.real(op, "base_temperature", base_temperature, 0, open_minimum=True)
+        base_temperature = check.reciprocal(op, "base_temperature", base_temperature, accumulate)
+        if temperature / base_temperature > torch.finfo(accumulate).max:
+            raise ValueError(
+                f"{op}: `base_temperature` must leave temperature / base_temperature finite, got {base_temperature!r}"
+            )
     if options.negatives is not None:
         check.tensor(op, "negatives", options.negatives, (group, anchors), check.BOOLEAN)
         check.same(op, "negatives", options.negatives, "z", z, dtype=False)
@@ -67,14 +72,16 @@ def _specific_weight(op: str, z: Tensor, weight: float | Tensor, has_specific: b
         weight = check.real(op, name, weight, 0)
         if weight > 0 and not has_specific:
             raise ValueError(f"{op}: `{name}` must be 0 without `specific`, got {weight:g}")
-        return torch.full((), weight, dtype=accumulate, device=z.device)
+        # A sum: where arithmetic takes it in, Dynamo makes a weight that changes at every step an input of the graph.
+        # With torch.full it would compile anew for each.
+        return torch.zeros((), dtype=accumulate, device=z.device) + weight
     check.tensor(op, name, weight, ())
     check.same(op, name, weight, "z", z, dtype=False)
     check.constant(op, name, weight)
     if not has_specific:
         raise ValueError(f"{op}: `{name}` must be the float 0.0 without `specific`, got a tensor")
     check.finite(op, name, weight)
-    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and weight < 0:
+    if check.readable(weight) and weight < 0:
         raise ValueError(f"{op}: `{name}` must be a finite number of at least 0, got {weight.item():g}")
     weight = weight.detach().to(accumulate)
     return weight.where(weight >= 0, torch.nan)  # where values cannot be read, a bad one shows in the loss
