@@ -60,6 +60,14 @@ def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.d
     return _modules[op, backend].supports(device_type, dtype)
 
 
+def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
+    """Whether ``auto`` may take `backend` for `op`, or the reason why it passes it over."""
+    able = availability(op, backend, device_type, dtype)
+    if able.ok and (op, backend) in _on_request_only:
+        return Availability(False, f"only on request, backend='{backend}': it has never run on a GPU")
+    return able
+
+
 def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = None) -> str:
     """The backend that runs this call of `op`, whose inputs have the device and dtype of `tensor`.
 
@@ -85,8 +93,7 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
             raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {reason}")
         return backend
     for candidate in BACKENDS:
-        usable = availability(op, candidate, tensor.device.type, tensor.dtype).ok
-        if usable and (op, candidate) not in _on_request_only:
+        if automatic(op, candidate, tensor.device.type, tensor.dtype).ok:
             return candidate
     raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
 
