@@ -102,6 +102,9 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the ``with`` block whose own `backend` is ``"auto"`` on `backend`.
 
+    Under ``torch.compile`` the choice is made when the graph is traced and stays in it: compile inside the block, and
+    compile anew (``torch.compiler.reset()``) to choose otherwise.
+
     Example:
         >>> import hpkernels, torch
         >>> with hpkernels.use_backend("reference"):

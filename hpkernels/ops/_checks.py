@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64,)
+ANY_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 BOOLEAN = (torch.bool,)
 
 Size = int | str
@@ -49,6 +50,14 @@ def same(op: str, name: str, value: Tensor, other_name: str, other: Tensor, dtyp
         raise TypeError(
             f"{op}: `{name}` must have the dtype of `{other_name}` ({_name(other.dtype)}), got {_name(value.dtype)}"
         )
+
+
+def with_autocast(value: Any, other: Any) -> Any:
+    """`value` in the dtype of `other` where autocast is on, as PyTorch's own functions would have it; else itself."""
+    if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.dtype != other.dtype):
+        return value
+    both_float = value.is_floating_point() and other.is_floating_point()
+    return value.to(other.dtype) if both_float and torch.is_autocast_enabled(other.device.type) else value
 
 
 def constant(op: str, name: str, value: Tensor) -> None:
@@ -174,7 +183,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
-    return "floating-point" if tuple(dtypes) == FLOATING else " or ".join(map(_name, dtypes))
+    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer"}
+    return kinds.get(tuple(dtypes)) or " or ".join(map(_name, dtypes))
 
 
 def _describe(value: Any) -> str:
