@@ -102,8 +102,8 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the ``with`` block whose own `backend` is ``"auto"`` on `backend`.
 
-    Under ``torch.compile`` the choice is made when the graph is traced and stays in it: compile inside the block, and
-    compile anew (``torch.compiler.reset()``) to choose otherwise.
+    Under ``torch.compile`` the choice is made when the graph is traced, and stays in it: the first call of the compiled
+    function belongs inside the block. The block cannot be inside the function, where `backend` does the same.
 
     Example:
         >>> import hpkernels, torch
