@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,10 @@ class DataConfig:
     train_images: int | None = bounded(None, 1)  # how many to use (procedural: to make); None: all there are
     val_images: int | None = bounded(None, 1)
 
+    def __post_init__(self) -> None:
+        if self.root is not None:
+            self.root = os.path.expanduser(self.root)
+
 
 @dataclass
 class BackboneConfig:
@@ -44,6 +49,10 @@ class BackboneConfig:
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
     cache: bool = False  # keep the features of the un-augmented view in memory
     views: int = bounded(0, 0)  # photometric views of each image to keep in memory; 0: a new one every time
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            self.weights = os.path.expanduser(self.weights)
 
 
 @dataclass
@@ -129,5 +138,6 @@ class Config:
     quirks: QuirksConfig = field(default_factory=QuirksConfig)
 
     def __post_init__(self) -> None:
+        self.output = os.path.expanduser(self.output)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"config: give one of `epochs` and `steps`, got {self.epochs} and {self.steps}")

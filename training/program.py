@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,11 @@ _MISTAKES = (
     np.linalg.LinAlgError,
     torch.OutOfMemoryError,
 )
+
+
+def expanded(path: str) -> Path:
+    """`path` with ``~`` as the home folder; for arguments, which a shell has not always expanded."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
-from training.program import one_sentence
+from training.program import expanded, one_sentence
 from training.run import open_trained
 from training.state import TrainingState
 
@@ -96,9 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.published", description=__doc__.splitlines()[0])
     parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--config", help="import: the YAML file that describes the backbone and head")
+    parser.add_argument("source", type=expanded)
+    parser.add_argument("target", type=expanded)
+    parser.add_argument("--config", type=expanded, help="import: the YAML file that describes the backbone and head")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="import: edits, e.g. head.dim=90")
     options = parser.parse_intermixed_args(arguments)
     with one_sentence("published"):

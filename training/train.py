@@ -20,7 +20,7 @@ from training.config_file import load_config
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
-from training.program import one_sentence
+from training.program import expanded, one_sentence
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -204,7 +204,9 @@ def keep_best(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a YAML file, for example training/configs/camvid.yaml")
+    parser.add_argument(
+        "--config", required=True, type=expanded, help="a YAML file, for example training/configs/camvid.yaml"
+    )
     parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="edits of the configuration, e.g. loss.local=false"

@@ -102,3 +102,13 @@ def test_mistakes(override, error, message):
 def test_missing_file_names_the_presets():
     with pytest.raises(ValueError, match="no file .*nothing.yaml; beside it there are .*quickstart.yaml"):
         load_config(CONFIGS / "nothing.yaml")
+
+
+def test_home_folders_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("output=~/runs/a", "data.root=~/camvid", "backbone.weights=~/vit.pth")
+    assert (config.output, config.data.root, config.backbone.weights) == (
+        "/home/me/runs/a",
+        "/home/me/camvid",
+        "/home/me/vit.pth",
+    )

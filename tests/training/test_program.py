@@ -1,8 +1,10 @@
 """A user's mistake is one sentence and exit status 1; a mistake of ours keeps its traceback."""
 
+from pathlib import Path
+
 import pytest
 
-from training.program import TRACEBACK_VARIABLE, one_sentence
+from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), OSError("a b"), MemoryError("a  b")])
@@ -24,3 +26,8 @@ def test_interrupt(capsys):
     with pytest.raises(SystemExit) as stopped, one_sentence("train"):
         raise KeyboardInterrupt
     assert stopped.value.code == 130 and "train: interrupted" in capsys.readouterr().err
+
+
+def test_home_folders_in_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/a.pt") == Path("/home/me/a.pt") and expanded("~nobody-here/a") == Path("~nobody-here/a")
