@@ -18,7 +18,7 @@ from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
-from training.program import expanded, one_sentence
+from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_trained
 from training.state import TrainingState
 
@@ -93,13 +93,15 @@ def _head_state(net: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.published", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.published", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("direction", choices=("import", "export"))
     parser.add_argument("source", type=expanded)
     parser.add_argument("target", type=expanded)
     parser.add_argument("--config", type=expanded, help="import: the YAML file that describes the backbone and head")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="import: edits, e.g. head.dim=90")
-    options = parser.parse_intermixed_args(arguments)
+    add_overrides(parser, "import: edits, e.g. head.dim=90; --keys lists all")
+    options = parse_with_overrides("published", parser, arguments)
     with one_sentence("published"):
         if options.direction == "export":
             _, backbone, state = open_trained(options.source, "cpu")

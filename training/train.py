@@ -16,11 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import hpkernels
-from training.config_file import load_config
+from training.config_file import PRESETS, load_config
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
-from training.program import expanded, one_sentence
+from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -131,7 +131,7 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
 
 
 def optimize(run: Run, loss: Tensor) -> None:
-    """One step of all optimizers, gradients of head and projection clipped."""
+    """One step of all optimizers, gradients of head and projection clipped (``clip_grad_norm=0``: as they are)."""
     state = run.state
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,8 @@ def optimize(run: Run, loss: Tensor) -> None:
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     trained = [*state.head.parameters(), *state.projection.parameters()]
-    nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
+    if run.config.optim.clip_grad_norm:
+        nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
     for optimizer in state.optimizers.values():
         state.scaler.step(optimizer)
     state.scaler.update()
@@ -203,15 +204,16 @@ def keep_best(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config", required=True, type=expanded, help="a YAML file, for example training/configs/camvid.yaml"
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        description="Train Hidden Positives on a folder of photographs; go on with a run that was interrupted.",
+        epilog=f"presets: {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))} (.yaml, in {PRESETS})",
+        allow_abbrev=False,
     )
+    parser.add_argument("--config", required=True, type=expanded, help="a YAML file: a preset or your own")
     parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="edits of the configuration, e.g. loss.local=false"
-    )
-    options = parser.parse_intermixed_args(arguments)
+    add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
+    options = parse_with_overrides("train", parser, arguments)
     with one_sentence("train"):
         run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
         announce(run)

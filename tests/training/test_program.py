@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from training import train
 from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
 
 
@@ -31,3 +32,29 @@ def test_interrupt(capsys):
 def test_home_folders_in_arguments(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert expanded("~/a.pt") == Path("/home/me/a.pt") and expanded("~nobody-here/a") == Path("~nobody-here/a")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "--loss.temperature=2",
+            "^train: edits of the configuration have no dashes: loss.temperature=2, not --loss.temp",
+        ),
+        ("--seed", "^train: edits of the configuration have no dashes: seed=..., not --seed$"),
+        ("--frehs", "^train: there is no option --frehs; --help lists the options"),
+        ("=", "^train: config: an override must read key=value, without spaces around the ="),
+    ],
+)
+def test_edits_written_otherwise(argument, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--config", "training/configs/quickstart.yaml", "steps=3", argument, "3"])
+
+
+def test_help_leads_to_presets_and_keys(capsys):
+    for option, expected in (("--help", ("camvid, cityscapes27", "--keys")), ("--keys", ("loss.temperature",))):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([option])
+        assert not stopped.value.code
+        text = capsys.readouterr().out
+        assert all(words in text for words in expected)

@@ -129,6 +129,14 @@ def test_gradients_are_clipped(tiny_run, monkeypatch):
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_gradients_are_not_clipped_at_zero(tiny_run, monkeypatch):
+    run = tiny_run(optim={"clip_grad_norm": 0})
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("clipped"))
+    before = parameters(run.state.head)
+    train_step(run, batch(run))
+    assert not torch.equal(parameters(run.state.head), before)
+
+
 def test_published_quirks_train(tiny_run):
     run = tiny_run(quirks={"preset": "published"})
     train(run)
