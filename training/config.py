@@ -45,7 +45,7 @@ class BackboneConfig:
     """The frozen feature extractor."""
 
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
-    pretrained: bool = False  # timm: download the weights
+    pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4)  # patch_dictionary: pixels a side of one patch

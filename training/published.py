@@ -26,6 +26,13 @@ from training.state import TrainingState
 _HEAD = {"cluster1.0": "w1", "cluster2.0": "w2", "cluster2.2": "w3"}
 _EMA_HEAD = {"ema_model1.0": "w1", "ema_model2.0": "w2", "ema_model2.2": "w3"}
 
+# What an import needs of each part of a file, beside the backbone.
+_ENTRIES = {
+    "net_model_state_dict": [f"{name}.{kind}" for name in (*_HEAD, *_EMA_HEAD) for kind in ("weight", "bias")],
+    "linear_model_state_dict": ["weight", "bias"],
+    "cluster_model_state_dict": ["clusters"],
+}
+
 
 def export_state(backbone: Backbone, state: TrainingState) -> dict[str, Any]:
     """A trained run in the published layout, which has no place for the projection of the loss.
@@ -60,27 +67,38 @@ def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Back
     Raises:
         ValueError: an entry is missing or has another shape.
     """
-    missing = [f"{part}_model_state_dict" for part in ("net", "linear", "cluster")]
-    missing = [name for name in missing if not isinstance(contents.get(name), dict)]
+    missing = [part for part in _ENTRIES if not isinstance(contents.get(part), dict)]
     if missing:
-        raise ValueError(f"published: the file has no {missing[0]}")
-    net = contents["net_model_state_dict"]
+        raise ValueError(f"published: the file has no {', '.join(missing)}; it has {_some(contents)}")
+    for part, entries in _ENTRIES.items():
+        missing = [name for name in entries if not isinstance(contents[part].get(name), Tensor)]
+        if missing:
+            raise ValueError(f"published: {part} has no {', '.join(missing)}; it has {_some(contents[part])}")
+    net_part, linear_part, cluster_part = _ENTRIES
+    net = contents[net_part]
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = build_backbone(config.backbone, config.seed, torch.device("cpu"))
     if not isinstance(backbone, TimmViT):
         raise ValueError("published: `backbone.name` must be the timm ViT of the checkpoint, got patch_dictionary")
     load_weights(backbone.vit, {name.removeprefix("model."): value for name, value in net.items()}, "the checkpoint")
 
-    clusters = contents["cluster_model_state_dict"].get("clusters", torch.empty(0)).shape[0]
-    classes = contents["linear_model_state_dict"].get("bias", torch.empty(0)).shape[0]
+    clusters = len(contents[cluster_part]["clusters"])
+    classes = len(contents[linear_part]["bias"])
     state = TrainingState(config, backbone.features_dim, clusters, torch.device("cpu"), classes)
-    try:
-        for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
-            head.load_state_dict(_head_state(net, names))
-        state.linear_probe.load_state_dict(contents["linear_model_state_dict"])
-        state.cluster_probe.load_state_dict(contents["cluster_model_state_dict"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"published: the checkpoint does not fit the configuration: {error}") from error
+    for part, module, own in (
+        (net_part, state.head, _head_state(net, _HEAD)),
+        (net_part, state.ema_head, _head_state(net, _EMA_HEAD)),
+        (linear_part, state.linear_probe, contents[linear_part]),
+        (cluster_part, state.cluster_probe, contents[cluster_part]),
+    ):
+        for name, expected in module.state_dict().items():
+            if own[name].shape != expected.shape:
+                raise ValueError(
+                    f"published: the checkpoint does not fit `head.dim` {config.head.dim} and `backbone.name`"
+                    f" {config.backbone.name!r}: {part} has {name} of shape {tuple(own[name].shape)}, expected"
+                    f" {tuple(expected.shape)}"
+                )
+        module.load_state_dict({name: own[name] for name in module.state_dict()})
     state.saw_labels = True
     state.step = int(contents.get("iter") or 0)
     return config, backbone, state
@@ -89,6 +107,12 @@ def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Back
 def _head_state(net: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
     weights = {f"{own}.weight": net[f"{published}.weight"].flatten(1) for published, own in names.items()}
     return weights | {f"{own}.bias": net[f"{published}.bias"] for published, own in names.items()}
+
+
+def _some(contents: dict[str, Any]) -> str:
+    """A few of the keys of a dictionary, for errors."""
+    names = [str(name) for name in contents]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     with one_sentence("published"):
         if options.direction == "export":
             _, backbone, state = open_trained(options.source, "cpu")
-            torch.save(export_state(backbone, state), options.target)
+            with checkpoint.written_whole(options.target) as file:
+                torch.save(export_state(backbone, state), file)
         elif options.config is None:
             raise ValueError("published: an import needs --config")
         else:

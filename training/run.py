@@ -123,7 +123,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
 
 def _remove_old(output: Path) -> None:
     """Remove what an older run left in its output folder, and nothing else."""
-    for name in ("checkpoint.pt", "best.pt", "metrics.json", "report.html"):
+    for name in ("checkpoint.pt", "checkpoint.pt.partial", "best.pt", "metrics.json", "report.html"):
         (output / name).unlink(missing_ok=True)
     for log in (output / "tensorboard").glob("events.out.tfevents.*"):
         log.unlink()
