@@ -164,33 +164,35 @@ def train(run: Run) -> None:
     """Take the steps that are left, logging and saving as configured."""
     config, state = run.config, run.state
     anchors = config.batch_size * run.train_bank.anchors_per_image
-    writer = SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step)
-    bar = tqdm(total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train")
     started = time.perf_counter() - state.seconds
     if state.step < run.steps:
         state.clusterings.forget()
-    while state.step < run.steps:
-        step, lam = state.step, current_lambda(run)
-        images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
-        terms = train_step(run, images)
-        bar.update(anchors)
-        if step % config.log_every == 0 or state.step == run.steps:
-            figures = {name: term.item() for name, term in terms.items()}
-            figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
-            figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            bar.set_postfix(
-                loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
-            )
-            state.history.append({"step": step} | figures)
-        if state.step % config.checkpoint_every == 0 or state.step == run.steps:
-            state.seconds = time.perf_counter() - started
-            if config.quirks.select_on_labels:
-                keep_best(run)
-            run.save()
-    bar.close()
-    writer.close()
+    with (
+        SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step) as writer,
+        tqdm(
+            total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train"
+        ) as bar,
+    ):
+        while state.step < run.steps:
+            step, lam = state.step, current_lambda(run)
+            images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
+            terms = train_step(run, images)
+            bar.update(anchors)
+            if step % config.log_every == 0 or state.step == run.steps:
+                figures = {name: term.item() for name, term in terms.items()}
+                figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
+                figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
+                for name, value in figures.items():
+                    writer.add_scalar(name, value, step)
+                bar.set_postfix(
+                    loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
+                )
+                state.history.append({"step": step} | figures)
+            if state.step % config.checkpoint_every == 0 or state.step == run.steps:
+                state.seconds = time.perf_counter() - started
+                if config.quirks.select_on_labels:
+                    keep_best(run)
+                run.save()
 
 
 def keep_best(run: Run) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import hpkernels
+from training import evaluate as evaluation
 from training import train as loop
 from training.data import batch_of_step
-from training.results import write_results
+from training.results import anchor_positives, write_results
 from training.run import open_run, open_trained, resolve_device
 from training.train import train, train_step
 
@@ -174,6 +175,28 @@ def test_results(tiny_run):
     assert list((report.parent / "tensorboard").glob("events.*"))
 
 
+def test_the_report_uses_the_backend_of_the_run(tiny_run, monkeypatch):
+    run, used = tiny_run(backend="reference"), set()
+    for name in ("masked_topk", "hidden_positives"):
+        op = getattr(hpkernels, name)
+        monkeypatch.setattr(hpkernels, name, lambda *a, op=op, **k: (used.add(k.get("backend")), op(*a, **k))[1])
+    anchor_positives(run, torch.arange(2))
+    assert used == {"reference"}
+
+
+def test_the_log_is_closed_when_training_stops(tiny_run, monkeypatch):
+    closed = []
+    monkeypatch.setattr(loop.SummaryWriter, "close", lambda writer: closed.append(writer))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run())
+    assert len(closed) == 1
+
+
 def test_label_free_folder_trains(tiny_config, photo_folder):
     data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40], "clusters": 4}
     run = open_run(tiny_config(data=data))
@@ -206,6 +229,15 @@ def test_errors_before_training(tiny_config, photo_folder):
     data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40]}
     with pytest.raises(ValueError, match="`data.clusters` must say how many clusters"):
         open_run(tiny_config(data=data))
+
+
+def test_evaluate_prints_json_alone(tiny_run, capsys):
+    run = tiny_run()
+    train_step(run, batch(run))
+    run.save()
+    capsys.readouterr()
+    evaluation.main(["--checkpoint", str(run.checkpoint_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["images"] == "validation"
 
 
 def test_command_line_reports_mistakes_in_one_sentence(tmp_path):
