@@ -1,5 +1,7 @@
 """Exchange trained heads with the checkpoint layout of the published Hidden Positives code.
 
+The layout is that of https://github.com/hynnsk/HP (MIT licence), by Seong, Moon, Lee and Heo (CVPR 2023).
+
 python -m training.published import  published.pth runs/imported/checkpoint.pt --config training/configs/coco27.yaml
 python -m training.published export  runs/coco27/checkpoint.pt published.pth
 """
