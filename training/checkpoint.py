@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -12,15 +17,41 @@ FORMAT = "hpkernels training checkpoint 1"
 
 
 def save(path: str | Path, contents: dict[str, Any]) -> None:
-    """Write `contents` so that `path` holds either what it held before or all of it, even after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    """Write `contents` so that `path` holds either what it held before or all of it, even after a power cut.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
+    with written_whole(path) as file:
         torch.save({"format": FORMAT} | contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to inside the ``with`` block, which takes the place of `path` when the block ends well.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; the message names the file, and what was
+            written so far is removed.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # torch.save puts a RuntimeError of its own on top
+            cause = cause.__context__
+        if cause is None or not isinstance(error, Exception):
+            raise
+        raise OSError(f"{path} cannot be written: {cause.strerror or cause}") from error
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -44,9 +75,36 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: there is no file {path}")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is damaged or foreign
-        raise ValueError(f"checkpoint: {path} cannot be read as plain tensors: {error}") from error
+        contents = load_plain(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"checkpoint: {path} must hold a dictionary, got {type(contents).__name__}")
     return contents
+
+
+def load_plain(path: str | Path) -> Any:
+    """What a file of tensors and plain values holds, onto the CPU.
+
+    Of objects only the ``argparse.Namespace`` is read, in which many training scripts keep their options.
+
+    Raises:
+        ValueError: the file is damaged, is something else, or needs code to be unpickled.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, with advice of a page, for a file that is damaged or foreign
+        raise ValueError(f"{path} cannot be read as plain tensors: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """The reason of `torch.load` in a few words."""
+    needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and needed:
+        return f"it needs code, {needed[1]}, to be unpickled"
+    if isinstance(error, PermissionError):
+        return "it may not be read"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    return "it is damaged, cut off, or something else"

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 
-def bounded(default: float | None, low: float, high: float = float("inf")) -> Any:
-    """A number with `default` that must lie in [low, high]."""
-    return field(default=default, metadata={"bounds": (low, high)})
+def bounded(default: Any, low: float, high: float = float("inf"), *, open_end: bool = False) -> Any:
+    """A number, or several, with `default` that must lie in [low, high], or in [low, high) with an open end."""
+    return field(default=default, metadata={"bounds": (low, high, open_end)})
 
 
 def choice(default: str, *allowed: str) -> Any:
@@ -25,11 +26,18 @@ class DataConfig:
 
     name: str = choice("folder", "folder", "procedural")  # imgs/{train,val}, labels/{train,val}; or made on the spot
     root: str | None = None  # folder: where imgs/ is
-    size: tuple[int, int] = (224, 224)  # height and width in pixels that images and labels are resized to
+    size: tuple[int, int] = bounded((224, 224), 1)  # in pixels, that images and labels are resized to
     classes: tuple[str, ...] = ()  # names in label order; label values from len(classes) on are ignored (void)
     clusters: int | None = bounded(None, 2)  # how many to find; None: as many as there are classes
     train_images: int | None = bounded(None, 1)  # how many to use (procedural: to make); None: all there are
-    val_images: int | None = bounded(None, 1)
+    val_images: int | None = bounded(None, 1)  # likewise
+
+    def __post_init__(self) -> None:
+        twice = [name for index, name in enumerate(self.classes) if name in self.classes[:index]]
+        if twice:
+            raise ValueError(f"config: `data.classes` must be different names, got {twice[0]!r} twice")
+        if self.root is not None:
+            self.root = os.path.expanduser(self.root)
 
 
 @dataclass
@@ -37,7 +45,7 @@ class BackboneConfig:
     """The frozen feature extractor."""
 
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
-    pretrained: bool = False  # timm: download the weights
+    pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4)  # patch_dictionary: pixels a side of one patch
@@ -45,13 +53,17 @@ class BackboneConfig:
     cache: bool = False  # keep the features of the un-augmented view in memory
     views: int = bounded(0, 0)  # photometric views of each image to keep in memory; 0: a new one every time
 
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            self.weights = os.path.expanduser(self.weights)
+
 
 @dataclass
 class HeadConfig:
     """The segmentation head and its exponential-moving-average copy."""
 
     dim: int = bounded(512, 1)  # D
-    dropout: float = bounded(0.1, 0, 1)  # channel dropout on the head's input
+    dropout: float = bounded(0.1, 0, 1, open_end=True)  # channel dropout on the head's input
     ema: float = bounded(0.99, 0, 1)  # momentum of the EMA head
 
 
@@ -59,11 +71,11 @@ class HeadConfig:
 class LossConfig:
     """The multi-positive contrastive loss (see `hpkernels.ghp_contrastive`) and the consistency term."""
 
-    temperature: float = bounded(0.6, 1e-6)
-    base_temperature: float = bounded(0.07, 1e-6)
-    negative_rate: float = bounded(0.02, 0, 1)
-    variant: str = choice("joint", "joint", "separate")
-    reweight: bool = True
+    temperature: float = bounded(0.6, 1e-6)  # of the logits
+    base_temperature: float = bounded(0.07, 1e-6)  # the loss is multiplied by temperature / base_temperature
+    negative_rate: float = bounded(0.02, 0, 1)  # share of the other patches that are drawn as negatives
+    variant: str = choice("joint", "joint", "separate")  # as in the published code, or as in the paper's equation
+    reweight: bool = True  # anchors count by their number of positives
     specific: bool = True  # task-specific positives
     local: bool = True  # the branch of local hidden positives
     consistency: float = bounded(0.05, 0)  # alpha
@@ -81,19 +93,19 @@ class PoolConfig:
 class OptimConfig:
     """Learning rates and limits: AdamW for the head, Adam for the rest."""
 
-    head_lr: float = bounded(5e-4, 0)
-    head_weight_decay: float = bounded(0.1, 0)
-    projection_lr: float = bounded(5e-4, 0)
-    linear_probe_lr: float = bounded(1e-3, 0)
-    cluster_probe_lr: float = bounded(5e-3, 0)
-    clip_grad_norm: float = bounded(10.0, 0)
+    head_lr: float = bounded(5e-4, 0)  # AdamW
+    head_weight_decay: float = bounded(0.1, 0)  # AdamW
+    projection_lr: float = bounded(5e-4, 0)  # Adam, as for the probes
+    linear_probe_lr: float = bounded(1e-3, 0)  # trained with labels
+    cluster_probe_lr: float = bounded(5e-3, 0)  # trained without
+    clip_grad_norm: float = bounded(10.0, 0)  # of head and projection together; 0: not clipped
 
 
 @dataclass
 class QuirksConfig:
     """Behaviour of the published code that departs from the paper: the preset sets all, each can be set by itself."""
 
-    preset: str = choice("corrected", "corrected", "published")  # all off, all on
+    preset: str = choice("corrected", "corrected", "published")  # all off, all on; None below: as the preset
     dropout_on_frozen: bool | None = None  # channel dropout also on the frozen features and the pools
     jitter_after_normalization: bool | None = None  # colour jitter on normalised images
     skip_renewal_at_epoch_start: bool | None = None  # no pool renewal at the first step of an epoch
@@ -110,14 +122,14 @@ class QuirksConfig:
 class Config:
     """One run."""
 
-    seed: int = bounded(0, 0)
+    seed: int = bounded(0, 0, 2**32 - 1)  # of all randomness; k-means takes no greater one
     output: str = "runs/unnamed"  # the folder that receives checkpoint, metrics, log and report
     device: str = "auto"  # "auto": a GPU where there is one
     backend: str = choice("auto", "auto", "cuda", "triton", "cpu", "reference")  # of the hpkernels ops
     epochs: int | None = bounded(None, 1)  # length of the run: give this ...
     steps: int | None = bounded(None, 1)  # ... or this
     warmup: int = bounded(100, 0)  # steps with lambda = 0
-    batch_size: int = bounded(64, 1)
+    batch_size: int = bounded(64, 1)  # images
     log_every: int = bounded(10, 1)  # steps
     checkpoint_every: int = bounded(100, 1)  # steps
     data: DataConfig = field(default_factory=DataConfig)
@@ -129,5 +141,11 @@ class Config:
     quirks: QuirksConfig = field(default_factory=QuirksConfig)
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"config: give one of `epochs` and `steps`, got {self.epochs} and {self.steps}")
+        self.output = os.path.expanduser(self.output)
+        if self.epochs is None and self.steps is None:
+            raise ValueError("config: give one of `epochs` and `steps`, got neither")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(
+                f"config: give one of `epochs` and `steps`, got {self.epochs} and {self.steps}: add `steps=null` to"
+                " train for epochs, or `epochs=null` to train for steps"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +63,7 @@ class FolderData:
     ) -> None:
         self.classes = classes
         self.size = size
-        root = Path(root).expanduser()
+        root = Path(os.path.expanduser(root))
         _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
@@ -185,7 +186,7 @@ def open_data(config: Config, split: str) -> SegmentationData:
         return ProceduralData(limit or 64, data.size, seed=0 if split == "train" else 1)
     if data.root is None:
         raise ValueError("config: `data.root` must be the folder that holds the photographs, or their imgs/, got None")
-    if split == "val" and not (Path(data.root).expanduser() / "imgs" / "val").is_dir():
+    if split == "val" and not (Path(data.root) / "imgs" / "val").is_dir():
         split = "train"  # with no images set aside, the training images are segmented
     return FolderData(data.root, split, data.size, data.classes, limit)
 

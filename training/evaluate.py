@@ -18,7 +18,7 @@ from training.config import Config
 from training.data import open_data
 from training.features import FeatureBank
 from training.metrics import SegmentationMetrics, to_json
-from training.program import one_sentence
+from training.program import expanded, one_sentence
 from training.run import open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
@@ -65,7 +65,7 @@ def evaluate(state: TrainingState, bank: FeatureBank, only: Iterable[str] = SEGM
 
 def images_scored(config: Config) -> str:
     """Which images are scored: "validation", or "training" where a folder sets none aside."""
-    if config.data.name == "folder" and not (Path(config.data.root or "").expanduser() / "imgs" / "val").is_dir():
+    if config.data.name == "folder" and not (Path(config.data.root or "") / "imgs" / "val").is_dir():
         return "training"
     return "validation"
 
@@ -133,7 +133,7 @@ def _cells(figures: dict[str, float | None]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="written by training.train")
+    parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--root", help="folder with imgs/val and labels/val, instead of the one trained on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

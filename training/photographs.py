@@ -27,7 +27,7 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: there is no such folder, or it holds no image.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         kind = "not a folder" if folder.exists() else "not there"
         raise ValueError(f"data: the folder of images {display_name(folder)} is {kind}")

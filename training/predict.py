@@ -24,7 +24,7 @@ from training.data import resized
 from training.evaluate import HEADLINE
 from training.figures import class_palette
 from training.photographs import display_name, list_images, opened, read_rgb
-from training.program import one_sentence
+from training.program import expanded, one_sentence
 from training.run import open_trained
 from training.segment import SEGMENTATIONS, check_usable, map_names, segment, to_classes
 from training.state import TrainingState
@@ -131,9 +131,9 @@ def _check_names(file: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="written by training.train")
-    parser.add_argument("--images", required=True, type=Path, help="a folder of photographs, or one photograph")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
+    parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
+    parser.add_argument("--images", required=True, type=expanded, help="a folder of photographs, or one photograph")
+    parser.add_argument("--out", required=True, type=expanded, help="the folder to write to")
     parser.add_argument("--segmentation", default=HEADLINE, choices=SEGMENTATIONS, help=f"which one ({HEADLINE})")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
@@ -147,13 +147,13 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: nothing can be done, or some photographs could not be read.
     """
-    out = options.out.expanduser()
-    config, backbone, state = open_trained(Path(options.checkpoint).expanduser(), options.device)
+    out = options.out
+    config, backbone, state = open_trained(options.checkpoint, options.device)
     check_usable(state, options.segmentation)
     names = map_names(state, options.segmentation, config.data.classes)
     if len(names) > 256:
         raise ValueError(f"a class map has one byte a pixel, enough for 256 clusters, got {len(names)}")
-    planned = outputs(options.images.expanduser(), out)
+    planned = outputs(options.images, out)
     out.mkdir(parents=True, exist_ok=True)
     (out / _NAMES).write_text(json.dumps(dict(enumerate(names)), indent=2, ensure_ascii=False), encoding="utf-8")
     if any(paths[0].name == f"{file.name}.png" for file, paths in planned.items()):

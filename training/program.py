@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 
 from hpkernels import BackendUnavailableError
+from training.config_file import key_table, known_keys
 
 TRACEBACK_VARIABLE = "HPKERNELS_TRACEBACK"
 """Set it to see where an error came from."""
@@ -26,6 +29,38 @@ _MISTAKES = (
     np.linalg.LinAlgError,
     torch.OutOfMemoryError,
 )
+
+
+def expanded(path: str) -> Path:
+    """`path` with ``~`` as the home folder; for arguments, which a shell has not always expanded."""
+    return Path(os.path.expanduser(path))
+
+
+class _PrintKeys(argparse.Action):
+    """``--keys``: print the keys of the configuration and leave."""
+
+    def __call__(self, *_: object) -> None:
+        print(key_table())
+        sys.exit(0)
+
+
+def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    """Let a program take ``key=value`` edits of the configuration, and ``--keys``."""
+    parser.add_argument("--keys", nargs=0, action=_PrintKeys, help="list all keys of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
+
+def parse_with_overrides(
+    program: str, parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> argparse.Namespace:
+    """Parse a command line on which options and ``key=value`` come in any order."""
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        if key in known_keys():
+            sys.exit(f"{program}: edits of the configuration have no dashes: {key}={value or '...'}, not {unknown[0]}")
+        sys.exit(f"{program}: there is no option {unknown[0]}; --help lists the options, --keys what key=value takes")
+    return options
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Exchange trained heads with the checkpoint layout of the published Hidden Positives code.
 
+The layout is that of https://github.com/hynnsk/HP (MIT licence), by Seong, Moon, Lee and Heo (CVPR 2023).
+
 python -m training.published import  published.pth runs/imported/checkpoint.pt --config training/configs/coco27.yaml
 python -m training.published export  runs/coco27/checkpoint.pt published.pth
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,20 @@ from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
-from training.program import one_sentence
+from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_trained
 from training.state import TrainingState
 
 # Published name -> name in SegmentationHead; 1x1 convolutions there, linear layers here.
 _HEAD = {"cluster1.0": "w1", "cluster2.0": "w2", "cluster2.2": "w3"}
 _EMA_HEAD = {"ema_model1.0": "w1", "ema_model2.0": "w2", "ema_model2.2": "w3"}
+
+# What an import needs of each part of a file, beside the backbone.
+_ENTRIES = {
+    "net_model_state_dict": [f"{name}.{kind}" for name in (*_HEAD, *_EMA_HEAD) for kind in ("weight", "bias")],
+    "linear_model_state_dict": ["weight", "bias"],
+    "cluster_model_state_dict": ["clusters"],
+}
 
 
 def export_state(backbone: Backbone, state: TrainingState) -> dict[str, Any]:
@@ -61,27 +69,38 @@ def import_state(config: Config, contents: dict[str, Any]) -> tuple[Config, Back
     Raises:
         ValueError: an entry is missing or has another shape.
     """
-    missing = [f"{part}_model_state_dict" for part in ("net", "linear", "cluster")]
-    missing = [name for name in missing if not isinstance(contents.get(name), dict)]
+    missing = [part for part in _ENTRIES if not isinstance(contents.get(part), dict)]
     if missing:
-        raise ValueError(f"published: the file has no {missing[0]}")
-    net = contents["net_model_state_dict"]
+        raise ValueError(f"published: the file has no {', '.join(missing)}; it has {_some(contents)}")
+    for part, entries in _ENTRIES.items():
+        missing = [name for name in entries if not isinstance(contents[part].get(name), Tensor)]
+        if missing:
+            raise ValueError(f"published: {part} has no {', '.join(missing)}; it has {_some(contents[part])}")
+    net_part, linear_part, cluster_part = _ENTRIES
+    net = contents[net_part]
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = build_backbone(config.backbone, config.seed, torch.device("cpu"))
     if not isinstance(backbone, TimmViT):
         raise ValueError("published: `backbone.name` must be the timm ViT of the checkpoint, got patch_dictionary")
     load_weights(backbone.vit, {name.removeprefix("model."): value for name, value in net.items()}, "the checkpoint")
 
-    clusters = contents["cluster_model_state_dict"].get("clusters", torch.empty(0)).shape[0]
-    classes = contents["linear_model_state_dict"].get("bias", torch.empty(0)).shape[0]
+    clusters = len(contents[cluster_part]["clusters"])
+    classes = len(contents[linear_part]["bias"])
     state = TrainingState(config, backbone.features_dim, clusters, torch.device("cpu"), classes)
-    try:
-        for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
-            head.load_state_dict(_head_state(net, names))
-        state.linear_probe.load_state_dict(contents["linear_model_state_dict"])
-        state.cluster_probe.load_state_dict(contents["cluster_model_state_dict"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"published: the checkpoint does not fit the configuration: {error}") from error
+    for part, module, own in (
+        (net_part, state.head, _head_state(net, _HEAD)),
+        (net_part, state.ema_head, _head_state(net, _EMA_HEAD)),
+        (linear_part, state.linear_probe, contents[linear_part]),
+        (cluster_part, state.cluster_probe, contents[cluster_part]),
+    ):
+        for name, expected in module.state_dict().items():
+            if own[name].shape != expected.shape:
+                raise ValueError(
+                    f"published: the checkpoint does not fit `head.dim` {config.head.dim} and `backbone.name`"
+                    f" {config.backbone.name!r}: {part} has {name} of shape {tuple(own[name].shape)}, expected"
+                    f" {tuple(expected.shape)}"
+                )
+        module.load_state_dict({name: own[name] for name in module.state_dict()})
     state.saw_labels = True
     state.step = int(contents.get("iter") or 0)
     return config, backbone, state
@@ -92,19 +111,28 @@ def _head_state(net: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
     return weights | {f"{own}.bias": net[f"{published}.bias"] for published, own in names.items()}
 
 
+def _some(contents: dict[str, Any]) -> str:
+    """A few of the keys of a dictionary, for errors."""
+    names = [str(name) for name in contents]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.published", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.published", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--config", help="import: the YAML file that describes the backbone and head")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="import: edits, e.g. head.dim=90")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("source", type=expanded)
+    parser.add_argument("target", type=expanded)
+    parser.add_argument("--config", type=expanded, help="import: the YAML file that describes the backbone and head")
+    add_overrides(parser, "import: edits, e.g. head.dim=90; --keys lists all")
+    options = parse_with_overrides("published", parser, arguments)
     with one_sentence("published"):
         if options.direction == "export":
             _, backbone, state = open_trained(options.source, "cpu")
-            torch.save(export_state(backbone, state), options.target)
+            with checkpoint.written_whole(options.target) as file:
+                torch.save(export_state(backbone, state), file)
         elif options.config is None:
             raise ValueError("published: an import needs --config")
         else:

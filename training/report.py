@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from training import figures, page
+from training.checkpoint import written_whole
 
 _METHODS = {
     ("baseline", "unsupervised"): "Baseline: k-means of the frozen features",
@@ -97,7 +98,8 @@ def write_report(path: str | Path, report: Report) -> None:
         "Configuration": _configuration(report.metrics.get("config")),
     }
     shown = [(heading, html) for heading, html in sections.items() if html]
-    Path(path).write_text(page.page(report.title, _header(report), shown), encoding="utf-8")
+    with written_whole(path) as file:
+        file.write(page.page(report.title, _header(report), shown).encode())
 
 
 def _header(report: Report) -> str:

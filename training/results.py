@@ -42,7 +42,8 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
         "run": provenance(run),
     }
     output = Path(run.config.output)
-    (output / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
+    with checkpoint.written_whole(output / "metrics.json") as file:
+        file.write(to_json(metrics).encode())
     write_report(output / "report.html", describe(run, metrics, scores))
     return output / "report.html", metrics
 
@@ -107,10 +108,10 @@ def examples(run: Run, images: Tensor) -> list[Example]:
 
 def anchor_positives(run: Run, images: Tensor) -> list[AnchorPositives]:
     """The hidden positives, among a few images, of one anchor of each: that with the median number of positives."""
-    bank = run.val_bank
+    bank, backend = run.val_bank, run.config.backend
     features = F.normalize(bank.get(images).tokens, dim=-1).flatten(0, 1)
-    threshold = hpkernels.masked_topk(features, run.state.pools.agnostic()).values[:, 0]
-    positives = hpkernels.hidden_positives(features, threshold).to_dense().cpu()
+    threshold = hpkernels.masked_topk(features, run.state.pools.agnostic(), backend=backend).values[:, 0]
+    positives = hpkernels.hidden_positives(features, threshold, backend=backend).to_dense().cpu()
     height, width = bank.grid
     shown = []
     for row in range(len(images)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hpkernels import BackendUnavailableError
+from hpkernels.backends import select
 from training import checkpoint
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
@@ -19,10 +23,13 @@ from training.config import Config
 from training.config_file import config_from_dict
 from training.data import SegmentationData, open_data, steps_per_epoch
 from training.features import FeatureBank
+from training.photographs import display_name
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
-_PLACE = ("output", "device", "log_every", "checkpoint_every")  # keys that may differ between a run and its resumption
+# Keys that may differ between a run and its resumption: where and how it is computed, not what.
+_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
+_OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Run:
             "config": asdict(self.config),
             "backbone": self.backbone.state_dict(),
             "state": self.state.state_dict(),
+            "images": _identity(self.train_bank.data),
         }
         checkpoint.save(path or self.checkpoint_path, contents)
 
@@ -78,14 +86,18 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is not None:
         _check_same(config, saved["config"])
     device = resolve_device(config.device)
+    check_backend(config.backend, device)
     train_data, val_data = open_data(config, "train"), open_data(config, "val")
+    if saved is not None:
+        _check_images(config, train_data, saved)
     every = steps_per_epoch(len(train_data), config.batch_size)
     steps = config.steps or config.epochs * every
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
+    number = clusters(train_data, config)
+    prepare_folder(Path(config.output), "config: `output`")
 
     backbone = build_backbone(config.backbone, config.seed, device)
-    number = clusters(train_data, config)
     height, width = backbone.grid(config.data.size)
     check_clusters(number, len(train_data), height * width)
     if saved is None:
@@ -111,7 +123,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
 
 def _remove_old(output: Path) -> None:
     """Remove what an older run left in its output folder, and nothing else."""
-    for name in ("checkpoint.pt", "best.pt", "metrics.json", "report.html"):
+    for name in ("checkpoint.pt", "checkpoint.pt.partial", "best.pt", "metrics.json", "report.html"):
         (output / name).unlink(missing_ok=True)
     for log in (output / "tensorboard").glob("events.out.tfevents.*"):
         log.unlink()
@@ -125,6 +137,10 @@ def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbo
     # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
     config.backbone.pretrained = False
     config.backbone.weights = None
+    try:
+        check_backend(config.backend, where)
+    except ValueError:
+        config.backend = "auto"  # the machine that trained had another device
     backbone = build_backbone(config.backbone, config.seed, where)
     backbone.load_state_dict(saved["backbone"])
     number, classes = output_sizes(saved["state"])
@@ -154,7 +170,9 @@ def open_bank(
 def clusters(data: SegmentationData, config: Config) -> int:
     """How many clusters to find: as many as there are classes, unless the configuration says otherwise."""
     number = config.data.clusters or len(data.classes)
-    if number < 2:
+    if number == 1:
+        raise ValueError(f"config: `data.classes` must name at least 2 classes, got {list(data.classes)}")
+    if number == 0:
         raise ValueError("config: without `data.classes`, `data.clusters` must say how many clusters to find")
     return number
 
@@ -168,10 +186,73 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"config: `device` {name!r} cannot be used here: {error}") from error
-    return torch.device(name)
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"config: `device` {name!r} cannot be used here: there is no such kind of device") from error
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problem = None
+    if device.type == "meta":
+        problem = "it holds no numbers"
+    elif device.type == "cuda" and not gpus:
+        problem = "PyTorch finds no GPU"
+    elif device.type == "cuda" and device.index is not None and device.index >= gpus:
+        problem = f"the last GPU is cuda:{gpus - 1}"
+    else:
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            problem = str(error).partition("\n")[0].partition(". ")[0]
+    if problem is not None:
+        raise ValueError(f"config: `device` {name!r} cannot be used here: {problem}")
+    return device
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that cannot run the ops of the loop on `device`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for op in _OPS:
+        try:
+            select(op, name, torch.empty(0, device=device))
+        except BackendUnavailableError as error:
+            raise ValueError(f"config: `backend` {name!r} cannot be used on {device}: {error}") from error
+
+
+def prepare_folder(folder: Path, what: str) -> None:
+    """Make `folder`, and make sure that files can be written into it; errors begin with `what`.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ValueError(f"{what} must be a folder, got the file {display_name(in_the_way)}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{what} must be a folder to write to, got {display_name(folder)}: {error.strerror}"
+        ) from error
+
+
+def _identity(data: SegmentationData) -> dict[str, Any]:
+    """What tells the images of a data set from others, wherever they are."""
+    names = "\n".join(data.name(index) for index in range(len(data)))
+    return {"number": len(data), "names": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def _check_images(config: Config, data: SegmentationData, saved: dict[str, Any]) -> None:
+    """Refuse to go on with other images: the batches and pools of a step are indices into them."""
+    before = saved.get("images", _identity(data))  # older checkpoints do not say
+    if before != _identity(data):
+        raise ValueError(
+            f"{config.output} holds a run on {before['number']} training images, and the {len(data)} of now are not the"
+            " same; choose another `output`, or start anew with --fresh"
+        )
 
 
 def _check_same(config: Config, saved: dict[str, Any]) -> None:

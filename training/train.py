@@ -16,11 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import hpkernels
-from training.config_file import load_config
+from training.config_file import PRESETS, load_config
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
-from training.program import one_sentence
+from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -131,7 +131,7 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
 
 
 def optimize(run: Run, loss: Tensor) -> None:
-    """One step of all optimizers, gradients of head and projection clipped."""
+    """One step of all optimizers, gradients of head and projection clipped (``clip_grad_norm=0``: as they are)."""
     state = run.state
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,8 @@ def optimize(run: Run, loss: Tensor) -> None:
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     trained = [*state.head.parameters(), *state.projection.parameters()]
-    nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
+    if run.config.optim.clip_grad_norm:
+        nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
     for optimizer in state.optimizers.values():
         state.scaler.step(optimizer)
     state.scaler.update()
@@ -163,33 +164,35 @@ def train(run: Run) -> None:
     """Take the steps that are left, logging and saving as configured."""
     config, state = run.config, run.state
     anchors = config.batch_size * run.train_bank.anchors_per_image
-    writer = SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step)
-    bar = tqdm(total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train")
     started = time.perf_counter() - state.seconds
     if state.step < run.steps:
         state.clusterings.forget()
-    while state.step < run.steps:
-        step, lam = state.step, current_lambda(run)
-        images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
-        terms = train_step(run, images)
-        bar.update(anchors)
-        if step % config.log_every == 0 or state.step == run.steps:
-            figures = {name: term.item() for name, term in terms.items()}
-            figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
-            figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            bar.set_postfix(
-                loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
-            )
-            state.history.append({"step": step} | figures)
-        if state.step % config.checkpoint_every == 0 or state.step == run.steps:
-            state.seconds = time.perf_counter() - started
-            if config.quirks.select_on_labels:
-                keep_best(run)
-            run.save()
-    bar.close()
-    writer.close()
+    with (
+        SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step) as writer,
+        tqdm(
+            total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train"
+        ) as bar,
+    ):
+        while state.step < run.steps:
+            step, lam = state.step, current_lambda(run)
+            images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
+            terms = train_step(run, images)
+            bar.update(anchors)
+            if step % config.log_every == 0 or state.step == run.steps:
+                figures = {name: term.item() for name, term in terms.items()}
+                figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
+                figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
+                for name, value in figures.items():
+                    writer.add_scalar(name, value, step)
+                bar.set_postfix(
+                    loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
+                )
+                state.history.append({"step": step} | figures)
+            if state.step % config.checkpoint_every == 0 or state.step == run.steps:
+                state.seconds = time.perf_counter() - started
+                if config.quirks.select_on_labels:
+                    keep_best(run)
+                run.save()
 
 
 def keep_best(run: Run) -> None:
@@ -203,13 +206,16 @@ def keep_best(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a YAML file, for example training/configs/camvid.yaml")
-    parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="edits of the configuration, e.g. loss.local=false"
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        description="Train Hidden Positives on a folder of photographs; go on with a run that was interrupted.",
+        epilog=f"presets: {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))} (.yaml, in {PRESETS})",
+        allow_abbrev=False,
     )
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("--config", required=True, type=expanded, help="a YAML file: a preset or your own")
+    parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
+    add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
+    options = parse_with_overrides("train", parser, arguments)
     with one_sentence("train"):
         run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
         announce(run)

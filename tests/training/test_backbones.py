@@ -1,7 +1,9 @@
 """Backbones: patch tokens, query and key, and weights from every layout."""
 
 import math
+from argparse import Namespace
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -91,8 +93,13 @@ def test_vit_normalises_as_timm_says(vit):
         lambda state: {"model": state},
         lambda state: {"teacher": {f"module.backbone.{name}": value for name, value in state.items()}, "epoch": 3},
         lambda state: {"teacher": {f"backbone.{name}": value for name, value in state.items()}},
+        lambda state: {
+            "student": {},
+            "teacher": {f"backbone.{k}": v for k, v in state.items()},
+            "args": Namespace(lr=1),
+        },
     ],
-    ids=["plain", "timm", "dino distributed", "dino"],
+    ids=["plain", "timm", "dino distributed", "dino", "dino in full"],
 )
 def test_vit_weight_layouts(vit, tmp_path, wrap):
     state = {name: value + 0.25 for name, value in vit.vit.state_dict().items()}
@@ -136,6 +143,63 @@ def test_vit_errors(vit, tmp_path):
     torch.save({"note": "no tensors"}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         TimmViT(VIT, weights=str(tmp_path / "none.pth"))
+
+
+def test_the_nearest_name_is_suggested():
+    with pytest.raises(
+        ValueError, match="timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224 or"
+    ):
+        TimmViT("vit_smal_patch16_224")
+    with pytest.raises(ValueError, match="did you mean vit_small_patch8_224.dino"):
+        TimmViT("vit_smal_patch8_224.dino")
+    with pytest.raises(ValueError, match="no weights 'dinoo' for vit_small_patch8_224; there are dino"):
+        TimmViT("vit_small_patch8_224.dinoo")
+    with pytest.raises(ValueError, match="timm has no model 'qqq'; see timm.list_models"):
+        TimmViT("qqq")
+
+
+def test_models_of_other_kinds_are_refused_in_a_few_words():
+    for name in ("resnet18", "swin_tiny_patch4_window7_224", "levit_128"):
+        with pytest.raises(ValueError, match=f"^backbone: `backbone.name`: {name!r} is not a plain ViT$"):
+            TimmViT(name)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Make the Hub unreachable; the names that it is asked for."""
+    asked = []
+
+    def fail(url, **_):
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return asked
+
+
+def test_a_hub_out_of_reach_is_asked_once(no_hub, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("went on to the download"))
+    with pytest.raises(ValueError, match=f"`backbone.pretrained`: the weights of '{VIT}' cannot .* `backbone.weights`"):
+        TimmViT(VIT, pretrained=True)
+    assert len(no_hub) == 1 and VIT in no_hub[0]
+
+
+def test_a_download_that_breaks_off_hints_at_local_weights(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("a page about the cache")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "there")
+    with pytest.raises(ValueError, match="cannot be downloaded .* set `backbone.weights` to it instead$"):
+        TimmViT(VIT, pretrained=True)
+
+
+def test_local_weights_need_no_download(vit, tmp_path, no_hub):
+    torch.save(vit.vit.state_dict(), tmp_path / "weights.pth")
+    loaded = TimmViT(VIT, pretrained=True, weights=str(tmp_path / "weights.pth"))
+    assert torch.equal(loaded.vit.cls_token, vit.vit.cls_token) and not no_hub
 
 
 def test_dictionary_shapes(dictionary):

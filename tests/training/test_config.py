@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.config import Config
-from training.config_file import config_from_dict, load_config
+from training.config_file import config_from_dict, key_table, known_keys, load_config
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -76,7 +76,12 @@ def test_config_survives_a_checkpoint():
     [
         ("loss.temprature=0.3", ValueError, "unknown key `loss.temprature`; did you mean `loss.temperature`?"),
         ("temperature=0.3", ValueError, "unknown key `temperature`; did you mean `loss.temperature`?"),
-        ("optimizer.lr=1", ValueError, "unknown key `optimizer`"),
+        ("optimizer.lr=1", ValueError, "unknown key `optimizer.lr`; did you mean `optim.head_lr`?"),
+        ("los.temperature=1", ValueError, "unknown key `los.temperature`; did you mean `loss.temperature`?"),
+        ("loss.temp=1", ValueError, "unknown key `loss.temp`; did you mean `loss.temperature`?"),
+        ("loss.dim=1", ValueError, "unknown key `loss.dim`; did you mean `head.dim`?"),
+        ("pool.qqq=1", ValueError, "unknown key `pool.qqq`; the keys of `pool` are pool.size, pool.renew_every"),
+        ("qqq.zzz=1", ValueError, "known are seed, .* and the sections backbone, data, .*; --keys lists all"),
         ("loss.temperature=0", ValueError, "`loss.temperature` must be at least 1e-06, got 0"),
         ("loss.temperature=.nan", ValueError, "`loss.temperature` must be at least 1e-06, got nan"),
         ("loss.negative_rate=2", ValueError, r"`loss.negative_rate` must be in \[0, 1\], got 2"),
@@ -85,13 +90,30 @@ def test_config_survives_a_checkpoint():
         ("batch_size=2.5", TypeError, "`batch_size` must be int, got 2.5"),
         ("batch_size=true", TypeError, "`batch_size` must be int, got True"),
         ("head.dim=many", TypeError, "`head.dim` must be int, got 'many'"),
-        ("data.size=[64]", TypeError, r"`data.size` must be tuple\[int, int\], got \[64\]"),
+        ("data.size=[64]", TypeError, r"`data.size` must be \[height, width\] or one number for a square, got \[64\]"),
+        ("data.size=[0, 0]", ValueError, r"`data.size` must be at least 1, got \[0, 0\]"),
+        ("data.size=[-5, 80]", ValueError, r"`data.size` must be at least 1, got \[-5, 80\]"),
+        ("data.size=-5", ValueError, r"`data.size` must be at least 1, got \[-5, -5\]"),
+        ("head.dropout=1", ValueError, r"`head.dropout` must be in \[0, 1\), got 1.0"),
+        ("seed=4294967296", ValueError, r"`seed` must be in \[0, 4294967295\], got 4294967296"),
+        ("loss.temperature=1" + "0" * 400, ValueError, "`loss.temperature` must be at least 1e-06, got inf"),
+        ("data.classes=[road, sky, road]", ValueError, "`data.classes` must be different names, got 'road' twice"),
+        ("data.classes=[on, no]", TypeError, r"`data.classes` must be .*, got \[True, False\]; names such as on"),
+        ("output=2024", TypeError, "`output` must be str, got 2024; if it is text, put it in quotes"),
+        ("output=on", TypeError, "`output` must be str, got True; if it is text, put it in quotes"),
+        ("data.root=/a: b", TypeError, "`data.root` must be str or null, got .*data.root='\"/a: b\"'"),
+        ("output=a #b", ValueError, "YAML reads 'a #b' as 'a' for `output`; .*output='\"a #b\"'"),
+        ("data.root=#b", ValueError, "YAML reads '#b' as nothing for `data.root`; .*put it in quotes"),
+        ("data.root=@b", ValueError, "the value of `data.root` is not YAML: .*; if it is text, put it in quotes"),
+        ("output=[1", ValueError, "the value of `output` is not YAML: expected ',' or ']', but got '<stream end>'; if"),
+        ("seed=010", TypeError, "`seed` must be int, got '010'"),
+        ("=", ValueError, "an override must read key=value, without spaces around the =, got '='"),
         ("data.classes=[1, 2]", TypeError, "`data.classes` must be"),
         ("loss=3", TypeError, "`loss` must be a section of keys, got 3"),
-        ("loss.temperature", ValueError, "an override must read key=value, got 'loss.temperature'"),
+        ("loss.temperature", ValueError, "an override must read key=value, without spaces around the =, got"),
         ("seed.deeper=1", ValueError, "`seed.deeper` goes into `seed`, which is not a section"),
-        ("epochs=3", ValueError, "give one of `epochs` and `steps`"),
-        ("steps=null", ValueError, "give one of `epochs` and `steps`"),
+        ("epochs=3", ValueError, "give one of `epochs` and `steps`, got 3 and 200: add `steps=null` to train"),
+        ("steps=null", ValueError, "give one of `epochs` and `steps`, got neither"),
     ],
 )
 def test_mistakes(override, error, message):
@@ -102,3 +124,61 @@ def test_mistakes(override, error, message):
 def test_missing_file_names_the_presets():
     with pytest.raises(ValueError, match="no file .*nothing.yaml; beside it there are .*quickstart.yaml"):
         load_config(CONFIGS / "nothing.yaml")
+
+
+def test_home_folders_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("output=~/runs/a", "data.root=~/camvid", "backbone.weights=~/vit.pth")
+    assert (config.output, config.data.root, config.backbone.weights) == (
+        "/home/me/runs/a",
+        "/home/me/camvid",
+        "/home/me/vit.pth",
+    )
+
+
+def test_one_number_is_a_square():
+    assert load("data.size=224").data.size == (224, 224)
+
+
+def test_what_yaml_takes_for_dates_and_times_is_text():
+    assert load("output=2024-01-01").output == "2024-01-01" and load("output=12:30").output == "12:30"
+    assert load('output="a #b"').output == "a #b" and load("seed = 3").seed == 3
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("steps: 1\nseed: [1\n", "line 3 of .*own.yaml is not YAML: expected ',' or ']'"),
+        ("steps: 1\nseed: 1\nsteps: 2\n", "line 3 of .*own.yaml is not YAML: the key steps stands twice"),
+        ("steps: 1\noutput: 2024\n", "`output` must be str, got 2024; if it is text, put it in quotes"),
+        ("steps: 1\ndata: {classes: [yes, 3]}\n", r"`data.classes` must be .*, got \[True, 3\]; names such as on"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_a_section_without_keys_has_its_defaults(tmp_path):
+    (tmp_path / "own.yaml").write_text("steps: 1\nloss:\n  # temperature: 2\n")
+    assert load_config(tmp_path / "own.yaml").loss == Config(steps=1).loss
+    assert load_config(tmp_path / "own.yaml", ["loss.temperature=2"]).loss.temperature == 2
+
+
+def test_all_keys_are_listed_with_bounds_and_comments():
+    lines = {line.split()[0]: line for line in key_table().splitlines()}
+    assert list(lines) == ["key", *known_keys()]
+    for key, text in (
+        ("head.dropout", "0.1 float, in [0, 1) # channel dropout on the head's input"),
+        ("data.size", "[224, 224] [height, width] or one number for a square, at least 1 # in pixels"),
+        ("backend", "auto auto or cuda or triton or cpu or reference # of the hpkernels ops"),
+        ("epochs", "null int or null, at least 1 # length of the run"),
+    ):
+        assert " ".join(lines[key].split()).startswith(f"{key} {text}")
+    assert all(" # " in line for key, line in lines.items() if key != "key")
+
+
+def test_missing_file_elsewhere_names_the_folder_of_presets(tmp_path):
+    with pytest.raises(ValueError, match="no file .*camvid; presets are in .*configs"):
+        load_config(tmp_path / "camvid")

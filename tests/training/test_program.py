@@ -1,8 +1,11 @@
 """A user's mistake is one sentence and exit status 1; a mistake of ours keeps its traceback."""
 
+from pathlib import Path
+
 import pytest
 
-from training.program import TRACEBACK_VARIABLE, one_sentence
+from training import train
+from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), OSError("a b"), MemoryError("a  b")])
@@ -24,3 +27,34 @@ def test_interrupt(capsys):
     with pytest.raises(SystemExit) as stopped, one_sentence("train"):
         raise KeyboardInterrupt
     assert stopped.value.code == 130 and "train: interrupted" in capsys.readouterr().err
+
+
+def test_home_folders_in_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/a.pt") == Path("/home/me/a.pt") and expanded("~nobody-here/a") == Path("~nobody-here/a")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "--loss.temperature=2",
+            "^train: edits of the configuration have no dashes: loss.temperature=2, not --loss.temp",
+        ),
+        ("--seed", "^train: edits of the configuration have no dashes: seed=..., not --seed$"),
+        ("--frehs", "^train: there is no option --frehs; --help lists the options"),
+        ("=", "^train: config: an override must read key=value, without spaces around the ="),
+    ],
+)
+def test_edits_written_otherwise(argument, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--config", "training/configs/quickstart.yaml", "steps=3", argument, "3"])
+
+
+def test_help_leads_to_presets_and_keys(capsys):
+    for option, expected in (("--help", ("camvid, cityscapes27", "--keys")), ("--keys", ("loss.temperature",))):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([option])
+        assert not stopped.value.code
+        text = capsys.readouterr().out
+        assert all(words in text for words in expected)

@@ -1,8 +1,12 @@
 """The published checkpoint layout, there and back."""
 
+import argparse
+import dataclasses
+
 import pytest
 import torch
 
+from training import checkpoint
 from training.backbones import build_backbone
 from training.published import export_state, import_state, main
 from training.state import TrainingState
@@ -63,9 +67,21 @@ def test_published_head_computes_the_same_code(trained):
 def test_errors(trained, tiny_config):
     config, backbone, state = trained
     contents = export_state(backbone, state)
-    with pytest.raises(ValueError, match="has no cluster_model_state_dict"):
+    with pytest.raises(ValueError, match="has no cluster_model_state_dict; it has epoch, iter, "):
         import_state(config, {key: value for key, value in contents.items() if not key.startswith("cluster_")})
-    with pytest.raises(ValueError, match="does not fit the configuration"):
+    part = {name: value for name, value in contents["net_model_state_dict"].items() if "ema_model1" not in name}
+    message = (
+        r"net_model_state_dict has no ema_model1.0.weight, ema_model1.0.bias; it has model.cls_token, .* and \d+ more"
+    )
+    with pytest.raises(ValueError, match=message):
+        import_state(config, contents | {"net_model_state_dict": part})
+    part = {name: value for name, value in contents["net_model_state_dict"].items() if name != "model.norm.bias"}
+    with pytest.raises(ValueError, match="the checkpoint does not fit the ViT: it lacks norm.bias"):
+        import_state(config, contents | {"net_model_state_dict": part})
+    with pytest.raises(ValueError, match="cluster_model_state_dict has no clusters; it has nothing"):
+        import_state(config, contents | {"cluster_model_state_dict": {}})
+    message = r"does not fit `head.dim` 8 .* has w1.weight of shape \(16, 192\), expected \(8, 192\)"
+    with pytest.raises(ValueError, match=message):
         import_state(tiny_config(backbone={"name": "vit_tiny_patch16_224"}, head={"dim": 8}), contents)
     with pytest.raises(ValueError, match="must be the timm ViT"):
         import_state(tiny_config(), contents)
@@ -83,3 +99,18 @@ def test_command_line(trained, tmp_path, capsys):
     assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
     with pytest.raises(SystemExit, match="an import needs --config"):
         main(["import", str(tmp_path / "published.pth"), str(tmp_path / "x.pt")])
+
+
+def test_a_file_with_the_options_of_its_training_is_read(trained, tmp_path):
+    config, backbone, state = trained
+    contents = export_state(backbone, state) | {"opt": argparse.Namespace(lr=0.1)}
+    torch.save(contents, tmp_path / "published.pth")
+    assert import_state(config, checkpoint.load_tensors(tmp_path / "published.pth"))[2].step == 12
+
+
+def test_an_export_that_cannot_be_written(trained, tmp_path):
+    config, backbone, state = trained
+    saved = {"config": dataclasses.asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+    checkpoint.save(tmp_path / "own.pt", saved)
+    with pytest.raises(SystemExit, match="^published: .*own.pt/out.pth cannot be written: "):
+        main(["export", str(tmp_path / "own.pt"), str(tmp_path / "own.pt" / "out.pth")])

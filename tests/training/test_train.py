@@ -3,15 +3,17 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 import hpkernels
+from training import evaluate as evaluation
 from training import train as loop
 from training.data import batch_of_step
-from training.results import write_results
-from training.run import open_run
+from training.results import anchor_positives, write_results
+from training.run import open_run, open_trained, resolve_device
 from training.train import train, train_step
 
 
@@ -128,6 +130,14 @@ def test_gradients_are_clipped(tiny_run, monkeypatch):
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_gradients_are_not_clipped_at_zero(tiny_run, monkeypatch):
+    run = tiny_run(optim={"clip_grad_norm": 0})
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("clipped"))
+    before = parameters(run.state.head)
+    train_step(run, batch(run))
+    assert not torch.equal(parameters(run.state.head), before)
+
+
 def test_published_quirks_train(tiny_run):
     run = tiny_run(quirks={"preset": "published"})
     train(run)
@@ -165,6 +175,28 @@ def test_results(tiny_run):
     assert list((report.parent / "tensorboard").glob("events.*"))
 
 
+def test_the_report_uses_the_backend_of_the_run(tiny_run, monkeypatch):
+    run, used = tiny_run(backend="reference"), set()
+    for name in ("masked_topk", "hidden_positives"):
+        op = getattr(hpkernels, name)
+        monkeypatch.setattr(hpkernels, name, lambda *a, op=op, **k: (used.add(k.get("backend")), op(*a, **k))[1])
+    anchor_positives(run, torch.arange(2))
+    assert used == {"reference"}
+
+
+def test_the_log_is_closed_when_training_stops(tiny_run, monkeypatch):
+    closed = []
+    monkeypatch.setattr(loop.SummaryWriter, "close", lambda writer: closed.append(writer))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run())
+    assert len(closed) == 1
+
+
 def test_label_free_folder_trains(tiny_config, photo_folder):
     data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40], "clusters": 4}
     run = open_run(tiny_config(data=data))
@@ -199,6 +231,80 @@ def test_errors_before_training(tiny_config, photo_folder):
         open_run(tiny_config(data=data))
 
 
+def test_evaluate_prints_json_alone(tiny_run, capsys):
+    run = tiny_run()
+    train_step(run, batch(run))
+    run.save()
+    capsys.readouterr()
+    evaluation.main(["--checkpoint", str(run.checkpoint_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["images"] == "validation"
+
+
 def test_command_line_reports_mistakes_in_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="train: config: unknown key `stepz`; did you mean `steps`?"):
         loop.main(["--config", "training/configs/quickstart.yaml", f"output={tmp_path}", "stepz=3"])
+
+
+@pytest.fixture
+def no_backbone(monkeypatch):
+    """Fail where a backbone is built: all that is checked must be checked before."""
+
+    def fail(*_):
+        raise AssertionError("a backbone was built before the configuration was checked")
+
+    monkeypatch.setattr("training.run.build_backbone", fail)
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tiny_config, tmp_path, no_backbone):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(ValueError, match=r"`output` must be a folder, got the file .*/file$"):
+            open_run(tiny_config(name))
+    with pytest.raises(ValueError, match="`output` must be a folder to write to, got /proc/run: "):
+        open_run(tiny_config("/proc/run"))
+
+
+def test_a_backend_that_is_not_there_is_refused_at_once(tiny_config, no_backbone):
+    with pytest.raises(ValueError, match="`backend` 'cuda' cannot be used on cpu: .*'cuda' is not available: "):
+        open_run(tiny_config(backend="cuda"))
+
+
+def test_a_run_without_clusters_is_refused_at_once(tiny_config, photo_folder, no_backbone):
+    data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40]}
+    with pytest.raises(ValueError, match="`data.clusters` must say how many clusters"):
+        open_run(tiny_config(data=data))
+    with pytest.raises(ValueError, match=r"`data.classes` must name at least 2 classes, got \['all'\]"):
+        open_run(tiny_config(data=data | {"classes": ["all"]}))
+
+
+def test_a_gpu_that_is_not_there_is_named_in_a_few_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="^config: `device` 'cuda' cannot be used here: PyTorch finds no GPU$"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="^config: `device` 'cuda:2' cannot be used here: the last GPU is cuda:1$"):
+        resolve_device("cuda:2")
+    with pytest.raises(ValueError, match="^config: `device` 'meta' cannot be used here: it holds no numbers$"):
+        resolve_device("meta")
+
+
+def test_a_run_goes_on_elsewhere_but_not_with_other_images(tiny_config, photo_folder, tmp_path):
+    root = photo_folder()
+    data = {"name": "folder", "root": str(root), "size": [32, 40], "classes": ["a", "b", "c", "d", "e", "f"]}
+    run = open_run(tiny_config(data=data))
+    train_step(run, batch(run))
+    run.save()
+    moved = root.rename(tmp_path / "moved")
+    assert open_run(tiny_config(data=data | {"root": str(moved)}, backend="reference")).state.step == 1
+    for kind in ("imgs", "labels"):
+        shutil.copy(moved / kind / "train" / "mosaic_0000.png", moved / kind / "train" / "another.png")
+    with pytest.raises(ValueError, match="a run on 6 training images, and the 7 of now are not the same"):
+        open_run(tiny_config(data=data | {"root": str(moved)}))
+
+
+def test_a_checkpoint_of_another_kind_of_machine_opens_here(tiny_run):
+    run = tiny_run()
+    run.config.backend = "cuda"
+    run.save()
+    assert open_trained(run.checkpoint_path, "cpu")[0].backend == "auto"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from timm.layers import PatchEmbed
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones.base import Backbone, PatchFeatures
+from training.checkpoint import load_plain
 
 _WRAPPERS = ("teacher", "student", "state_dict", "model")  # keys under which training scripts keep the weights
+_PATIENCE = 10  # seconds for the Hub to answer
 _PREFIXES = ("module.", "backbone.", "encoder.")
 
 
@@ -26,7 +30,8 @@ class TimmViT(Backbone):
     Args:
         name: timm name, for example ``vit_small_patch8_224.dino``.
         pretrained: download timm's weights.
-        weights: a local file instead: DINO, timm or SelfPatch layout, perhaps inside a training checkpoint.
+        weights: a local file, for which nothing is downloaded: DINO, timm or SelfPatch layout, perhaps inside a
+            training checkpoint.
         class_token: whether the ViT has one; SelfPatch trains without.
 
     Raises:
@@ -37,15 +42,20 @@ class TimmViT(Backbone):
         self, name: str, pretrained: bool = False, weights: str | None = None, class_token: bool = True
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            nearest = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5]) or "see timm.list_models('vit*')"
-            raise ValueError(f"backbone: timm has no model {name!r}; near it: {nearest}")
+        _check_name(name)
         options = {} if class_token else {"class_token": False, "global_pool": "avg"}
+        download = pretrained and weights is None  # a local file stands for what would be downloaded
+        if download:
+            _check_download(name)
         try:
-            self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **options)
+            self.vit = timm.create_model(name, pretrained=download, num_classes=0, dynamic_img_size=True, **options)
             self.vit.blocks[-1].attn.fused_attn = True  # so that query and key can be read where they meet
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"backbone: {name!r} is not a plain ViT: {error}") from error
+            raise ValueError(f"backbone: `backbone.name`: {name!r} is not a plain ViT") from error
+        except (OSError, RuntimeError) as error:
+            if download:
+                raise _no_download(name) from error
+            raise
         if not class_token:
             # timm moves the final LayerNorm behind the average when there is no class token.
             self.vit.norm, self.vit.fc_norm = nn.LayerNorm(self.vit.embed_dim, eps=1e-6), nn.Identity()
@@ -53,7 +63,9 @@ class TimmViT(Backbone):
             load_weights(self.vit, read_weights(weights), weights)
         if not isinstance(self.vit.patch_embed, PatchEmbed):
             kind = type(self.vit.patch_embed).__name__
-            raise ValueError(f"backbone: {name!r} is not a plain ViT: its patches are made by a {kind}")
+            raise ValueError(
+                f"backbone: `backbone.name`: {name!r} is not a plain ViT: its patches are made by a {kind}"
+            )
         self.features_dim = self.vit.embed_dim
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.prefix_tokens = self.vit.num_prefix_tokens
@@ -64,7 +76,9 @@ class TimmViT(Backbone):
             with torch.no_grad():
                 self(torch.zeros(1, 3, 2 * self.patch_size, 3 * self.patch_size))
         except (RuntimeError, AttributeError, TypeError, IndexError) as error:
-            raise ValueError(f"backbone: {name!r} is not a plain ViT: its attention cannot be read: {error}") from error
+            raise ValueError(
+                f"backbone: `backbone.name`: {name!r} is not a plain ViT: its attention cannot be read"
+            ) from error
 
     def normalize(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation of the images that the ViT was trained on."""
@@ -80,6 +94,60 @@ class TimmViT(Backbone):
         # The propagation op divides by sqrt(d), which is not every ViT's scale.
         query = query * (scale * math.sqrt(query.shape[-1]))
         return PatchFeatures(tokens[:, self.prefix_tokens :], query, key)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with those that are near."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.7)
+        # A name with a tag is told with a tag, as the weights are half of what was asked for.
+        near = [_with_tag(model, tag) for model in near]
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('vit*')"
+        raise ValueError(f"backbone: `backbone.name`: timm has no model {name!r}; {hint}")
+    tags = _tags(architecture)
+    if tag and tag not in tags:
+        there = f"there are {', '.join(tags)}" if tags else "it has none"
+        raise ValueError(f"backbone: `backbone.name`: timm has no weights {tag!r} for {architecture}; {there}")
+
+
+def _tags(architecture: str) -> list[str]:
+    """The tags of the weights that timm has for an architecture."""
+    names = timm.list_pretrained(f"{architecture}.*")
+    return [name.partition(".")[2] for name in names]
+
+
+def _with_tag(architecture: str, tag: str) -> str:
+    near = difflib.get_close_matches(tag, _tags(architecture), n=1) if tag else []
+    return f"{architecture}.{near[0]}" if near else architecture
+
+
+def _check_download(name: str) -> None:
+    """Ask for the weights once, where they are not in the cache: the download itself tries for a minute.
+
+    Raises:
+        ValueError: the Hub cannot be reached.
+    """
+    settings = timm.get_pretrained_cfg(name)
+    source = settings.hf_hub_id if settings is not None else None
+    if not source or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(source, file), str) for file in files):
+        return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(source, files[0]), timeout=_PATIENCE)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return  # the Hub answers; whatever it says, the download says better
+    except Exception as error:  # the exceptions of its HTTP client, which differ by version
+        raise _no_download(name) from error
+
+
+def _no_download(name: str) -> ValueError:
+    return ValueError(
+        f"backbone: `backbone.pretrained`: the weights of {name!r} cannot be downloaded from the Hugging Face Hub; with"
+        " a weight file at hand set `backbone.weights` to it instead"
+    )
 
 
 @contextmanager
@@ -108,17 +176,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: the file is not there, needs code to be unpickled, or holds no state dict.
     """
     if not Path(path).is_file():
-        raise ValueError(f"backbone: there is no weight file {path}")
+        raise ValueError(f"backbone: `backbone.weights`: there is no weight file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"backbone: {path} cannot be read as plain tensors: {error}") from error
+        state = load_plain(path)
+    except ValueError as error:
+        raise ValueError(f"backbone: `backbone.weights`: {error}") from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
             break
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"backbone: {path} holds no state dict")
+        raise ValueError(f"backbone: `backbone.weights`: {path} holds no state dict")
     return {_bare(name): value for name, value in state.items()}
 
 
