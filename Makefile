@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
+LINT   := .venv-lint
 NATIVE := CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # The CUDA kernels compiled for the CPU: without a GPU they are tested so.
 EMULATED := build/emulated/_C_cuda_emulated.so
@@ -12,7 +13,7 @@ EMULATED := build/emulated/_C_cuda_emulated.so
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-packaging gpu-check lint clean
+.PHONY: help install train test test-all test-deep test-packaging gpu-check lint clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,8 +31,16 @@ $(VENV)/installed: pyproject.toml setup.py $(NATIVE)
 train: install  ## Train the quickstart preset on built-in images and write runs/quickstart/report.html
 	$(RUN) -m training.train --config training/configs/quickstart.yaml
 
-test: install $(EMULATED)  ## Run all tests and the doctests, some at a time
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test: install $(EMULATED)  ## Run the tests and the doctests, some at a time
+	$(PYTEST)
+
+test-all: install $(EMULATED)  ## Run them for every target and dtype, with more examples and sanitizers
+	HPKERNELS_DEEP_TESTS=1 $(PYTEST) -m "not packaging"
+
+test-deep: install $(EMULATED)  ## Run what `make test` leaves to `make test-all`
+	HPKERNELS_DEEP_TESTS=1 $(PYTEST) -m deep
 
 # Goes on without it where it cannot be configured, which is where CUDA's headers are missing; the tests say so as well.
 $(EMULATED): $(NATIVE) | install
@@ -47,9 +56,14 @@ test-packaging: install  ## Try the wheel with another PyTorch, and the kernels 
 gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes
 	$(PYTHON) -m benchmarks gpu-check
 
-lint: install   ## Check style
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
+lint: $(LINT)/installed  ## Check style, without PyTorch or a compiler
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+
+$(LINT)/installed:
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install --quiet "ruff>=0.6"
+	touch $@
 
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(LINT) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
     )
+    command.add_argument(
+        "--target", choices=resources.TARGETS, help="with --check: compile for this one alone (default: for all)"
+    )
     command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
 
@@ -158,17 +161,20 @@ def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.cuda:
         return _cuda_resources(options.check, parser)
+    if options.target and not options.check:
+        parser.error("--target goes with --check: the committed rows are of all targets")
     reason = resources.reason_to_skip()
     if reason:
         parser.error(reason)
+    targets = [options.target] if options.target else list(resources.TARGETS)
     dtypes = resources.CHECKED_DTYPES if options.check else resources.DTYPES
     rows, complaints = resources.compile_all(
-        resources.jobs(dtypes), lambda line: print(f"\r{line}", end="", flush=True)
+        resources.jobs(dtypes, targets=targets), lambda line: print(f"\r{line}", end="", flush=True)
     )
     print()
     file = resources.committed()
     complaints += resources.complaints(rows, resources.read(file) if options.check else [])
-    complaints += resources.unused(rows, _triton.table())
+    complaints += resources.unused(rows, _triton.table(), targets)
     if not options.check:
         resources.write(file, rows)
         resources.write_tables(_DOCS / "triton.md", RESULTS)

@@ -13,8 +13,9 @@ import torch
 from hypothesis import settings
 
 # The same few examples on every run: a failure in continuous integration reproduces anywhere.
-settings.register_profile("hpkernels", deadline=None, derandomize=True, database=None, max_examples=12)
-settings.load_profile("hpkernels")
+settings.register_profile("hpkernels", deadline=None, derandomize=True, database=None, max_examples=6)
+settings.register_profile("deep", settings.get_profile("hpkernels"), max_examples=12)
+settings.load_profile("deep" if os.environ.get("HPKERNELS_DEEP_TESTS") else "hpkernels")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,18 @@ def _emulate_cuda(library: Path, sources: Path) -> str:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 NOT_EMULATED = _emulate_cuda(REPOSITORY / "build" / "emulated" / "_C_cuda_emulated.so", REPOSITORY / "csrc")
+
+from hpkernels.testing.cases import Case  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what `-m` does
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as deep what interprets or emulates kernels in bfloat16, which go through the code of float16."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        simulated = isinstance(case, Case) and case.backend in ("triton", "cuda") and case.device == "cpu"
+        if simulated and case.dtype == torch.bfloat16:
+            item.add_marker(pytest.mark.deep)
 
 
 @pytest.fixture(scope="session")

@@ -250,6 +250,7 @@ def test_coarse_products_are_within_their_bound(core, kind, generator):
         assert (bound <= 0.025 * norm[:, None] * norm).all()
 
 
+@pytest.mark.deep
 def test_sanitizers_find_nothing(build_core, repository):
     module = build_core("-DHPKERNELS_SANITIZE=address,undefined")
     compiler = os.environ.get("CXX", "c++")
