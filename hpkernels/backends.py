@@ -6,7 +6,9 @@ A backend of an op is a module ``hpkernels/ops/<op>/<backend>.py`` that has the 
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,8 +89,24 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
     for candidate in BACKENDS:
         usable = availability(op, candidate, tensor.device.type, tensor.dtype).ok
         if usable and (op, candidate) not in _on_request_only:
+            if candidate == "reference" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+                _warn_without_library()
             return candidate
     raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
+
+
+@functools.cache  # so at most once in a process
+def _warn_without_library() -> None:
+    from hpkernels import _native  # which imports this module
+
+    ok, reason = _native.LIBRARIES["_C"]
+    if not ok:
+        warnings.warn(
+            "hpkernels: CPU tensors take the reference backend, which is slower and needs more memory: "
+            f"{reason} (with HPKERNELS_BUILD=cpu the installation fails and says what is missing)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager
