@@ -243,7 +243,7 @@ def _verified(case: Case, backend: str, engine: str) -> str:
 
 def print_report() -> bool:
     """Print what ``python -m hpkernels`` prints; whether the CUDA library is loaded."""
-    installed.main()
+    installed.main([])
     return _native.LIBRARIES["_C_cuda"].ok
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +17,8 @@ EMULATED_VARIABLE = "HPKERNELS_CUDA_EMULATED"
 """Names the file of the CUDA kernels compiled for the CPU (csrc/emulation), which tests then see as "cuda"."""
 
 _LEAST_CAPABILITY = (8, 0)
+
+_T = TypeVar("_T")
 
 
 def _file(library: str) -> Path | None:
@@ -109,12 +113,18 @@ def incapable(kernels: str) -> str:
     return f"the {kernels} kernels need compute capability {needed}, a visible GPU has {found}"
 
 
-@torch.compiler.assume_constant_result
+def _constant_for_dynamo(function: Callable[[], _T]) -> Callable[[], _T]:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes longer than PyTorch."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_for_dynamo
 def _least_capability() -> tuple[int, int]:
     return _capabilities()[0]
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_dynamo
 def _without_code() -> str:
     return _read_without_code()
 

@@ -62,6 +62,14 @@ def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.d
     return _modules[op, backend].supports(device_type, dtype)
 
 
+def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
+    """Whether ``auto`` may take `backend` for `op`, or the reason why it passes it over."""
+    able = availability(op, backend, device_type, dtype)
+    if able.ok and (op, backend) in _on_request_only:
+        return Availability(False, f"only on request, backend='{backend}': it has never run on a GPU")
+    return able
+
+
 def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = None) -> str:
     """The backend that runs this call of `op`, whose inputs have the device and dtype of `tensor`.
 
@@ -87,9 +95,9 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
             raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {reason}")
         return backend
     for candidate in BACKENDS:
-        usable = availability(op, candidate, tensor.device.type, tensor.dtype).ok
-        if usable and (op, candidate) not in _on_request_only:
-            if candidate == "reference" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        if automatic(op, candidate, tensor.device.type, tensor.dtype).ok:
+            runs = isinstance(tensor, torch.Tensor) and not torch.compiler.is_compiling()  # and is not only asked about
+            if runs and candidate == "reference" and tensor.device.type == "cpu":
                 _warn_without_library()
             return candidate
     raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
@@ -112,6 +120,9 @@ def _warn_without_library() -> None:
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the ``with`` block whose own `backend` is ``"auto"`` on `backend`.
+
+    Under ``torch.compile`` the choice is made when the graph is traced, and stays in it: the first call of the compiled
+    function belongs inside the block. The block cannot be inside the function, where `backend` does the same.
 
     Example:
         >>> import hpkernels, torch

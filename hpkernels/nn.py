@@ -29,6 +29,7 @@ class ReferencePool(nn.Module):
         check.integer("ReferencePool", "size", size, 1)
         check.integer("ReferencePool", "dim", dim, 1)
         self.register_buffer("vectors", torch.zeros(size, dim))
+        self._filled = False
 
     @torch.no_grad()
     def fill(self, vectors: Tensor) -> None:
@@ -46,7 +47,15 @@ class ReferencePool(nn.Module):
         self.vectors.copy_(F.normalize(rows, dim=1))
 
     def forward(self) -> Tensor:
-        """The vectors (size, dim)."""
+        """The vectors (size, dim).
+
+        Raises:
+            RuntimeError: the pool was never filled, neither by `fill` nor by loading a state.
+        """
+        if not self._filled and not torch.compiler.is_compiling():
+            self._filled = bool(self.vectors.any())  # read once: a loaded state fills the pool as well
+            if not self._filled:
+                raise RuntimeError("ReferencePool: the pool must be filled before use (see `fill`), got zeros alone")
         return self.vectors
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from hpkernels.testing import helpful_error, random_problem, unchanged
 
 def test_reference_pool_keeps_normalised_vectors():
     pool = ReferencePool(5, 3)
-    assert not pool().any()
+    assert not pool.vectors.any()
     vectors = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 7
     with unchanged(vectors):
         pool.fill(vectors)
@@ -70,7 +70,7 @@ def test_reference_pool_fill_errors(error, got, vectors):
     pool = ReferencePool(5, 3)
     with helpful_error(error, "ReferencePool.fill", "vectors", got):
         pool.fill(vectors)
-    assert not pool().any()
+    assert not pool.vectors.any()
 
 
 LOSS_SETTINGS = {
@@ -170,3 +170,13 @@ def test_pool_has_unit_rows_at_any_scale(dtype, scale):
     pool = ReferencePool(3, 16).to(dtype)
     pool.fill(vectors)
     torch.testing.assert_close(pool().double().norm(dim=1), torch.tensor([1.0, 0, 1]).double(), atol=1e-2, rtol=0)
+
+
+def test_pool_must_be_filled():
+    pool = ReferencePool(3, 4)
+    with pytest.raises(RuntimeError, match="ReferencePool: the pool must be filled before use"):
+        pool()
+    pool.fill(torch.eye(3, 4))
+    other = ReferencePool(3, 4)
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other(), pool())

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64,)
+ANY_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 BOOLEAN = (torch.bool,)
 
 Size = int | str
@@ -28,6 +32,7 @@ def tensor(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequen
     # The messages are built only when they are needed: Dynamo cannot print the symbolic sizes of dynamic shapes.
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(_tensor_text(op, name, value, shape, dtypes))
+    _no_transform(op, name, value)
     sizes_fit = value.dim() == len(shape) and all(
         size == actual for size, actual in zip(shape, value.shape, strict=True) if not isinstance(size, str)
     )
@@ -47,19 +52,57 @@ def same(op: str, name: str, value: Tensor, other_name: str, other: Tensor, dtyp
         )
 
 
+def with_autocast(value: Any, other: Any) -> Any:
+    """`value` in the dtype of `other` where autocast is on, as PyTorch's own functions would have it; else itself."""
+    if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.dtype != other.dtype):
+        return value
+    both_float = value.is_floating_point() and other.is_floating_point()
+    return value.to(other.dtype) if both_float and torch.is_autocast_enabled(other.device.type) else value
+
+
 def constant(op: str, name: str, value: Tensor) -> None:
     """Check that no gradient is asked for through `value`, which the op treats as a constant."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: `{name}` must not require a gradient (pass `{name}.detach()`), got requires_grad=True")
 
 
+def _no_transform(op: str, name: str, value: Tensor) -> None:
+    """Refuse forward-mode derivatives and the transforms of torch.func, which pass custom ops by or end inside them.
+
+    PyTorch drops the tangent of an op without a forward derivative where no gradient is asked for: it would be 0.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if functorch.is_batchedtensor(value):
+        raise NotImplementedError(f"{op}: torch.vmap is not supported, call the op once for each `{name}`")
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not supported, use"
+            f" torch.autograd.grad; `{name}` has a tangent"
+        )
+    if value.is_floating_point() and functorch.is_gradtrackingtensor(value):
+        raise NotImplementedError(
+            f"{op}: torch.func.grad and its like are not supported, use torch.autograd.grad; `{name}` is tracked by one"
+        )
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values can be read, and reading them makes nobody wait: eagerly, on the CPU, where nothing traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def finite(op: str, name: str, value: Tensor, infinity: bool = False) -> None:
     """Check that `value` holds no NaN, and no infinity unless allowed.
 
-    Only where reading values is free of cost to the caller: eagerly, on the CPU. Elsewhere the ops turn the loss into
-    NaN instead, so that bad values are never silent.
+    Only where the value is `readable`. Elsewhere the ops turn the loss into NaN instead, so that bad values are never
+    silent.
     """
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
+    if not readable(value):
         return
     if value.detach().sum(dtype=accumulation(value.dtype)[0]).isfinite():  # one pass, where `bad` takes several
         return
@@ -78,9 +121,18 @@ def real(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: `{name}` must be a finite number{wanted}, got {_kind(value)}")
     above = value > minimum if open_minimum else value >= minimum
-    if not (math.isfinite(value) and above and value <= maximum):
+    # Not math.isfinite: Dynamo makes a float that changes between calls symbolic, and follows comparisons alone.
+    if not (-math.inf < value < math.inf and above and value <= maximum):
         raise ValueError(f"{op}: `{name}` must be a finite number{wanted}, got {value!r}")
     return float(value)
+
+
+def reciprocal(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
+    """Check that `value` is a positive number with a finite reciprocal in `dtype` and return it as float."""
+    value, least = real(op, name, value, 0, open_minimum=True), torch.finfo(dtype).tiny
+    if value < least or value > 1 / least:
+        raise ValueError(f"{op}: `{name}` must be from {least:.3g} to {1 / least:.3g}, got {value!r}")
+    return value
 
 
 def integer(op: str, name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -131,7 +183,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
-    return "floating-point" if tuple(dtypes) == FLOATING else " or ".join(map(_name, dtypes))
+    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer"}
+    return kinds.get(tuple(dtypes)) or " or ".join(map(_name, dtypes))
 
 
 def _describe(value: Any) -> str:

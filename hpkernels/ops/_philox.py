@@ -37,7 +37,7 @@ def seed_key(seed: Tensor) -> tuple[Tensor, Tensor]:
     return seed & _WORD, (seed >> 32) & _WORD
 
 
-def bernoulli(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
+def bernoulli(seed: Tensor, rows: int, columns: int, rate: float, first_row: int = 0) -> Tensor:
     """A (rows, columns) bool mask, each entry True with probability `rate`, a function of (seed, row, column) alone.
 
     Column j of row i is word ``j % 4`` of the generator at counter ``(j // 4, i, 0, 0)``; it is True if the word is
@@ -45,8 +45,9 @@ def bernoulli(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
     Args:
         seed: 0-d int64 tensor.
+        first_row: number of the first row, where the mask is a part of a larger one.
     """
-    row = torch.arange(rows, device=seed.device)[:, None]
+    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
     block = torch.arange((columns + 3) // 4, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     words = torch.stack(philox((block, row, zero, zero), seed_key(seed)), dim=-1)

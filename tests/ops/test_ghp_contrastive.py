@@ -553,3 +553,20 @@ def test_each_source_has_a_backend_that_takes_it(dtypes, monkeypatch):
     with pytest.raises(hpkernels.BackendUnavailableError, match=pattern):
         step.loss(step.z, None, backend="cpu")
     assert ran == []
+
+
+def test_pools_are_cast_under_autocast():
+    problem = random_problem(0, images=2, height=3, width=4, dim=6)
+    features = problem.features.bfloat16()
+
+    def loss(pool):
+        sources = {"specific": features, "specific_pool": pool, "specific_weight": 0.5}
+        return ghp_contrastive(problem.z, features, pool, **sources, anchors_per_image=12, seed=0)
+
+    with pytest.raises(TypeError, match="`pool` must have the dtype of `features`"):
+        loss(problem.pool)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = loss(problem.pool)
+        top = hpkernels.masked_topk(features, problem.pool)
+    assert torch.equal(cast, loss(problem.pool.bfloat16()))
+    assert torch.equal(top.values, hpkernels.masked_topk(features, problem.pool.bfloat16()).values)

@@ -335,7 +335,11 @@ WEIGHT = torch.tensor(0.5)
 
 def wrong_masks(name):
     return [
-        pytest.param(TypeError, name, "Tensor", {name: torch.ones(4, 4).bool()}, id=f"{name}-dense"),
+        pytest.param(
+            TypeError, name, "a tensor of torch.float32", {name: POSITIVES.to_dense().float()}, id=f"{name}-float"
+        ),
+        pytest.param(ValueError, name, "bool of shape (3, 3)", {name: torch.ones(3, 3).bool()}, id=f"{name}-dense"),
+        pytest.param(ValueError, name, "int64 of shape (3,)", {name: torch.ones(3).long()}, id=f"{name}-labels"),
         pytest.param(
             ValueError,
             name,
@@ -546,3 +550,47 @@ def test_bad_values_make_the_loss_nan_where_they_cannot_be_read(case):
     unused = batch.z.clone()
     unused[0, 0] = math.nan
     assert run(unused, lam).isnan()
+
+
+@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("masked", ["positives", "specific"])
+def test_ignored_anchors_take_no_part(case, rate, masked):
+    anchors = 40
+    generator = torch.Generator().manual_seed(0)
+    z = random_problem(0, images=1, height=5, width=8, dim=6, dtype=torch.float64).z
+    labels = torch.randint(3, (anchors,), generator=generator)
+    labels[::4] = 255
+    kept = (labels != 255).nonzero()[:, 0]
+    others = torch.rand(anchors, anchors, generator=generator) < 0.3
+    drawn = bernoulli(torch.tensor(5), anchors, anchors, rate)
+
+    def gradient(z, labels, others, **options):
+        z = z.to(case.device).requires_grad_()
+        masks = {
+            "positives": PositiveMask.from_labels(labels, ignore_index=255).to(case.device),
+            "specific": PositiveMask.from_dense(others).to(case.device),
+        }
+        if masked == "specific":
+            masks = {"positives": masks["specific"], "specific": masks["positives"]}
+        loss = multi_positive_contrastive(z, **masks, specific_weight=0.5, backend=case.backend, **options)
+        return loss.item(), torch.autograd.grad(loss, z)[0].cpu()
+
+    loss, grad = gradient(z, labels, others, negative_rate=rate, seed=5)
+    given, grad_given = gradient(z, labels, others, negatives=drawn.to(case.device))
+    alone = (z[kept], labels[kept], others[kept][:, kept])
+    expected, grad_expected = gradient(*alone, negatives=drawn[kept][:, kept].to(case.device))
+    assert loss == pytest.approx(expected, rel=1e-12) and given == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(grad[kept], grad_expected)
+    torch.testing.assert_close(grad_given, grad)
+    assert not grad[labels == 255].any()
+
+
+@each_case
+def test_labels_and_dense_masks_are_taken_as_masks(case):
+    z = Batch(case).z
+    labels = torch.arange(len(z), device=case.device) % 3
+    dense = (labels[:, None] == labels) & ~torch.eye(len(z), dtype=torch.bool, device=case.device)
+    expected = multi_positive_contrastive(z, PositiveMask.from_labels(labels), backend=case.backend)
+    for positives in (labels, labels.to(torch.uint8), dense):
+        assert torch.equal(multi_positive_contrastive(z, positives, backend=case.backend), expected)

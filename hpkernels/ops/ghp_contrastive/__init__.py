@@ -57,6 +57,7 @@ def ghp_contrastive(
             ``torch.compile``, non-finite inputs are a ValueError; elsewhere the loss is NaN.
 
     Notes:
+        Under autocast a pool of another floating dtype is cast to that of its features.
         Similarities are compared in float32 whatever the dtypes. Deterministic for a given seed. Memory: two packed
         masks of N²/8 bytes; the reference builds (N, N) temporaries besides.
 
@@ -73,6 +74,7 @@ def ghp_contrastive(
     op = "ghp_contrastive"
     check.tensor(op, "z", z, ("N", "D"))
     anchors = z.shape[0]
+    pool, specific_pool = check.with_autocast(pool, features), check.with_autocast(specific_pool, specific)
     _check_source(op, z, "features", features, "pool", pool)
     if (specific is None) != (specific_pool is None):
         given, missing = ("specific", "specific_pool") if specific_pool is None else ("specific_pool", "specific")

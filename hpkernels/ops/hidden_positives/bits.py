@@ -22,6 +22,11 @@ def pack_bits(mask: Tensor) -> Tensor:
     return packed.view(torch.int32)
 
 
+def as_bits(mask: Tensor) -> Tensor:
+    """The words of a bool matrix, or `mask` itself if it is packed already."""
+    return mask if mask.dtype == torch.int32 else pack_bits(mask)
+
+
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """The (R, `columns`) bool matrix that `pack_bits` packed."""
     packed = bits.contiguous().view(torch.uint8)

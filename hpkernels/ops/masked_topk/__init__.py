@@ -52,6 +52,7 @@ def masked_topk(
             ``torch.compile``, a non-finite `query` or `pool` is a ValueError; elsewhere NaN shows in `values`.
 
     Notes:
+        Under autocast a `pool` of another floating dtype is cast to that of `query`.
         Products of half-precision inputs are accumulated in float32. Gradients reach `query` and `pool` through
         `values`; double backward is refused. Deterministic. Memory: the reference holds the (N, M) products.
 
@@ -64,6 +65,7 @@ def masked_topk(
     """
     op = "masked_topk"
     check.tensor(op, "query", query, ("N", "D"))
+    pool = check.with_autocast(pool, query)
     check.tensor(op, "pool", pool, ("M", query.shape[1]))
     check.same(op, "pool", pool, "query", query)
     check.integer(op, "k", k, 1, pool.shape[0])

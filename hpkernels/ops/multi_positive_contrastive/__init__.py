@@ -10,14 +10,14 @@ from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import registration
-from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
+from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options, without_ignored
 
 
 def multi_positive_contrastive(
     z: Tensor,
-    positives: PositiveMask,
+    positives: PositiveMask | Tensor,
     *,
-    specific: PositiveMask | None = None,
+    specific: PositiveMask | Tensor | None = None,
     specific_weight: float | Tensor = 0.0,
     anchors_per_image: int | None = None,
     temperature: float = 0.07,
@@ -41,8 +41,9 @@ def multi_positive_contrastive(
     Args:
         z: (N, D) floating-point anchors, ordered image by image; usually L2-normalised, but any
             rows whose products do not overflow are safe.
-        positives: task-agnostic positives A.
-        specific: task-specific positives S, or None.
+        positives: task-agnostic positives A: a `PositiveMask`, or what makes one: integer labels (N,) or a bool mask
+            (N, N). Anchors that a mask ignores (`PositiveMask.from_labels`) take no part at all.
+        specific: task-specific positives S in the same forms, or None.
         specific_weight: lambda >= 0, a float or a 0-d tensor; a positive one needs `specific`.
         anchors_per_image: G, a divisor of N. None: all anchors are one image.
         temperature: > 0.
@@ -52,7 +53,8 @@ def multi_positive_contrastive(
         seed: of the draw, an int or a 0-d int64 tensor on the device of `z`. None: one is drawn from PyTorch's
             generator of that device, so that ``torch.manual_seed`` governs it.
         variant: "joint" (the published training recipe) or "separate" (the paper's equation: an A term over anchors
-            with A-positives plus lambda times an S term over anchors with S-positives, each normalised by itself).
+            with A-positives plus lambda times an S term over anchors with S-positives, each normalised by itself, over
+            the images that have such anchors).
         reweight: weight each anchor of an image by n_i over the image's mean n, which makes the loss of an image one
             weighted mean over its positive pairs.
         keep_specific_only: in "joint", also keep anchors whose only positives are task-specific; the published code
@@ -85,9 +87,9 @@ def multi_positive_contrastive(
     op = "multi_positive_contrastive"
     check.tensor(op, "z", z, ("N", "D"))
     anchors = z.shape[0]
-    check_mask(op, "positives", positives, z)
+    positives = to_mask(op, "positives", positives, z)
     if specific is not None:
-        check_mask(op, "specific", specific, z)
+        specific = to_mask(op, "specific", specific, z)
     options = check_options(
         op,
         z,
@@ -106,6 +108,11 @@ def multi_positive_contrastive(
         has_specific=specific is not None,
     )
     check.finite(op, "z", z)
+    for ignored in [mask.ignored for mask in (positives, specific) if mask is not None]:
+        if ignored is not None:
+            positives = positives.ignoring(ignored)
+            specific = None if specific is None else specific.ignoring(ignored)
+            options = without_ignored(options, ignored)
     backend = backends.select(op, backend, z)
     return mean_loss(z, None, positives, specific, options, backend)
 
@@ -140,12 +147,20 @@ def mean_loss(
     return losses.mean()
 
 
-def check_mask(op: str, name: str, mask: PositiveMask, z: Tensor) -> None:
-    """Check that `mask` is a PositiveMask of the anchors `z`."""
+def to_mask(op: str, name: str, mask: PositiveMask | Tensor, z: Tensor) -> PositiveMask:
+    """Check that `mask` is a PositiveMask of the anchors `z`, or make one of labels or of a bool mask."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        check.tensor(op, name, mask, (z.shape[0], z.shape[0]), check.BOOLEAN)
+        mask = PositiveMask.from_dense(mask)
+    elif isinstance(mask, Tensor) and mask.dtype in check.ANY_INTEGER:
+        check.tensor(op, name, mask, (z.shape[0],), check.ANY_INTEGER)
+        mask = PositiveMask.from_labels(mask)
     if not isinstance(mask, PositiveMask):
-        raise TypeError(f"{op}: `{name}` must be a PositiveMask (see its from_dense), got {type(mask).__name__}")
+        got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{op}: `{name}` must be a PositiveMask, integer labels (N,) or a bool mask (N, N), got {got}")
     if mask.anchors != z.shape[0]:
         raise ValueError(f"{op}: `{name}` must be a mask of N = {z.shape[0]} anchors, got one of {mask.anchors}")
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
     check.tensor(op, f"{name}.bits", mask.bits, (mask.anchors, words_per_row(mask.anchors)), (torch.int32,))
     check.same(op, name, mask.bits, "z", z, dtype=False)
+    return mask

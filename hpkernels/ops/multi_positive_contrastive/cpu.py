@@ -17,7 +17,7 @@ from hpkernels._native import supports_cpu as supports
 from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops._coarse import blocks
-from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
+from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 
 __all__ = ["backward", "forward", "supports"]
@@ -119,7 +119,7 @@ def backward(
 
 def _negative_bits(negatives: Tensor | None, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     """R bit-packed, (G, ceil(N / 32)) int32."""
-    return _drawn(int(seed), rows, columns, rate) if negatives is None else pack_bits(negatives)
+    return _drawn(int(seed), rows, columns, rate) if negatives is None else as_bits(negatives)
 
 
 @functools.lru_cache(maxsize=1)  # forward and backward of a step draw the same

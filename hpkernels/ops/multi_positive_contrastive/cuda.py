@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops._cuda import aligned_rows, supports
-from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.hidden_positives.bits import as_bits
 from hpkernels.ops.multi_positive_contrastive import cuda_bits as bits
 from hpkernels.ops.multi_positive_contrastive import lists
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
@@ -38,7 +38,7 @@ class _Pairs:
         self.enabled = positives.new_full((), int(lists_allowed))
         self.negatives = self.lists = None  # no negatives: every other anchor is one
         if negatives is not None:
-            self.negatives = pack_bits(negatives)
+            self.negatives = as_bits(negatives)
         elif rate < 1:
             self.negatives, counts = bits.draw(seed, group, self.anchors, rate)
             self.lists = self._find_lists(counts) if lists_allowed else None

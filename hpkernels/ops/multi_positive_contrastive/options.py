@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
+from hpkernels.ops._philox import bernoulli
+from hpkernels.ops.hidden_positives.bits import as_bits, pack_bits
 
 VARIANTS = ("joint", "separate")
+
+_DRAWN_ROWS = 32  # of negatives drawn at a time in 64-bit words
 
 
 @dataclass
@@ -39,10 +43,15 @@ def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific:
     group = check.integer(op, "anchors_per_image", options.anchors_per_image, 1)
     if anchors % group:
         raise ValueError(f"{op}: `anchors_per_image` must divide the number of anchors N = {anchors}, got {group}")
-    temperature = check.real(op, "temperature", options.temperature, 0, open_minimum=True)
+    (accumulate,) = check.accumulation(z.dtype)
+    temperature = check.reciprocal(op, "temperature", options.temperature, accumulate)
     base_temperature = options.base_temperature
     if base_temperature is not None:
-        base_temperature = check.real(op, "base_temperature", base_temperature, 0, open_minimum=True)
+        base_temperature = check.reciprocal(op, "base_temperature", base_temperature, accumulate)
+        if temperature / base_temperature > torch.finfo(accumulate).max:
+            raise ValueError(
+                f"{op}: `base_temperature` must leave temperature / base_temperature finite, got {base_temperature!r}"
+            )
     if options.negatives is not None:
         check.tensor(op, "negatives", options.negatives, (group, anchors), check.BOOLEAN)
         check.same(op, "negatives", options.negatives, "z", z, dtype=False)
@@ -67,14 +76,16 @@ def _specific_weight(op: str, z: Tensor, weight: float | Tensor, has_specific: b
         weight = check.real(op, name, weight, 0)
         if weight > 0 and not has_specific:
             raise ValueError(f"{op}: `{name}` must be 0 without `specific`, got {weight:g}")
-        return torch.full((), weight, dtype=accumulate, device=z.device)
+        # A sum: where arithmetic takes it in, Dynamo makes a weight that changes at every step an input of the graph.
+        # With torch.full it would compile anew for each.
+        return torch.zeros((), dtype=accumulate, device=z.device) + weight
     check.tensor(op, name, weight, ())
     check.same(op, name, weight, "z", z, dtype=False)
     check.constant(op, name, weight)
     if not has_specific:
         raise ValueError(f"{op}: `{name}` must be the float 0.0 without `specific`, got a tensor")
     check.finite(op, name, weight)
-    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and weight < 0:
+    if check.readable(weight) and weight < 0:
         raise ValueError(f"{op}: `{name}` must be a finite number of at least 0, got {weight.item():g}")
     weight = weight.detach().to(accumulate)
     return weight.where(weight >= 0, torch.nan)  # where values cannot be read, a bad one shows in the loss
@@ -89,3 +100,22 @@ def _seed(op: str, z: Tensor, seed: int | Tensor | None) -> Tensor:
     check.tensor(op, "seed", seed, (), check.INTEGER)
     check.same(op, "seed", seed, "z", z, dtype=False)
     return seed
+
+
+def without_ignored(options: ContrastiveOptions, ignored: Tensor) -> ContrastiveOptions:
+    """Checked `options` whose negatives leave out the anchors with `ignored` (N,) bool.
+
+    Their columns of R are 0, and they have no positives: so they are in no denominator, and no anchors themselves. R is
+    bit-packed, G N / 8 bytes, and made a few rows at a time; the negatives that are left are those of the same seed.
+    """
+    kept = ~ignored
+    if options.negatives is not None:
+        return replace(options, negatives=as_bits(options.negatives) & pack_bits(kept[None]))
+    group, anchors = options.anchors_per_image, len(ignored)
+    if options.negative_rate == 1:
+        return replace(options, negatives=pack_bits(kept[None]).expand(group, -1).contiguous())
+    parts = []
+    for first in range(0, group, _DRAWN_ROWS):
+        rows = min(_DRAWN_ROWS, group - first)
+        parts.append(pack_bits(bernoulli(options.seed, rows, anchors, options.negative_rate, first) & kept))
+    return replace(options, negatives=torch.cat(parts))

@@ -167,8 +167,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
     anchors = len(branches[0])
-    if negatives is None:
-        negatives = bernoulli(seed, anchors_per_image, anchors, negative_rate)
+    negatives = _dense_negatives(negatives, seed, anchors_per_image, anchors, negative_rate)
     agnostic = unpack_bits(positives, anchors)
     task = None if specific is None else unpack_bits(specific, anchors)
     return stacked(
@@ -187,6 +186,13 @@ def forward(
         )
         for z in branches
     )
+
+
+def _dense_negatives(negatives: Tensor | None, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
+    """R (G, N) bool: drawn, or given as it is or bit-packed."""
+    if negatives is None:
+        return bernoulli(seed, rows, columns, rate)
+    return unpack_bits(negatives, columns) if negatives.dtype == torch.int32 else negatives
 
 
 def stacked(results: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -210,8 +216,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits and negatives are computed again."""
     anchors = len(branches[0])
-    if negatives is None:
-        negatives = bernoulli(seed, anchors_per_image, anchors, negative_rate)
+    negatives = _dense_negatives(negatives, seed, anchors_per_image, anchors, negative_rate)
     agnostic = unpack_bits(positives, anchors)
     task = None if specific is None else unpack_bits(specific, anchors)
     grads = []

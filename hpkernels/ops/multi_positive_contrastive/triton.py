@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
-from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.hidden_positives.bits import as_bits
 from hpkernels.ops.multi_positive_contrastive import lists
 from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
@@ -51,7 +51,7 @@ class _Pairs:
         self.specific = None if specific is None else specific.contiguous()
         self.anchors, self.dim = branches[0].shape
         self.group, self.rate = group, rate
-        self.negatives = bits.draw(seed, group, self.anchors, rate) if negatives is None else pack_bits(negatives)
+        self.negatives = bits.draw(seed, group, self.anchors, rate) if negatives is None else as_bits(negatives)
         self.enabled = positives.new_zeros(())
         self.lists = self._find_lists() if lists_allowed else None
 

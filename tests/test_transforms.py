@@ -1,0 +1,116 @@
+"""The ops under what traces and transforms programs: right, or one sentence, never an answer that is silently wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import normalize
+
+import hpkernels
+
+N, D = 24, 8
+
+
+def program(op):
+    """A function of z (N, D) alone that calls `op`, all else being made inside."""
+
+    def call(z):
+        features, pool = torch.eye(N, D) + 0.1, torch.eye(5, D) + 0.2
+        if op == "masked_topk":
+            return hpkernels.masked_topk(z, pool, 2).values.sum()
+        if op == "hidden_positives":
+            return hpkernels.hidden_positives(z, torch.full((N,), 0.5)).count().sum()
+        if op == "multi_positive_contrastive":
+            positives = hpkernels.PositiveMask.from_labels(torch.arange(N) % 3)
+            return hpkernels.multi_positive_contrastive(z, positives)
+        if op == "ghp_contrastive":
+            return hpkernels.ghp_contrastive(z, features, pool[:1], anchors_per_image=6, seed=0)
+        code, weights = z.T.reshape(1, D, 4, 6), torch.full((1, 9, 4, 6), 0.2)
+        if op == "apply_local_propagation":
+            return hpkernels.apply_local_propagation(code, weights).square().sum()
+        tokens = torch.eye(N, 8).expand(1, 2, N, 8)
+        return hpkernels.local_propagation(code, tokens, tokens, prefix_tokens=0).square().sum()
+
+    return call
+
+
+OPS = (
+    "masked_topk",
+    "hidden_positives",
+    "multi_positive_contrastive",
+    "ghp_contrastive",
+    "apply_local_propagation",
+    "local_propagation",
+)
+
+
+@pytest.fixture
+def z():
+    return normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op, z):
+    for differentiate in (
+        lambda: torch.func.jvp(program(op), (z,), (z,)),
+        lambda: torch.func.jacfwd(program(op))(z),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"^{op}: .* not supported"):
+            differentiate()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=rf"^{op}: forward-mode derivatives"):
+        program(op)(forward_ad.make_dual(z, z))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_of_torch_func_are_refused(op, z):
+    with pytest.raises(NotImplementedError, match=rf"^{op}: torch.vmap is not supported, call the op once for each"):
+        torch.vmap(program(op))(z.expand(3, N, D))
+    with pytest.raises(NotImplementedError, match=rf"^{op}: torch.func.grad and its like are not supported"):
+        torch.func.grad(program(op))(z)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces(op, mode, z):
+    traced = make_fx(program(op), tracing_mode=mode)(z)
+    torch.testing.assert_close(traced(z.flip(0)), program(op)(z.flip(0)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_have_the_shape_of_real_ones(op, z):
+    with FakeTensorMode() as mode:
+        fake = program(op)(mode.from_tensor(z))
+    real = program(op)(z)
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+SETTINGS = {
+    "temperature": lambda z, value: hpkernels.multi_positive_contrastive(
+        z, hpkernels.PositiveMask.from_labels(torch.arange(N) % 3), temperature=value, base_temperature=2 * value
+    ),
+    "specific_weight": lambda z, value: hpkernels.ghp_contrastive(
+        z, z, z[:2], specific=z, specific_pool=z[:2], specific_weight=value, anchors_per_image=6, seed=0
+    ),
+    "negative_rate": lambda z, value: hpkernels.ghp_contrastive(
+        z, z, z[:2], negative_rate=value, anchors_per_image=6, seed=0
+    ),
+    "sigma": lambda z, value: hpkernels.local_propagation(
+        z.T.reshape(1, D, 4, 6), z.expand(1, 2, N, D), z.expand(1, 2, N, D), sigma=value, prefix_tokens=0
+    ),
+    "quantiles": lambda z, value: hpkernels.local_propagation_weights(
+        z.expand(1, 2, N, D), z.expand(1, 2, N, D), (4, 6), quantiles=(value, 1 - value), prefix_tokens=0
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_changes_from_step_to_step_compiles(setting, dynamic, z):
+    call = SETTINGS[setting]
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    # Lambda rises at every step, so it must not be a constant of the graph; the others are, of up to eight graphs.
+    for step in range(1, 20 if setting == "specific_weight" else 5):
+        torch.testing.assert_close(compiled(z, step / 40), call(z, step / 40))
