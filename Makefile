@@ -24,7 +24,7 @@ install: $(VENV)/installed  ## Create .venv and install hpkernels with what trai
 $(VENV)/installed: pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" "cmake>=3.24" ninja torch
-	-$(RUN) -m pip install --quiet --no-deps "nvidia-cutlass>=4.2"
+	-$(RUN) -m pip install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --no-build-isolation --editable ".[training,test]"
 	touch $@
 
@@ -56,14 +56,19 @@ test-packaging: install  ## Try the wheel with another PyTorch, and the kernels 
 gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes
 	$(PYTHON) -m benchmarks gpu-check
 
-lint: $(LINT)/installed  ## Check style, without PyTorch or a compiler
+lint: $(LINT)/installed  ## Check style and types; needs neither PyTorch nor a compiler
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
+	@if $(RUN) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2> /dev/null; \
+	then set -- --strict --python-executable $(RUN); \
+	else echo "going on without PyTorch ($(VENV) has none, see make install): types are checked loosely"; \
+	  set -- --ignore-missing-imports --no-site-packages; fi; \
+	$(LINT)/bin/mypy "$$@" -p hpkernels && $(LINT)/bin/mypy "$$@" tests/typing/user_program.py
 
-$(LINT)/installed:
+$(LINT)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/python -m pip install --quiet "ruff>=0.6"
+	$(LINT)/bin/python -m pip install --quiet "mypy>=1.18" "ruff>=0.6"
 	touch $@
 
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) $(LINT) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(LINT) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -2,17 +2,20 @@
 
 from hpkernels import compat, nn
 from hpkernels._version import __version__
-from hpkernels.backends import BackendUnavailableError, use_backend
+from hpkernels.backends import Backend, BackendUnavailableError, use_backend
 from hpkernels.cost import estimate
 from hpkernels.ops.ghp_contrastive import ghp_contrastive
 from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
 from hpkernels.ops.local_propagation import apply_local_propagation, local_propagation, local_propagation_weights
 from hpkernels.ops.masked_topk import masked_topk
 from hpkernels.ops.multi_positive_contrastive import multi_positive_contrastive
+from hpkernels.ops.multi_positive_contrastive.options import Variant
 
 __all__ = [
+    "Backend",
     "BackendUnavailableError",
     "PositiveMask",
+    "Variant",
     "__version__",
     "apply_local_propagation",
     "compat",

@@ -70,7 +70,8 @@ def taken(op: str, device: str) -> dict[str, str]:
     row = {"op": op, "device": device}
     for dtype in DTYPES:
         try:
-            row[_name(dtype)] = backends.select(op, "auto", _Call(torch.device(device), dtype))
+            call: Any = _Call(torch.device(device), dtype)
+            row[_name(dtype)] = backends.select(op, "auto", call)
         except (ValueError, backends.BackendUnavailableError) as error:
             row[_name(dtype)] = f"none: {error}"
     return row
@@ -86,9 +87,9 @@ def passed_over(device: str) -> list[dict[str, Any]]:
                 if not ok:
                     found.setdefault((backend, reason), {}).setdefault(_name(dtype), []).append(op)
     entries = []
-    for (backend, reason), ops_of in found.items():
+    for (passed, reason), ops_of in found.items():
         ops = sorted({op for ops in ops_of.values() for op in ops})
-        entries.append({"backend": backend, "device": device, "dtypes": list(ops_of), "ops": ops, "reason": reason})
+        entries.append({"backend": passed, "device": device, "dtypes": list(ops_of), "ops": ops, "reason": reason})
     return entries
 
 

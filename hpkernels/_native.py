@@ -30,7 +30,7 @@ def _file(library: str) -> Path | None:
 def _load(file: Path, reason: str) -> Availability:
     """Load a library and with it the kernels that it registers, or say why that is not possible."""
     try:
-        torch.ops.load_library(file)
+        torch.ops.load_library(file)  # type: ignore[no-untyped-call]
     except OSError as error:
         return Availability(False, f"{file.name} does not load: {error}")
     return Availability(True, reason)
@@ -115,7 +115,7 @@ def incapable(kernels: str) -> str:
 
 def _constant_for_dynamo(function: Callable[[], _T]) -> Callable[[], _T]:
     """``torch.compiler.assume_constant_result`` without importing the compiler, which takes longer than PyTorch."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -132,7 +132,8 @@ def _without_code() -> str:
 @functools.cache
 def _read_without_code() -> str:
     """Why the CUDA kernels do not run on a visible GPU that is new enough for them, or ""."""
-    compiled = architectures(_file("_C_cuda"))
+    file = _file("_C_cuda")
+    compiled = architectures(file) if file else ""
     for capability in _capabilities():
         if not has_code_for(compiled, capability):
             found = _dotted(capability)

@@ -6,23 +6,28 @@ A backend of an op is a module ``hpkernels/ops/<op>/<backend>.py`` that has the 
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+Backend = Literal["auto", "cuda", "triton", "cpu", "reference"]
+"""What a call may ask for."""
+
+BACKENDS: tuple[Backend, ...] = ("cuda", "triton", "cpu", "reference")
 """Every backend, in the order in which ``auto`` prefers them."""
 
 ENVIRONMENT_VARIABLE = "HPKERNELS_BACKEND"
 
 _modules: dict[tuple[str, str], ModuleType] = {}
 _on_request_only: set[tuple[str, str]] = set()
-_context: ContextVar[str | None] = ContextVar("hpkernels_backend", default=None)
+_context: ContextVar[Backend | None] = ContextVar("hpkernels_backend", default=None)
 
 
 class Availability(NamedTuple):
@@ -57,7 +62,8 @@ def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.d
     """Whether `backend` can run `op` on tensors of this device type and dtype, or the reason why not."""
     if (op, backend) not in _modules:
         return Availability(False, f"{op} has no {backend} kernels in this version; use backend='reference'")
-    return _modules[op, backend].supports(device_type, dtype)
+    supported: Availability = _modules[op, backend].supports(device_type, dtype)
+    return supported
 
 
 def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
@@ -68,7 +74,7 @@ def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtyp
     return able
 
 
-def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = None) -> str:
+def select(op: str, backend: Backend, tensor: torch.Tensor, caller: str | None = None) -> Backend:
     """The backend that runs this call of `op`, whose inputs have the device and dtype of `tensor`.
 
     Errors name `caller`, the public function that was called, if it is not `op` itself.
@@ -82,11 +88,13 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
     """
     caller = caller or op
     source = f"{caller}: `backend`"
-    if backend == "auto" and _context.get() is not None:
-        backend, source = _context.get(), "use_backend: `backend`"
+    in_context = _context.get()
+    if backend == "auto" and in_context is not None:
+        backend, source = in_context, "use_backend: `backend`"
     if backend == "auto":
-        backend, source = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
-    _check_name(backend, source)
+        in_environment: Any = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        backend, source = in_environment, ENVIRONMENT_VARIABLE
+    check_name(backend, source)
     if backend != "auto":
         ok, reason = availability(op, backend, tensor.device.type, tensor.dtype)
         if not ok:
@@ -94,12 +102,29 @@ def select(op: str, backend: str, tensor: torch.Tensor, caller: str | None = Non
         return backend
     for candidate in BACKENDS:
         if automatic(op, candidate, tensor.device.type, tensor.dtype).ok:
+            runs = isinstance(tensor, torch.Tensor) and not torch.compiler.is_compiling()  # and is not only asked about
+            if runs and candidate == "reference" and tensor.device.type == "cpu":
+                _warn_without_library()
             return candidate
     raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
 
 
+@functools.cache  # so at most once in a process
+def _warn_without_library() -> None:
+    from hpkernels import _native  # which imports this module
+
+    ok, reason = _native.LIBRARIES["_C"]
+    if not ok:
+        warnings.warn(
+            "hpkernels: CPU tensors take the reference backend, which is slower and needs more memory: "
+            f"{reason} (with HPKERNELS_BUILD=cpu the installation fails and says what is missing)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: Backend) -> Iterator[None]:
     """Run every op inside the ``with`` block whose own `backend` is ``"auto"`` on `backend`.
 
     Under ``torch.compile`` the choice is made when the graph is traced, and stays in it: the first call of the compiled
@@ -112,7 +137,7 @@ def use_backend(backend: str) -> Iterator[None]:
         >>> indices.flatten().tolist()
         [0, 1, 2]
     """
-    _check_name(backend, "use_backend: `backend`")
+    check_name(backend, "use_backend: `backend`")
     token = _context.set(backend)
     try:
         yield
@@ -120,7 +145,8 @@ def use_backend(backend: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def _check_name(backend: str, source: str) -> None:
+def check_name(backend: str, source: str) -> None:
+    """Check that `backend` may be asked for; `source` says where the name is from."""
     if backend != "auto" and backend not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{source} must be one of {known}, got {backend!r}")

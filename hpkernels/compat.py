@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from hpkernels import backends
+from hpkernels.backends import Backend
+from hpkernels.ops import _checks as check
 from hpkernels.ops.ghp_contrastive import ghp_contrastive
+from hpkernels.ops.multi_positive_contrastive.options import Variant, check_settings
 
 __all__ = ["SupConLoss"]
 
-_VARIANTS = {1: "joint", 2: "separate"}
+_VARIANTS: dict[Any, Variant] = {1: "joint", 2: "separate"}
+
+_T = TypeVar("_T")
 
 
 class SupConLoss(nn.Module):
@@ -28,20 +34,32 @@ class SupConLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 0.07,
-        contrast_mode: str = "one",
+        contrast_mode: Literal["one", "all"] = "one",
         base_temperature: float = 0.07,
         *,
         mix_in_separate: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if contrast_mode not in ("one", "all"):
             raise ValueError(f"SupConLoss: `contrast_mode` must be 'one' or 'all', got {contrast_mode!r}")
+        check_settings(
+            "SupConLoss",
+            temperature=temperature,
+            base_temperature=base_temperature,
+            anchors_per_image=1,
+            negative_rate=1.0,
+            variant="joint",
+            reweight=True,
+            keep_specific_only=False,
+        )
+        check.flag("SupConLoss", "mix_in_separate", mix_in_separate)
+        backends.check_name(backend, "SupConLoss: `backend`")
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.mix_in_separate = mix_in_separate
-        self.backend = backend
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -74,17 +92,12 @@ class SupConLoss(nn.Module):
             TypeError, ValueError: an argument is missing or not as described. Messages of the checks inside name the
                 arguments of `hpkernels.ghp_contrastive`.
         """
-        required = {
-            "modeloutput_s_pr": modeloutput_s_pr,
-            "modeloutput_f": modeloutput_f,
-            "Pool_ag": Pool_ag,
-            "Pool_sp": Pool_sp,
-            "opt": opt,
-            "lmbd": lmbd,
-        }
-        for name, value in required.items():
-            if value is None:
-                raise TypeError(f"SupConLoss: `{name}` must be given, got None")
+        modeloutput_s_pr = _given("modeloutput_s_pr", modeloutput_s_pr)
+        modeloutput_f = _given("modeloutput_f", modeloutput_f)
+        Pool_ag = _given("Pool_ag", Pool_ag)
+        Pool_sp = _given("Pool_sp", Pool_sp)
+        opt = _given("opt", opt)
+        weight: Any = _given("lmbd", lmbd)
         variant = _VARIANTS.get(_setting(opt, "loss_version"))
         if variant is None:
             raise ValueError(f"SupConLoss: `opt['loss_version']` must be 1 or 2, got {opt['loss_version']!r}")
@@ -95,7 +108,7 @@ class SupConLoss(nn.Module):
             Pool_ag.to(modeloutput_f.dtype),
             specific=modeloutput_s_pr,
             specific_pool=Pool_sp.to(modeloutput_s_pr.dtype),
-            specific_weight=lmbd,
+            specific_weight=weight,
             z_mixed=modeloutput_z_mix if use_mix else None,
             anchors_per_image=_setting(opt, "model", "spatial_size") ** 2,
             temperature=self.temperature,
@@ -107,7 +120,13 @@ class SupConLoss(nn.Module):
         )
 
 
-def _setting(opt: dict[str, Any], *keys: str) -> Any:
+def _given(name: str, value: _T | None) -> _T:
+    if value is None:
+        raise TypeError(f"SupConLoss: `{name}` must be given, got None")
+    return value
+
+
+def _setting(opt: Any, *keys: str) -> Any:
     for depth, key in enumerate(keys):
         try:
             opt = opt[key]

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.ghp_contrastive import ghp_contrastive
+from hpkernels.ops.local_propagation import check_settings as check_propagation
 from hpkernels.ops.local_propagation import local_propagation
+from hpkernels.ops.multi_positive_contrastive.options import Variant, check_settings
 
 __all__ = ["HiddenPositiveLoss", "LocalPropagation", "ReferencePool"]
+
+_LOSS_SETTINGS = (
+    "anchors_per_image",
+    "temperature",
+    "base_temperature",
+    "negative_rate",
+    "variant",
+    "reweight",
+    "keep_specific_only",
+)
+_PROPAGATION_SETTINGS = ("sigma", "quantiles", "window", "prefix_tokens")
 
 
 class ReferencePool(nn.Module):
@@ -23,6 +40,8 @@ class ReferencePool(nn.Module):
     Attributes:
         vectors: (size, dim) float32 buffer, zero until `fill`.
     """
+
+    vectors: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -66,6 +85,8 @@ class ReferencePool(nn.Module):
 class HiddenPositiveLoss(nn.Module):
     """`hpkernels.ghp_contrastive` with its settings kept; `forward` takes the tensors of one step.
 
+    The settings are checked when the module is made, and are its attributes.
+
     Args:
         anchors_per_image, temperature, base_temperature, negative_rate, variant, reweight, keep_specific_only,
             backend: see `hpkernels.ghp_contrastive`.
@@ -78,22 +99,22 @@ class HiddenPositiveLoss(nn.Module):
         temperature: float = 0.6,
         base_temperature: float | None = 0.07,
         negative_rate: float = 0.02,
-        variant: str = "joint",
+        variant: Variant = "joint",
         reweight: bool = True,
         keep_specific_only: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.settings = {
-            "anchors_per_image": anchors_per_image,
-            "temperature": temperature,
-            "base_temperature": base_temperature,
-            "negative_rate": negative_rate,
-            "variant": variant,
-            "reweight": reweight,
-            "keep_specific_only": keep_specific_only,
-            "backend": backend,
-        }
+        self.anchors_per_image = anchors_per_image
+        self.temperature = temperature
+        self.base_temperature = base_temperature
+        self.negative_rate = negative_rate
+        self.variant: Variant = variant
+        self.reweight = reweight
+        self.keep_specific_only = keep_specific_only
+        self.backend: Backend = backend
+        check_settings("HiddenPositiveLoss", **_settings(self, _LOSS_SETTINGS))
+        backends.check_name(backend, "HiddenPositiveLoss: `backend`")
 
     def forward(
         self,
@@ -119,16 +140,17 @@ class HiddenPositiveLoss(nn.Module):
             z_mixed=z_mixed,
             negatives=negatives,
             seed=seed,
-            **self.settings,
+            backend=self.backend,
+            **_settings(self, _LOSS_SETTINGS),
         )
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return _text(_settings(self, (*_LOSS_SETTINGS, "backend")))
 
 
 class LocalPropagation(nn.Module):
-    """`hpkernels.local_propagation` with its settings kept.
+    """`hpkernels.local_propagation` with its settings kept: they are checked at once, and are attributes.
 
     Args:
         sigma, quantiles, window, prefix_tokens, backend: see `hpkernels.local_propagation`.
@@ -141,21 +163,30 @@ class LocalPropagation(nn.Module):
         quantiles: tuple[float, float] = (0.1, 0.9),
         window: int = 3,
         prefix_tokens: int = 1,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.settings = {
-            "sigma": sigma,
-            "quantiles": quantiles,
-            "window": window,
-            "prefix_tokens": prefix_tokens,
-            "backend": backend,
-        }
+        self.sigma = sigma
+        self.quantiles = quantiles
+        self.window = window
+        self.prefix_tokens = prefix_tokens
+        self.backend: Backend = backend
+        check_propagation("LocalPropagation", **_settings(self, _PROPAGATION_SETTINGS))
+        backends.check_name(backend, "LocalPropagation: `backend`")
 
     def forward(self, code: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The mixed codes (B, D, H, W); arguments as those of `hpkernels.local_propagation`."""
-        return local_propagation(code, query, key, **self.settings)
+        settings = _settings(self, _PROPAGATION_SETTINGS)
+        return local_propagation(code, query, key, backend=self.backend, **settings)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return _text(_settings(self, (*_PROPAGATION_SETTINGS, "backend")))
+
+
+def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in names}
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())

@@ -27,6 +27,8 @@ from hpkernels.ops import _triton
 from hpkernels.testing.launches import Calls, Launch, Sizes, kernel_calls, recorded
 
 Configuration = dict[str, int]
+Expected = dict[str, list[Tensor]]  # outputs of each call
+Timer = Callable[[Launch], float]
 
 DTYPES = {"2": (torch.float16,), "4": (torch.float32,), "any": (torch.float16, torch.float32)}
 LARGEST = {"num_warps": 16, "num_stages": 6}
@@ -90,7 +92,7 @@ def median_ms(launch: Launch) -> float:
     """The median time of a launch, with a cold cache."""
     from triton.testing import do_bench
 
-    return do_bench(launch.make, return_mode="median")
+    return float(do_bench(launch.make, return_mode="median"))
 
 
 def write_table(
@@ -176,11 +178,11 @@ def add(path: Path, configurations: dict[Entry, Configuration]) -> None:
     unfinished.replace(path)
 
 
-def _key(configuration: Configuration) -> tuple:
+def _key(configuration: Configuration) -> tuple[Any, ...]:
     return tuple(configuration.items())
 
 
-def _try(entry: Entry, configuration: Configuration, calls: Calls, expected: dict, time: Callable) -> float:
+def _try(entry: Entry, configuration: Configuration, calls: Calls, expected: Expected, time: Timer) -> float:
     """The time of the calls, infinite if the configuration cannot run or gives other results."""
     from triton.errors import TritonError
 
@@ -196,7 +198,7 @@ def _try(entry: Entry, configuration: Configuration, calls: Calls, expected: dic
     return taken
 
 
-def _measure(entry: Entry, configuration: Configuration, calls: Calls, expected: dict, time: Callable) -> float:
+def _measure(entry: Entry, configuration: Configuration, calls: Calls, expected: Expected, time: Timer) -> float:
     total = 0.0
     for name, call in calls.items():
         outputs, launches = _run(entry, configuration, call)

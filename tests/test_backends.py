@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hpkernels
-from hpkernels import BackendUnavailableError, backends, use_backend
+from hpkernels import BackendUnavailableError, _native, backends, use_backend
+from hpkernels.__main__ import report
 
 OP = "masked_topk"
 CPU = torch.empty(1)
@@ -162,3 +164,47 @@ def test_auto_passes_over_a_backend_that_is_on_request_only(monkeypatch):
     monkeypatch.setattr(backends, "_on_request_only", {*backends._on_request_only, (OP, "cpu")})
     assert backends.select(OP, "auto", tensor) == "reference"
     assert backends.select(OP, "cpu", tensor) == "cpu"
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As after an installation without a C++ compiler, and before the first call of an op."""
+    missing = backends.Availability(False, "this installation has no _C library; reinstall with a compiler")
+    monkeypatch.setattr(_native, "LIBRARIES", _native.LIBRARIES | {"_C": missing})
+    backends._warn_without_library.cache_clear()
+    yield
+    backends._warn_without_library.cache_clear()
+
+
+def warnings_of(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if "hpkernels" in str(warning.message)]
+
+
+def test_without_the_library_the_first_call_says_so_once(no_library):
+    def rank():
+        hpkernels.masked_topk(torch.eye(3), torch.eye(3))
+
+    def rank_on_reference():
+        hpkernels.masked_topk(torch.eye(3), torch.eye(3), backend="reference")
+        with use_backend("reference"):
+            rank()
+        backends.select(OP, "auto", CPU.to("meta"))
+        report()  # says it in its own way
+
+    assert warnings_of(rank_on_reference) == []  # asked for
+    assert warnings_of(torch.compile(rank, fullgraph=True, backend="eager")) == []
+    (said,) = warnings_of(rank)
+    assert "reference" in said and "has no _C library; reinstall with a compiler" in said and "\n" not in said
+    assert warnings_of(rank) == []
+    assert warnings_of(lambda: hpkernels.hidden_positives(torch.eye(3), torch.zeros(3))) == []
+
+
+def test_with_the_library_nothing_is_said(register):
+    if not _native.LIBRARIES["_C"].ok:
+        pytest.skip("this installation has no _C library")
+    backends._warn_without_library.cache_clear()
+    register("cpu", dtypes=(torch.float32,))
+    assert warnings_of(lambda: backends.select(OP, "auto", CPU.double())) == []

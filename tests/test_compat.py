@@ -170,3 +170,18 @@ def test_unknown_version():
 def test_the_backend_is_passed_on():
     with pytest.raises(BackendUnavailableError):
         SupConLoss(backend="cuda")(*arguments(dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "got", "settings"),
+    [
+        (ValueError, "temperature", "0", {"temperature": 0}),
+        (TypeError, "temperature", "str '0.1'", {"temperature": "0.1"}),
+        (ValueError, "base_temperature", "-1", {"base_temperature": -1}),
+        (TypeError, "mix_in_separate", "int 1", {"mix_in_separate": 1}),
+        (ValueError, "backend", "'gpu'", {"backend": "gpu"}),
+    ],
+)
+def test_settings_are_checked_when_made(error, argument, got, settings):
+    with helpful_error(error, "SupConLoss", argument, got):
+        SupConLoss(**settings)

@@ -180,3 +180,51 @@ def test_pool_must_be_filled():
     other = ReferencePool(3, 4)
     other.load_state_dict(pool.state_dict())
     assert torch.equal(other(), pool())
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "got", "settings"),
+    [
+        (ValueError, "anchors_per_image", "0", {"anchors_per_image": 0}),
+        (TypeError, "anchors_per_image", "float 4.0", {"anchors_per_image": 4.0}),
+        (ValueError, "temperature", "0", {"temperature": 0}),
+        (ValueError, "base_temperature", "-1", {"base_temperature": -1}),
+        (ValueError, "negative_rate", "1.5", {"negative_rate": 1.5}),
+        (ValueError, "variant", "'both'", {"variant": "both"}),
+        (TypeError, "reweight", "int 1", {"reweight": 1}),
+        (TypeError, "keep_specific_only", "str 'no'", {"keep_specific_only": "no"}),
+        (ValueError, "backend", "'gpu'", {"backend": "gpu"}),
+    ],
+)
+def test_hidden_positive_loss_checks_its_settings_when_made(error, argument, got, settings):
+    with helpful_error(error, "HiddenPositiveLoss", argument, got):
+        HiddenPositiveLoss(**{"anchors_per_image": 4} | settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "got", "settings"),
+    [
+        (ValueError, "sigma", "0", {"sigma": 0}),
+        (ValueError, "quantiles", "(0.9, 0.1)", {"quantiles": (0.9, 0.1)}),
+        (TypeError, "quantiles", "0.5", {"quantiles": 0.5}),
+        (ValueError, "window", "4", {"window": 4}),
+        (ValueError, "prefix_tokens", "-1", {"prefix_tokens": -1}),
+        (ValueError, "backend", "'gpu'", {"backend": "gpu"}),
+    ],
+)
+def test_local_propagation_checks_its_settings_when_made(error, argument, got, settings):
+    with helpful_error(error, "LocalPropagation", argument, got):
+        LocalPropagation(**settings)
+
+
+def test_settings_are_attributes_that_can_be_changed():
+    state = torch.get_rng_state()
+    problem = random_problem()
+    module = HiddenPositiveLoss(problem.anchors_per_image, temperature=0.4, backend="reference")
+    assert torch.equal(torch.get_rng_state(), state)  # to check the settings draws no seed
+    assert (module.temperature, module.variant, module.backend) == (0.4, "joint", "reference")
+    before = module(problem.z, problem.features, problem.pool, seed=0)
+    module.temperature = 0.1
+    assert module(problem.z, problem.features, problem.pool, seed=0) != before
+    assert "temperature=0.1" in repr(module)
+    assert LocalPropagation(window=5).window == 5

@@ -336,6 +336,19 @@ def test_an_sdist_needs_setuptools_alone(sources):
     assert not any(name.startswith("tests") for name in names)
 
 
+def test_an_editable_install_is_a_path(sources):
+    """Type checkers and editors follow a path to the package; they do not run the import hook that it could be."""
+    command = "import hpkernels_build as b; b.build_editable('dist')"
+    environment = {"PYTHONPATH": str(sources / "build_backend"), "HPKERNELS_BUILD": "none"}
+    output_of(sys.executable, "-c", command, cwd=sources, environment=environment)
+    (wheel,) = (sources / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        files = [name for name in opened.namelist() if ".dist-info/" not in name]
+        assert len(files) == 1 and files[0].endswith(".pth")
+        assert Path(opened.read(files[0]).decode().strip()).resolve() == sources.resolve()
+    assert (sources / "hpkernels" / "py.typed").exists()
+
+
 @pytest.mark.packaging
 def test_a_wheel_serves_another_torch(sources, tmp_path, repository):
     """sdist, from it the wheel, and that in a new environment with the oldest PyTorch that the package allows."""

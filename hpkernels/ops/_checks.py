@@ -75,7 +75,7 @@ def _no_transform(op: str, name: str, value: Tensor) -> None:
         return
     if functorch.is_batchedtensor(value):
         raise NotImplementedError(f"{op}: torch.vmap is not supported, call the op once for each `{name}`")
-    if forward_ad.unpack_dual(value).tangent is not None:
+    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not supported, use"
             f" torch.autograd.grad; `{name}` has a tangent"
@@ -118,7 +118,7 @@ def real(
 ) -> float:
     """Check that `value` is a finite real number within [`minimum`, `maximum`] and return it as float."""
     wanted = _range_text(minimum, maximum, open_minimum)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value, Real):
         raise TypeError(f"{op}: `{name}` must be a finite number{wanted}, got {_kind(value)}")
     above = value > minimum if open_minimum else value >= minimum
     # Not math.isfinite: Dynamo makes a float that changes between calls symbolic, and follows comparisons alone.
@@ -129,19 +129,24 @@ def real(
 
 def reciprocal(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
     """Check that `value` is a positive number with a finite reciprocal in `dtype` and return it as float."""
-    value, least = real(op, name, value, 0, open_minimum=True), torch.finfo(dtype).tiny
-    if value < least or value > 1 / least:
-        raise ValueError(f"{op}: `{name}` must be from {least:.3g} to {1 / least:.3g}, got {value!r}")
-    return value
+    number, least = real(op, name, value, 0, open_minimum=True), torch.finfo(dtype).tiny
+    if number < least or number > 1 / least:
+        raise ValueError(f"{op}: `{name}` must be from {least:.3g} to {1 / least:.3g}, got {number!r}")
+    return number
 
 
 def integer(op: str, name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """Check that `value` is an integer within [`minimum`, `maximum`] and return it."""
-    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+    if not _is_number(value, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: `{name}` must be an integer{_span_text(minimum, maximum)}, got {_kind(value)}")
     if value < minimum or (maximum is not None and value > maximum):
         raise ValueError(f"{op}: `{name}` must be an integer{_span_text(minimum, maximum)}, got {value}")
-    return value
+    number: int = value
+    return number
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:

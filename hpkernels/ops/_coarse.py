@@ -97,7 +97,7 @@ def without_int8() -> Iterator[None]:
 @functools.cache
 def int8_is_fast() -> bool:
     """Whether this processor has instructions for int8 products."""
-    return torch.ops.hpkernels_cpu.has_int8_products()
+    return bool(torch.ops.hpkernels_cpu.has_int8_products())
 
 
 def blocks(whole: slice, size: int) -> list[slice]:

@@ -25,7 +25,7 @@ def full_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def refuse_double_backward(name: str, backward_op: torch.library.CustomOpDef) -> None:
+def refuse_double_backward(name: str, backward_op: Any) -> None:
     """Make differentiating through `backward_op`, the gradient of op `name`, a clear error."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:

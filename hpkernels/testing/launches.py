@@ -32,17 +32,17 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     size: str
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        return self.kernel.__name__
+        return str(self.kernel.__name__)
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """What the time of a launch depends on: shapes and strides, sizes and constants."""
         arguments = ((a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in self.arguments)
         return self.name, self.grid, *arguments, *sorted(self.constants.items())
@@ -204,8 +204,8 @@ def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Ca
         relations = (discover(z, threshold), discover(other, threshold) if with_specific else None)
         options = (sizes.group, TEMPERATURE, 1.0, rate, "joint", True, False)
         losses, rows = kernels.forward([z], *relations, weight, None, seed, *options)
-        options = (sizes.group, TEMPERATURE, rate, symmetric)
-        return losses, rows, *kernels.backward(grad_losses, [z], *relations, None, seed, rows, *options)
+        settings = (sizes.group, TEMPERATURE, rate, symmetric)
+        return losses, rows, *kernels.backward(grad_losses, [z], *relations, None, seed, rows, *settings)
 
     return {
         "sampled": partial(call, NEGATIVE_RATE, False),

@@ -28,7 +28,8 @@ def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
     if actual.shape != expected.shape:
         raise ValueError(f"row_errors: `actual` must have the shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     actual, expected = _rows(actual), _rows(expected)
-    return (actual - expected).where(actual != expected, 0.0).norm(dim=1)
+    errors: Tensor = (actual - expected).where(actual != expected, 0.0).norm(dim=1)
+    return errors
 
 
 def assert_rows_close(
@@ -80,7 +81,8 @@ def _rounding(actual: Tensor, expected64: Tensor) -> Tensor:
     norms = _rows(expected64).nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
     accumulation = torch.float64 if actual.dtype == torch.float64 else torch.float32
     largest = norms.max() if len(norms) else 0.0
-    return 2 * torch.finfo(actual.dtype).eps * norms + 8 * torch.finfo(accumulation).eps * largest
+    rounding: Tensor = 2 * torch.finfo(actual.dtype).eps * norms + 8 * torch.finfo(accumulation).eps * largest
+    return rounding
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
 from hpkernels.ops.masked_topk import masked_topk
 from hpkernels.ops.multi_positive_contrastive import mean_loss
-from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
+from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options
 
 
 def ghp_contrastive(
@@ -27,10 +28,10 @@ def ghp_contrastive(
     negative_rate: float = 0.02,
     negatives: Tensor | None = None,
     seed: int | Tensor | None = None,
-    variant: str = "joint",
+    variant: Variant = "joint",
     reweight: bool = True,
     keep_specific_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Compute the global-hidden-positive loss of HP (CVPR 2023): thresholds, positives and both branches.
 
@@ -104,19 +105,19 @@ def ghp_contrastive(
         has_specific=specific is not None,
     )
     # Before anything runs: a request that one of the steps cannot meet is refused at once.
-    uses_specific = specific is not None and (isinstance(specific_weight, Tensor) or specific_weight > 0)
-    chosen = _choose(op, backend, features)
-    chosen_specific = _choose(op, backend, specific) if uses_specific else None
+    sources = [(features, pool)]
+    uses_specific = isinstance(specific_weight, Tensor) or specific_weight > 0
+    if specific is not None and specific_pool is not None and uses_specific:
+        sources.append((specific, specific_pool))
+    chosen = [_choose(op, backend, of_source) for of_source, _ in sources]
     loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
-    threshold, positives = _discover(features, pool, chosen)
-    # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
-    poison = (threshold * 0).sum()
-    specific_positives = None
-    if uses_specific:
-        specific_threshold, specific_positives = _discover(specific, specific_pool, chosen_specific)
-        poison = poison + (specific_threshold * 0).sum()
+    found = [_discover(*source, by) for source, by in zip(sources, chosen, strict=True)]
+    positives, specific_positives = found[0][1], found[1][1] if len(found) > 1 else None
     loss = mean_loss(z, z_mixed, positives, specific_positives, options, loss_backend)
-    return loss + poison.to(loss.dtype)
+    # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
+    for threshold, _ in found:
+        loss = loss + (threshold * 0).sum().to(loss.dtype)
+    return loss
 
 
 def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: str, pool: Tensor) -> None:
@@ -129,11 +130,11 @@ def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: st
         check.finite(op, argument, value)
 
 
-def _choose(op: str, backend: str, features: Tensor) -> dict[str, str]:
+def _choose(op: str, backend: Backend, features: Tensor) -> dict[str, Backend]:
     """The backend of each step of `_discover`."""
     return {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
 
 
-def _discover(features: Tensor, pool: Tensor, chosen: dict[str, str]) -> tuple[Tensor, PositiveMask]:
+def _discover(features: Tensor, pool: Tensor, chosen: dict[str, Backend]) -> tuple[Tensor, PositiveMask]:
     threshold = masked_topk(features, pool, backend=chosen["masked_topk"]).values[:, 0]
     return threshold, hidden_positives(features, threshold, backend=chosen["hidden_positives"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpkernels.ops.hidden_positives.reference import positives
@@ -28,9 +29,9 @@ def ghp_contrastive(
 ) -> Tensor:
     """The loss of the branches (N, D) for a dense (G, N) negative mask; differentiable by plain autograd."""
     agnostic = discover(features, pool)
-    task = None if specific is None else discover(specific, specific_pool)
+    task = None if specific is None or specific_pool is None else discover(specific, specific_pool)
     losses = [contrastive_loss(z, agnostic, task, specific_weight, negatives, **options)[0] for z in branches]
-    return sum(losses) / len(losses)
+    return torch.stack(losses).sum() / len(losses)
 
 
 def discover(features: Tensor, pool: Tensor) -> Tensor:

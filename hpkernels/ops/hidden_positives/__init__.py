@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import registration
 from hpkernels.ops.hidden_positives.positive_mask import PositiveMask
@@ -12,7 +13,7 @@ from hpkernels.ops.hidden_positives.positive_mask import PositiveMask
 __all__ = ["PositiveMask", "hidden_positives"]
 
 
-def hidden_positives(features: Tensor, threshold: Tensor, *, backend: str = "auto") -> PositiveMask:
+def hidden_positives(features: Tensor, threshold: Tensor, *, backend: Backend = "auto") -> PositiveMask:
     """Find the pairs of anchors that are more similar to each other than one of them is to the reference pool.
 
     ``P_ij = i != j and <features_i, features_j> > min(threshold_i, threshold_j)`` (HP, CVPR 2023, section 3.2). The

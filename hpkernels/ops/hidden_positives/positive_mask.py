@@ -126,15 +126,15 @@ class PositiveMask:
             bits[start : start + _ROWS] = pack_bits(dense.T)
         return PositiveMask(bits, self.anchors, ignored=self.ignored)
 
-    def __or__(self, other: Any) -> PositiveMask:
+    def __or__(self, other: PositiveMask) -> PositiveMask:
         return self._combined(other, torch.bitwise_or)
 
-    def __and__(self, other: Any) -> PositiveMask:
+    def __and__(self, other: PositiveMask) -> PositiveMask:
         return self._combined(other, torch.bitwise_and)
 
     def _combined(self, other: Any, combine: Any) -> PositiveMask:
         if not isinstance(other, PositiveMask):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         if other.anchors != self.anchors:
             raise ValueError(f"PositiveMask: both masks must have {self.anchors} anchors, got one of {other.anchors}")
         check.same("PositiveMask", "bits of the second mask", other.bits, "bits of the first", self.bits)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _cuda, _triton
@@ -22,11 +25,11 @@ backends.register("hidden_positives", "reference", reference)
     schema="(Tensor features, Tensor threshold, str backend) -> Tensor bits",
 )
 @full_precision
-def hidden_positives(features, threshold, backend):
+def hidden_positives(features: Tensor, threshold: Tensor, backend: str) -> Any:
     return backends.implementation("hidden_positives", backend).forward(features, threshold)
 
 
 @hidden_positives.register_fake
-def _(features, threshold, backend):
+def _(features: Tensor, threshold: Tensor, backend: str) -> Any:
     anchors = features.shape[0]
     return features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)

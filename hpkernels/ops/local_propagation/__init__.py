@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.local_propagation import registration
 
@@ -20,7 +21,7 @@ def local_propagation(
     quantiles: tuple[float, float] = (0.1, 0.9),
     window: int = 3,
     prefix_tokens: int = 1,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Average each patch's code over its window, weighted by the backbone's attention (HP, CVPR 2023, section 3.4).
 
@@ -70,7 +71,7 @@ def local_propagation_weights(
     quantiles: tuple[float, float] = (0.1, 0.9),
     window: int = 3,
     prefix_tokens: int = 1,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Compute the weights of `local_propagation`, T_ij / c_i for each cell j of the window of each patch i.
 
@@ -105,7 +106,7 @@ def local_propagation_weights(
     return _weights(op, query, key, grid, sigma, quantiles, window, prefix_tokens, backend)
 
 
-def apply_local_propagation(code: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+def apply_local_propagation(code: Tensor, weights: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Apply the weights of `local_propagation_weights` to codes: a stencil of window² points.
 
     Args:
@@ -132,7 +133,17 @@ def apply_local_propagation(code: Tensor, weights: Tensor, *, backend: str = "au
     return _apply("apply_local_propagation", code, weights, backend)
 
 
-def _weights(op, query, key, grid, sigma, quantiles, window, prefix_tokens, backend) -> Tensor:
+def _weights(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    grid: tuple[int, int],
+    sigma: float,
+    quantiles: tuple[float, float],
+    window: int,
+    prefix_tokens: int,
+    backend: Backend,
+) -> Tensor:
     height, width = _check_grid(op, grid)
     prefix_tokens = check.integer(op, "prefix_tokens", prefix_tokens, 0)
     tokens = prefix_tokens + height * width
@@ -141,18 +152,18 @@ def _weights(op, query, key, grid, sigma, quantiles, window, prefix_tokens, back
     check.same(op, "key", key, "query", query)
     check.constant(op, "query", query)
     check.constant(op, "key", key)
-    sigma = check.real(op, "sigma", sigma, 0, open_minimum=True)
-    low, high = _check_quantiles(op, quantiles)
-    _check_window(op, window)
+    low, high = check_settings(op, sigma, quantiles, window, prefix_tokens)
+    sigma = float(sigma)
     check.finite(op, "query", query)
     check.finite(op, "key", key)
     backend = backends.select("local_propagation", backend, query, caller=op)
-    return registration.local_propagation_weights(
+    weights: Tensor = registration.local_propagation_weights(
         query, key, height, width, sigma, low, high, window, prefix_tokens, backend
     )
+    return weights
 
 
-def _apply(op: str, code: Tensor, weights: Tensor, backend: str) -> Tensor:
+def _apply(op: str, code: Tensor, weights: Tensor, backend: Backend) -> Tensor:
     check.tensor(op, "code", code, ("B", "D", "H", "W"))
     batch, _, height, width = code.shape
     check.tensor(op, "weights", weights, (batch, "window²", height, width))
@@ -164,7 +175,8 @@ def _apply(op: str, code: Tensor, weights: Tensor, backend: str) -> Tensor:
     check.finite(op, "code", code)
     check.finite(op, "weights", weights)
     backend = backends.select("local_propagation", backend, code, caller=op)
-    return registration.apply_local_propagation(code, weights, backend)
+    mixed: Tensor = registration.apply_local_propagation(code, weights, backend)
+    return mixed
 
 
 def _check_grid(op: str, grid: tuple[int, int]) -> tuple[int, int]:
@@ -172,6 +184,17 @@ def _check_grid(op: str, grid: tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"{op}: `grid` must be a pair (H, W), got {grid!r}")
     height, width = (check.integer(op, "grid", size, 1) for size in grid)
     return height, width
+
+
+def check_settings(
+    op: str, sigma: float, quantiles: tuple[float, float], window: int, prefix_tokens: int
+) -> tuple[float, float]:
+    """Check what does not depend on any tensor; the result are the quantiles."""
+    check.integer(op, "prefix_tokens", prefix_tokens, 0)
+    check.real(op, "sigma", sigma, 0, open_minimum=True)
+    low, high = _check_quantiles(op, quantiles)
+    _check_window(op, window)
+    return low, high
 
 
 def _check_quantiles(op: str, quantiles: tuple[float, float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ The mean over heads of <q, k> is the product of the concatenated heads over thei
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return _stencil(torch.ops.hpkernels_cpu.local_propagation_apply_backward, grad, weights)
 
 
-def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
+def _stencil(kernel: Any, maps: Tensor, weights: Tensor) -> Tensor:
     (accumulate,) = check.accumulation(maps.dtype)
     result = torch.empty(maps.shape, dtype=accumulate)
     kernel(maps.to(accumulate).contiguous(), weights.to(accumulate).contiguous(), result)

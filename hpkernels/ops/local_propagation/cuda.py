@@ -7,6 +7,7 @@ each other in memory. The logits go to a workspace that stays in the second-leve
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return _stencil(torch.ops.hpkernels_cuda.local_propagation_apply_backward, grad, weights)
 
 
-def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
+def _stencil(kernel: Any, maps: Tensor, weights: Tensor) -> Tensor:
     result = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     kernel(maps.contiguous(), weights.to(torch.float32).contiguous(), result)
     return result

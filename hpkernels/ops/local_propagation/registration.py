@@ -26,13 +26,24 @@ backends.register("local_propagation", "reference", reference)
     " SymInt prefix_tokens, str backend) -> Tensor weights",
 )
 @full_precision
-def local_propagation_weights(query, *arguments):
-    *arguments, backend = arguments
-    return backends.implementation("local_propagation", backend).weights_forward(query, *arguments)
+def local_propagation_weights(query: Tensor, *arguments: Any) -> Any:
+    *options, backend = arguments
+    return backends.implementation("local_propagation", backend).weights_forward(query, *options)
 
 
 @local_propagation_weights.register_fake
-def _(query, key, height, width, sigma, low, high, window, prefix_tokens, backend):
+def _(
+    query: Tensor,
+    key: Tensor,
+    height: int,
+    width: int,
+    sigma: float,
+    low: float,
+    high: float,
+    window: int,
+    prefix_tokens: int,
+    backend: str,
+) -> Any:
     (accumulate,) = check.accumulation(query.dtype)
     return query.new_empty((query.shape[0], window * window, height, width), dtype=accumulate)
 
@@ -43,12 +54,12 @@ def _(query, key, height, width, sigma, low, high, window, prefix_tokens, backen
     schema="(Tensor code, Tensor weights, str backend) -> Tensor mixed",
 )
 @full_precision
-def apply_local_propagation(code, weights, backend):
+def apply_local_propagation(code: Tensor, weights: Tensor, backend: str) -> Any:
     return backends.implementation("local_propagation", backend).apply_forward(code, weights)
 
 
 @apply_local_propagation.register_fake
-def _(code, weights, backend):
+def _(code: Tensor, weights: Tensor, backend: str) -> Any:
     return code.new_empty(code.shape)
 
 
@@ -58,16 +69,16 @@ def _(code, weights, backend):
     schema="(Tensor grad_mixed, Tensor weights, str backend) -> Tensor grad_code",
 )
 @full_precision
-def apply_local_propagation_backward(grad_mixed, weights, backend):
+def apply_local_propagation_backward(grad_mixed: Tensor, weights: Tensor, backend: str) -> Any:
     return backends.implementation("local_propagation", backend).apply_backward(grad_mixed, weights)
 
 
 @apply_local_propagation_backward.register_fake
-def _(grad_mixed, weights, backend):
+def _(grad_mixed: Tensor, weights: Tensor, backend: str) -> Any:
     return grad_mixed.new_empty(grad_mixed.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weights, ctx.backend = inputs
     ctx.save_for_backward(weights)
 

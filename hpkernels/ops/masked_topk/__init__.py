@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.masked_topk import registration
 
@@ -26,7 +27,7 @@ def masked_topk(
     mask: Tensor | None = None,
     query_group: Tensor | None = None,
     pool_group: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TopK:
     """Find the `k` pool rows with the largest inner product with each query.
 
@@ -75,7 +76,7 @@ def masked_topk(
     if (query_group is None) != (pool_group is None):
         missing = "query_group" if query_group is None else "pool_group"
         raise ValueError(f"{op}: `{missing}` must be given together with the other group, got None")
-    if query_group is not None:
+    if query_group is not None and pool_group is not None:
         check.tensor(op, "query_group", query_group, (query.shape[0],), check.INTEGER)
         check.tensor(op, "pool_group", pool_group, (pool.shape[0],), check.INTEGER)
         check.same(op, "query_group", query_group, "query", query, dtype=False)

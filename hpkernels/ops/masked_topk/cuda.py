@@ -76,7 +76,7 @@ def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) 
 
 def _parts(queries: int, references: int) -> int:
     """In how many parts the pool is split."""
-    return _kernels.masked_topk_parts(queries, references)
+    return int(_kernels.masked_topk_parts(queries, references))
 
 
 def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:

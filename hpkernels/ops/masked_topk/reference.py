@@ -53,8 +53,8 @@ def forward_by_blocks(
     found = []
     for start in range(0, len(query), rows):
         block = slice(start, start + rows)
-        of_rows = (None if given is None else given[block] for given in (mask, query_group))
-        found.append(forward(query[block], pool, k, *of_rows, pool_group))
+        of_mask, of_group = (None if given is None else given[block] for given in (mask, query_group))
+        found.append(forward(query[block], pool, k, of_mask, of_group, pool_group))
     values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)
 

@@ -25,13 +25,29 @@ backends.register("masked_topk", "reference", reference)
     " -> (Tensor values, Tensor indices)",
 )
 @full_precision
-def masked_topk(query, pool, k, mask, query_group, pool_group, backend):
+def masked_topk(
+    query: Tensor,
+    pool: Tensor,
+    k: int,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    pool_group: Tensor | None,
+    backend: str,
+) -> Any:
     kernels = backends.implementation("masked_topk", backend)
     return kernels.forward(query, pool, k, mask, query_group, pool_group)
 
 
 @masked_topk.register_fake
-def _(query, pool, k, mask, query_group, pool_group, backend):
+def _(
+    query: Tensor,
+    pool: Tensor,
+    k: int,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    pool_group: Tensor | None,
+    backend: str,
+) -> Any:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     values = query.new_empty((query.shape[0], k), dtype=accumulate)
     return values, torch.empty_like(values, dtype=torch.int64)
@@ -44,16 +60,16 @@ def _(query, pool, k, mask, query_group, pool_group, backend):
     " -> (Tensor grad_query, Tensor grad_pool)",
 )
 @full_precision
-def masked_topk_backward(grad_values, indices, query, pool, backend):
+def masked_topk_backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor, backend: str) -> Any:
     return backends.implementation("masked_topk", backend).backward(grad_values, indices, query, pool)
 
 
 @masked_topk_backward.register_fake
-def _(grad_values, indices, query, pool, backend):
+def _(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor, backend: str) -> Any:
     return query.new_empty(query.shape), pool.new_empty(pool.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, pool, *_, ctx.backend = inputs
     _, indices = output
     ctx.mark_non_differentiable(indices)

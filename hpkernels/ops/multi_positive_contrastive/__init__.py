@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import registration
-from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options, without_ignored
+from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options, without_ignored
 
 
 def multi_positive_contrastive(
@@ -25,10 +26,10 @@ def multi_positive_contrastive(
     negative_rate: float = 1.0,
     negatives: Tensor | None = None,
     seed: int | Tensor | None = None,
-    variant: str = "joint",
+    variant: Variant = "joint",
     reweight: bool = False,
     keep_specific_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Compute the multi-positive contrastive loss of N anchors without keeping any N x N tensor for backward.
 
@@ -144,7 +145,8 @@ def mean_loss(
         positives.symmetric and (specific is None or specific.symmetric),
         backend,
     )
-    return losses.mean()
+    mean: Tensor = losses.mean()
+    return mean
 
 
 def to_mask(op: str, name: str, mask: PositiveMask | Tensor, z: Tensor) -> PositiveMask:

@@ -61,7 +61,7 @@ def forward(
                 kernels.contrastive_block_forward(tile, row, column, 1 / temperature, *relations, sums, counts)
         if route != "blocks":
             kernels.contrastive_pairs_forward(vectors, route == "images", 1 / temperature, *relations, sums, counts)
-        loss, statistics = loss_of_statistics(
+        loss, statistics = loss_of_statistics(  # type: ignore[call-arg]  # the rows' number is not known
             sums[0],
             *counts.to(accumulate),
             *sums[1:],

@@ -8,6 +8,8 @@ number on the device, from the counts of the bits, lets those of one do nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,24 @@ class _Pairs:
     They are the same for all branches, which have one shape.
     """
 
-    def __init__(self, branches, positives, specific, negatives, seed, group, rate, lists_allowed) -> None:
+    def __init__(
+        self,
+        branches: list[Tensor],
+        positives: Tensor,
+        specific: Tensor | None,
+        negatives: Tensor | None,
+        seed: Tensor,
+        group: int,
+        rate: float,
+        lists_allowed: bool,
+    ) -> None:
         self.positives = positives.contiguous()
         self.specific = None if specific is None else specific.contiguous()
         self.anchors, self.dim = branches[0].shape
         self.group, self.rate = group, rate
         self.enabled = positives.new_full((), int(lists_allowed))
-        self.negatives = self.lists = None  # no negatives: every other anchor is one
+        self.negatives: Any = None
+        self.lists: Any = None  # no negatives: every other anchor is one
         if negatives is not None:
             self.negatives = as_bits(negatives)
         elif rate < 1:
@@ -53,16 +66,16 @@ class _Pairs:
         sampled_columns = bits.columns_of(self.negatives, sampled_offsets, self.enabled, sampled_capacity)
         return lists.Lists(offsets, columns, sampled_offsets, sampled_columns)
 
-    def blocks(self, z: Tensor, within: bool, scale: float) -> tuple:
+    def blocks(self, z: Tensor, within: bool, scale: float) -> tuple[Any, ...]:
         """What the kernels of blocks take first."""
         return z, self.positives, self.specific, self.negatives, self.group, within, self.enabled, scale
 
-    def listed(self, z: Tensor, scale: float) -> tuple:
+    def listed(self, z: Tensor, scale: float) -> tuple[Any, ...]:
         """What the kernels of listed positives take first."""
         columns = (self.lists.columns, self.lists.offsets)
         return z, self.positives, self.specific, self.negatives, *columns, self.enabled, scale
 
-    def sampled(self, z: Tensor, scale: float) -> tuple:
+    def sampled(self, z: Tensor, scale: float) -> tuple[Any, ...]:
         """What the kernels of sampled negatives take first."""
         return z, self.group, self.lists.sampled_columns, self.lists.sampled_offsets, self.enabled, scale
 
@@ -88,7 +101,7 @@ def forward(
     results = []
     for branch in branches:
         parts = _parts(pairs, aligned_rows(branch), 1 / temperature)
-        loss, statistics = loss_of_statistics(
+        loss, statistics = loss_of_statistics(  # type: ignore[call-arg]  # the rows' number is not known
             parts[:, 0].logsumexp(dim=0),
             *parts[:, 1:].sum(dim=0),
             specific_weight,
@@ -138,7 +151,7 @@ def _parts(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
     counts = [_kernels.contrastive_blocks_parts(pairs.anchors, pairs.group, within) for within in scopes]
     parts = z.new_zeros((sum(counts) + 2 * len(scopes) - 2, _NUMBERS, pairs.anchors), dtype=torch.float32)
     parts[:, 0] = -torch.inf  # parts of a route that is not taken add nothing
-    *of_blocks, others = parts.split([*counts, 2 * len(scopes) - 2])
+    *of_blocks, others = parts.split([*counts, 2 * len(scopes) - 2])  # type: ignore[no-untyped-call]
     for within, part in zip(scopes, of_blocks, strict=True):
         _kernels.contrastive_blocks_forward(*pairs.blocks(z, within, scale), part)
     if pairs.lists is not None:

@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 
     positions: Tensor
     first_word: int
-    count: int
+    count: int  # type: ignore[assignment]  # of tuple, and not called
     slots: Tensor
     capacity: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from hpkernels.ops import _checks as check
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import as_bits, pack_bits
 
-VARIANTS = ("joint", "separate")
+Variant = Literal["joint", "separate"]
+"""How the terms of A and S are put together."""
+
+VARIANTS: tuple[Variant, ...] = ("joint", "separate")
 
 _DRAWN_ROWS = 32  # of negatives drawn at a time in 64-bit words
 
@@ -27,7 +31,7 @@ class ContrastiveOptions:
     negative_rate: float
     negatives: Tensor | None
     seed: int | Tensor | None
-    variant: str
+    variant: Variant
     reweight: bool
     keep_specific_only: bool
 
@@ -67,6 +71,13 @@ def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific:
         negative_rate=check.real(op, "negative_rate", options.negative_rate, 0, 1),
         seed=_seed(op, z, options.seed),
     )
+
+
+def check_settings(op: str, **settings: Any) -> None:
+    """Check those of the options that a module keeps, before it is known what they are for."""
+    nothing = torch.empty((0, 1), dtype=torch.float64)  # every number of anchors divides 0
+    of_a_step: dict[str, Any] = {"specific_weight": 0.0, "negatives": None, "seed": 0}
+    check_options(op, nothing, ContrastiveOptions(**settings, **of_a_step), has_specific=False)
 
 
 def _specific_weight(op: str, z: Tensor, weight: float | Tensor, has_specific: bool) -> Tensor:
@@ -109,6 +120,7 @@ def without_ignored(options: ContrastiveOptions, ignored: Tensor) -> Contrastive
     bit-packed, G N / 8 bytes, and made a few rows at a time; the negatives that are left are those of the same seed.
     """
     kept = ~ignored
+    seed: Any = options.seed  # a tensor, as the options are checked
     if options.negatives is not None:
         return replace(options, negatives=as_bits(options.negatives) & pack_bits(kept[None]))
     group, anchors = options.anchors_per_image, len(ignored)
@@ -117,5 +129,5 @@ def without_ignored(options: ContrastiveOptions, ignored: Tensor) -> Contrastive
     parts = []
     for first in range(0, group, _DRAWN_ROWS):
         rows = min(_DRAWN_ROWS, group - first)
-        parts.append(pack_bits(bernoulli(options.seed, rows, anchors, options.negative_rate, first) & kept))
+        parts.append(pack_bits(bernoulli(seed, rows, anchors, options.negative_rate, first) & kept))
     return replace(options, negatives=torch.cat(parts))

@@ -31,14 +31,14 @@ backends.register("multi_positive_contrastive", "reference", reference)
     " bool reweight, bool keep_specific_only, bool symmetric, str backend) -> (Tensor losses, Tensor rows)",
 )
 @full_precision
-def multi_positive_contrastive(z, z_mixed, *arguments):
-    *arguments, _, backend = arguments  # whether the relations are symmetric matters to backward only
+def multi_positive_contrastive(z: Tensor, z_mixed: Tensor | None, *arguments: Any) -> Any:
+    *options, _, backend = arguments  # whether the relations are symmetric matters to backward only
     implementation = backends.implementation("multi_positive_contrastive", backend)
-    return implementation.forward(_branches(z, z_mixed), *arguments)
+    return implementation.forward(_branches(z, z_mixed), *options)
 
 
 @multi_positive_contrastive.register_fake
-def _(z, z_mixed, *arguments):
+def _(z: Tensor, z_mixed: Tensor | None, *arguments: Any) -> Any:
     (accumulate,) = check.accumulation(z.dtype)
     count = len(_branches(z, z_mixed))
     return z.new_empty((count,), dtype=accumulate), z.new_empty((count, 4, z.shape[0]), dtype=accumulate)
@@ -52,14 +52,14 @@ def _(z, z_mixed, *arguments):
     " str backend) -> Tensor[] grads",
 )
 @full_precision
-def multi_positive_contrastive_backward(grad_losses, z, z_mixed, *arguments):
-    *arguments, backend = arguments
+def multi_positive_contrastive_backward(grad_losses: Tensor, z: Tensor, z_mixed: Tensor | None, *arguments: Any) -> Any:
+    *options, backend = arguments
     implementation = backends.implementation("multi_positive_contrastive", backend)
-    return implementation.backward(grad_losses, _branches(z, z_mixed), *arguments)
+    return implementation.backward(grad_losses, _branches(z, z_mixed), *options)
 
 
 @multi_positive_contrastive_backward.register_fake
-def _(grad_losses, z, z_mixed, *arguments):
+def _(grad_losses: Tensor, z: Tensor, z_mixed: Tensor | None, *arguments: Any) -> Any:
     return [z.new_empty(z.shape) for _ in _branches(z, z_mixed)]
 
 
@@ -67,7 +67,7 @@ def _branches(z: Tensor, z_mixed: Tensor | None) -> list[Tensor]:
     return [z] if z_mixed is None else [z, z_mixed]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, z_mixed, positives, specific, _, negatives, seed, *constants = inputs
     anchors_per_image, temperature, _, negative_rate, *_, symmetric, backend = constants
     _, rows = output

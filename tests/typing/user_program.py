@@ -1,0 +1,75 @@
+"""A program as users write it, which type checkers must follow in strict mode; it also runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from typing_extensions import assert_type
+
+import hpkernels
+from hpkernels import Backend, PositiveMask, Variant
+from hpkernels.compat import SupConLoss
+from hpkernels.nn import HiddenPositiveLoss, LocalPropagation, ReferencePool
+
+
+def check_ops(z: Tensor, pool: Tensor, backend: Backend, variant: Variant) -> None:
+    """The functions."""
+    ranked = hpkernels.masked_topk(z, pool, k=2, backend=backend)
+    values, indices = ranked
+    assert_type(values, Tensor)
+    assert_type(ranked.indices, Tensor)
+    positives = hpkernels.hidden_positives(z.detach(), values[:, 0].detach(), backend=backend)
+    assert_type(positives, PositiveMask)
+    assert_type(positives | positives, PositiveMask)
+    assert_type(positives.to("cpu").count(), Tensor)
+    labels = torch.arange(len(z)) % 2
+    for relation in (positives, labels):
+        loss = hpkernels.multi_positive_contrastive(z, relation, temperature=1, variant=variant, backend=backend)
+        assert_type(loss, Tensor)
+    options: dict[str, Any] = {"anchors_per_image": len(z), "seed": 0}
+    assert_type(hpkernels.ghp_contrastive(z, z.detach(), pool, variant=variant, **options), Tensor)
+    code, tokens = torch.rand(1, 3, 2, 2), torch.rand(1, 2, 5, 4)
+    assert_type(hpkernels.local_propagation(code, tokens, tokens, backend="auto"), Tensor)
+    weights = hpkernels.local_propagation_weights(tokens, tokens, (2, 2))
+    assert_type(weights, Tensor)
+    assert_type(hpkernels.apply_local_propagation(code, weights), Tensor)
+    with hpkernels.use_backend("reference"):
+        hpkernels.masked_topk(z, pool)
+
+
+def check_modules(z: Tensor, vectors: Tensor, backend: Backend) -> None:
+    """The modules; what calling a module gives is Any in PyTorch, so `forward` is asked."""
+    pool = ReferencePool(*vectors.shape)
+    pool.fill(vectors)
+    assert_type(pool.vectors, Tensor)
+    assert_type(pool.forward(), Tensor)
+    loss = HiddenPositiveLoss(len(z), variant="separate", backend=backend)
+    assert_type(loss.temperature, float)
+    assert_type(loss.variant, Variant)
+    assert_type(loss.backend, Backend)
+    assert_type(loss.forward(z, z.detach(), pool.forward(), seed=0), Tensor)
+    code, tokens = torch.rand(1, 3, 2, 2), torch.rand(1, 2, 5, 4)
+    assert_type(LocalPropagation(window=3).forward(code, tokens, tokens), Tensor)
+    assert_type(SupConLoss(contrast_mode="all").backend, Backend)
+
+
+def check_mistakes(z: Tensor, pool: Tensor) -> None:
+    """What must be an error to a type checker, and is one when it runs."""
+    hpkernels.masked_topk(z, pool, backend="gpu")  # type: ignore[arg-type]
+    hpkernels.use_backend("gpu")  # type: ignore[arg-type]
+    HiddenPositiveLoss(4, variant="both")  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Run what is right."""
+    torch.manual_seed(0)
+    z, pool = normalize(torch.randn(8, 4)).requires_grad_(), normalize(torch.randn(3, 4))
+    check_ops(z, pool, "auto", "joint")
+    check_modules(z, pool, "reference")
+
+
+if __name__ == "__main__":
+    main()
