@@ -138,7 +138,7 @@ def test_routes_agree(kernels, case, route, density, enabled):
     assert taken == enabled
 
 
-@pytest.mark.parametrize("density", [1.0, None])
+@pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.deep), None])
 def test_branches_share_what_does_not_depend_on_them(kernels, bits, route, density):
     route(density)
     loss = Loss(CASES[0], images=3, height=3, width=12, dim=6)
@@ -157,6 +157,7 @@ def test_branches_share_what_does_not_depend_on_them(kernels, bits, route, densi
         assert names == shared
 
 
+@pytest.mark.deep
 def test_lists_of_many_positions_are_staged_in_turn(kernels, route, monkeypatch):
     """Positions of several words, gradients staged a word at a time; and by blocks where masks may not be symmetric."""
     monkeypatch.setattr(lists, "_STAGED_BYTES", 1)
@@ -169,8 +170,8 @@ def test_lists_of_many_positions_are_staged_in_turn(kernels, route, monkeypatch)
     loss.check(value, by_blocks)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("density", [1.0, None])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.deep), "sm_90"])
+@pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.deep), None])
 def test_configurations_of_gpus(kernels, route, monkeypatch, arch, density):
     """Tiles as on a GPU, several of them."""
     monkeypatch.setattr(_triton, "architecture", lambda device: arch)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,47 +12,44 @@ import yaml
 from tiny import tiny_values
 
 from training import checkpoint
+from training.config_file import load_config
+from training.results import write_results
 from training.run import open_run
 from training.train import train
 
-STEPS = 40
+KILLED_AT = 3
+
+# The program, which dies without a word in the middle of a step.
+KILLED = f"""
+import os, signal, sys
+from training import train
+step = train.train_step
+def dying_step(run, images):
+    if run.state.step == {KILLED_AT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, images)
+train.train_step = dying_step
+train.main(["--config", sys.argv[1]])
+"""
 
 
-@pytest.fixture
-def command(tmp_path, repository):
-    """Start ``python -m training.train`` on a tiny run into a folder of this name."""
+def test_kill_minus_nine_loses_nothing(tmp_path, repository):
+    files = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}
+    for name, file in files.items():
+        file.write_text(yaml.safe_dump(tiny_values(tmp_path / name, steps=2 * KILLED_AT, checkpoint_every=1)))
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", KILLED, str(files["killed"])]
+    done = subprocess.run(command, cwd=repository, env=os.environ | threads, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.load(tmp_path / "killed" / "checkpoint.pt")["state"]["step"] == KILLED_AT
 
-    def start(name):
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(tiny_values(tmp_path / name, steps=STEPS, checkpoint_every=1)))
-        arguments = [sys.executable, "-m", "training.train", "--config", str(file)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
-        return subprocess.Popen(arguments, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True)
-
-    return start
-
-
-def finish(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
-def test_kill_minus_nine_loses_nothing(command, tmp_path):
-    finish(command("whole"))
-
-    process, path = command("killed"), tmp_path / "killed" / "checkpoint.pt"
-    while not path.is_file() or checkpoint.load(path)["state"]["step"] < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    step = checkpoint.load(path)["state"]["step"]
-    assert 3 <= step < STEPS, "the run must be killed half way for this test to mean something"
-    finish(command("killed"))
-
-    runs = [tmp_path / name for name in ("whole", "killed")]
+    for file in files.values():
+        run = open_run(load_config(file))
+        train(run)
+        write_results(run)
+    runs = [tmp_path / name for name in files]
     states = [checkpoint.load(run / "checkpoint.pt")["state"] for run in runs]
-    assert states[0]["history"] == states[1]["history"]
+    assert states[0]["history"] == states[1]["history"] and len(states[0]["history"]) == 2 * KILLED_AT
     for name, module in states[0]["modules"].items():
         for key, value in module.items():
             assert torch.equal(value, states[1]["modules"][name][key]), f"{name}.{key}"

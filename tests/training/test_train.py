@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hpkernels
+from hpkernels import backends
 from training import evaluate as evaluation
 from training import train as loop
 from training.data import batch_of_step
@@ -264,7 +265,17 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tiny_config, tmp_pa
         open_run(tiny_config("/proc/run"))
 
 
-def test_a_backend_that_is_not_there_is_refused_at_once(tiny_config, no_backbone):
+@pytest.fixture
+def no_cuda_kernels(monkeypatch):
+    """The CUDA kernels do not run, as on a machine without a GPU and without their emulator."""
+    reason = backends.Availability(False, "PyTorch sees no CUDA device")
+    own = backends.availability
+    monkeypatch.setattr(
+        backends, "availability", lambda op, name, *at: reason if name == "cuda" else own(op, name, *at)
+    )
+
+
+def test_a_backend_that_is_not_there_is_refused_at_once(tiny_config, no_backbone, no_cuda_kernels):
     with pytest.raises(ValueError, match="`backend` 'cuda' cannot be used on cpu: .*'cuda' is not available: "):
         open_run(tiny_config(backend="cuda"))
 
@@ -303,7 +314,7 @@ def test_a_run_goes_on_elsewhere_but_not_with_other_images(tiny_config, photo_fo
         open_run(tiny_config(data=data | {"root": str(moved)}))
 
 
-def test_a_checkpoint_of_another_kind_of_machine_opens_here(tiny_run):
+def test_a_checkpoint_of_another_kind_of_machine_opens_here(tiny_run, no_cuda_kernels):
     run = tiny_run()
     run.config.backend = "cuda"
     run.save()
