@@ -106,7 +106,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.deep), True])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_that_changes_from_step_to_step_compiles(setting, dynamic, z):
     call = SETTINGS[setting]

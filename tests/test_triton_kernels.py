@@ -112,12 +112,13 @@ def check_resources(repository, tmp_path, *arguments, **variables):
 
 
 def test_resources(repository, tmp_path):
-    """Every configuration of every kernel for Hopper: no spills, no more than before, within the limits."""
-    check_resources(repository, tmp_path, "--target", "sm_90")
+    """Every kernel for Hopper in float16: no spills, no more than before, within the limits."""
+    check_resources(repository, tmp_path, "--quick")
 
 
 @pytest.mark.deep
 def test_resources_of_all_targets(repository, tmp_path):
+    """Every configuration of every kernel for every target."""
     check_resources(repository, tmp_path)
 
 
