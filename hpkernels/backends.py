@@ -42,7 +42,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def register(op: str, backend: str, module: ModuleType, *, automatic: bool = True) -> None:
-    """Enter `module` as the implementation of `op` on `backend`; ``auto`` passes over it unless `automatic`."""
+    """Enter `module` as the implementation of `op` on `backend`; ``auto`` chooses it only if `automatic`."""
     _modules[op, backend] = module
     if not automatic:
         _on_request_only.add((op, backend))
@@ -67,7 +67,7 @@ def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.d
 
 
 def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
-    """Whether ``auto`` may take `backend` for `op`, or the reason why it passes it over."""
+    """Whether ``auto`` may take `backend` for `op`, or the reason why it does not."""
     able = availability(op, backend, device_type, dtype)
     if able.ok and (op, backend) in _on_request_only:
         return Availability(False, f"only on request, backend='{backend}': it has never run on a GPU")
