@@ -314,6 +314,7 @@ def attention_errors():
             (ValueError, -28.0, "-28.0"),
             (ValueError, math.nan, "nan"),
             (ValueError, math.inf, "inf"),
+            (ValueError, 1e39, "1e+39"),  # infinite in float32
             (TypeError, True, "bool True"),
             (TypeError, None, "NoneType None"),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hpkernels import backends
@@ -82,7 +83,7 @@ def local_propagation_weights(
         query: (B, heads, prefix_tokens + H*W, d) floating-point, no gradient.
         key: the same shape and dtype.
         grid: (H, W), the patches of one image.
-        sigma: factor of the attention, > 0.
+        sigma: factor of the attention, > 0 and finite in the dtype of the result.
         quantiles: the two quantiles that a row is clamped to, 0 <= low <= high <= 1.
         window: odd side of the square window.
         prefix_tokens: class and register tokens in front of the patches, >= 0.
@@ -153,7 +154,8 @@ def _weights(
     check.constant(op, "query", query)
     check.constant(op, "key", key)
     low, high = check_settings(op, sigma, quantiles, window, prefix_tokens)
-    sigma = float(sigma)
+    greatest = torch.finfo(check.accumulation(query.dtype)[0]).max
+    sigma = check.real(op, "sigma", sigma, 0, greatest, open_minimum=True)
     check.finite(op, "query", query)
     check.finite(op, "key", key)
     backend = backends.select("local_propagation", backend, query, caller=op)
