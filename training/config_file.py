@@ -17,6 +17,7 @@ import yaml
 
 from training.config import Config
 
+GREATEST = 2**31 - 1  # integer without another bound
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -223,6 +224,8 @@ def _checked(key: str, value: Any, hint: Any, item: Field, texts: Mapping[str, s
     if value is not None and "bounds" in item.metadata:
         low, high, open_end = item.metadata["bounds"]
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and high == math.inf and number > GREATEST:
+                raise ValueError(f"config: `{key}` must be at most {GREATEST}, got {_plain(value)}")
             inside = low <= number <= high and abs(number) != math.inf
             if not inside or (open_end and number == high):
                 raise ValueError(f"config: `{key}` must be {_span(item)}, got {_plain(value)}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -77,5 +79,14 @@ def one_sentence(program: str) -> Iterator[None]:
     except _MISTAKES as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"{program}: {text.encode('utf-8', 'backslashreplace').decode()}")
+        _leave(program, str(error) or type(error).__name__)
+    except RuntimeError as error:
+        asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # PyTorch has no class for the memory of a CPU
+        if asked is None or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _leave(program, f"there is not enough memory: {int(asked[1]) / 2**30:,.1f} GiB were asked for at once")
+
+
+def _leave(program: str, text: str) -> NoReturn:
+    sentence = " ".join(text.split())
+    sys.exit(f"{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")

@@ -83,6 +83,7 @@ def test_config_survives_a_checkpoint():
         ("pool.qqq=1", ValueError, "unknown key `pool.qqq`; the keys of `pool` are pool.size, pool.renew_every"),
         ("qqq.zzz=1", ValueError, "known are seed, .* and the sections backbone, data, .*; --keys lists all"),
         ("loss.temperature=0", ValueError, "`loss.temperature` must be at least 1e-06, got 0"),
+        ("head.dim=10000000000", ValueError, "`head.dim` must be at most 2147483647, got 10000000000"),
         ("loss.temperature=.nan", ValueError, "`loss.temperature` must be at least 1e-06, got nan"),
         ("loss.negative_rate=2", ValueError, r"`loss.negative_rate` must be in \[0, 1\], got 2"),
         ("loss.variant=both", ValueError, "`loss.variant` must be one of joint, separate, got 'both'"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from training import train
 from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
@@ -21,6 +22,14 @@ def test_mistakes_of_ours_and_on_request(monkeypatch):
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(ValueError), one_sentence("train"):
         raise ValueError
+
+
+def test_memory_that_is_not_there():
+    with pytest.raises(SystemExit) as stopped, one_sentence("train"):
+        torch.empty(2**50)
+    assert stopped.value.code == "train: there is not enough memory: 4,194,304.0 GiB were asked for at once"
+    with pytest.raises(RuntimeError), one_sentence("train"):
+        raise RuntimeError("something else")
 
 
 def test_interrupt(capsys):
