@@ -108,7 +108,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     out.append(f"{'ghp_contrastive':28} composed of masked_topk, hidden_positives and multi_positive_contrastive")
     errors = {row[_name(dtype)] for row in told["auto"] for dtype in DTYPES} - set(backends.BACKENDS)
     out += ["", *sorted(errors)] if errors else []
-    out += ["", "passed over, and why"]
+    out += ["", "not taken, and why"]
     for entry in told["passed_over"]:
         every = len(entry["ops"]) == len(backends.registered_ops())
         what = [] if every else [", ".join(entry["ops"])]
