@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,10 +92,22 @@ def test_labels_of_any_integer_dtype(dtype, labels):
     assert PositiveMask.from_labels(labels.to(dtype)) == PositiveMask.from_labels(labels)
 
 
-@pytest.mark.parametrize("ignore_index", [1, (1, 3), [255, 1]])
+def test_unsigned_labels_are_never_negative(labels):
+    hashes = (labels - 2).to(torch.uint64)  # half of them above 2^63
+    assert PositiveMask.from_labels(hashes) == PositiveMask.from_labels(labels)
+
+
+def test_a_mask_moves_to_devices_alone(labels):
+    mask = PositiveMask.from_labels(labels)
+    assert mask.to("cpu").to(torch.device("cpu")) == mask and mask.to("meta").device.type == "meta"
+    with pytest.raises(TypeError, match="^PositiveMask.to: `device` must be a torch.device or its name, got torch.fl"):
+        mask.to(torch.float16)
+
+
+@pytest.mark.parametrize("ignore_index", [1, (1, 3), [255, 1], torch.tensor(1), torch.tensor([1, 3]), np.array(1)])
 def test_ignored_labels_have_no_positives(ignore_index, labels):
     mask = PositiveMask.from_labels(labels, ignore_index=ignore_index)
-    ignored = torch.isin(labels, torch.tensor(ignore_index))
+    ignored = torch.isin(labels, torch.as_tensor(ignore_index))
     assert torch.equal(mask.ignored, ignored)
     expected = (labels[:, None] == labels) & ~torch.eye(N, dtype=torch.bool) & ~ignored[:, None]
     assert torch.equal(mask.to_dense(), expected)

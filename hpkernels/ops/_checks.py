@@ -18,6 +18,8 @@ INTEGER = (torch.int64,)
 ANY_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 BOOLEAN = (torch.bool,)
 
+_GREATEST = torch.finfo(torch.float64).max
+
 Size = int | str
 """One size of a shape: a number that must be met, or a letter that says what the size stands for."""
 
@@ -32,6 +34,9 @@ def tensor(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequen
     # The messages are built only when they are needed: Dynamo cannot print the symbolic sizes of dynamic shapes.
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(_tensor_text(op, name, value, shape, dtypes))
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else _name(value.layout)
+        raise TypeError(f"{op}: `{name}` must be a dense tensor (torch.strided), got a {kind} one")
     _no_transform(op, name, value)
     sizes_fit = value.dim() == len(shape) and all(
         size == actual for size, actual in zip(shape, value.shape, strict=True) if not isinstance(size, str)
@@ -96,21 +101,32 @@ def readable(value: Tensor) -> bool:
     )
 
 
-def finite(op: str, name: str, value: Tensor, infinity: bool = False) -> None:
-    """Check that `value` holds no NaN, and no infinity unless allowed.
+def finite(op: str, name: str, value: Tensor, infinity: bool = False, products: bool = False) -> None:
+    """Check that `value` holds no NaN, and no infinity unless allowed; nor, with `products`, do inner products of rows.
 
     Only where the value is `readable`. Elsewhere the ops turn the loss into NaN instead, so that bad values are never
     silent.
     """
     if not readable(value):
         return
-    if value.detach().sum(dtype=accumulation(value.dtype)[0]).isfinite():  # one pass, where `bad` takes several
+    (accumulate,) = accumulation(value.dtype)
+    # One pass, where the rest takes several. No product of two rows is greater than the square of the norm of all.
+    longest = math.sqrt(torch.finfo(accumulate).max)
+    if torch.linalg.vector_norm(value.detach(), dtype=accumulate) <= longest:
         return
     bad = value.isnan() if infinity else ~value.isfinite()
     if bad.any():
         wanted = "be free of NaN" if infinity else "be finite"
         where = f" in row {int(bad.nonzero()[0, 0])}" if value.dim() else ""
         raise ValueError(f"{op}: `{name}` must {wanted}, got {value[bad][0].item()}{where}")
+    if products:
+        greatest = value.detach().abs().amax().double()
+        length = greatest * torch.linalg.vector_norm(value.detach() / greatest, dim=-1, dtype=torch.float64).amax()
+        if length > longest:
+            raise ValueError(
+                f"{op}: `{name}` must have rows whose inner products are finite in {_name(accumulate)}, of a length of"
+                f" at most {longest:.3g}, got one of {length:.3g}"
+            )
 
 
 def real(
@@ -122,7 +138,7 @@ def real(
         raise TypeError(f"{op}: `{name}` must be a finite number{wanted}, got {_kind(value)}")
     above = value > minimum if open_minimum else value >= minimum
     # Not math.isfinite: Dynamo makes a float that changes between calls symbolic, and follows comparisons alone.
-    if not (-math.inf < value < math.inf and above and value <= maximum):
+    if not (-_GREATEST <= value <= _GREATEST and above and value <= maximum):
         raise ValueError(f"{op}: `{name}` must be a finite number{wanted}, got {value!r}")
     return float(value)
 

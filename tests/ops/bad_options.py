@@ -37,6 +37,7 @@ def wrong_options():
             (TypeError, "2", "str '2'"),
         ],
         "temperature": [
+            (ValueError, 10**400, "1000"),
             (ValueError, 0, "0"),
             (ValueError, 0.0, "0.0"),
             (ValueError, -0.5, "-0.5"),

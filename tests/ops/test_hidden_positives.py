@@ -184,6 +184,7 @@ FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
             id="features-nan",
         ),
         pytest.param(ValueError, "features", "inf in row 0", {"features": FEATURES / 0}, id="features-inf"),
+        pytest.param(ValueError, "features", "one of 1e+30", {"features": FEATURES * 1e30}, id="features-large"),
         pytest.param(
             ValueError,
             "features",

@@ -362,6 +362,10 @@ def wrong_masks(name):
         pytest.param(ValueError, "z", "float32 of shape (4, 0)", {"z": Z[:, :0]}, id="z-empty-D"),
         pytest.param(ValueError, "z", "nan in row 2", {"z": Z.index_fill(0, torch.tensor([2]), math.nan)}, id="z-nan"),
         pytest.param(ValueError, "z", "inf in row 0", {"z": Z / 0}, id="z-inf"),
+        pytest.param(ValueError, "z", "a loss of nan", {"z": torch.full_like(Z, 1e30)}, id="z-large"),
+        pytest.param(
+            ValueError, "z", "a loss of", {"z": torch.full_like(Z, 10), "temperature": 1e-37}, id="z-large-logits"
+        ),
         pytest.param(TypeError, "positives", "NoneType", {"positives": None}, id="positives-none"),
         *wrong_masks("positives"),
         *wrong_masks("specific"),

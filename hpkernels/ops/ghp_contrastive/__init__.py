@@ -113,7 +113,7 @@ def ghp_contrastive(
     loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
     found = [_discover(*source, by) for source, by in zip(sources, chosen, strict=True)]
     positives, specific_positives = found[0][1], found[1][1] if len(found) > 1 else None
-    loss = mean_loss(z, z_mixed, positives, specific_positives, options, loss_backend)
+    loss = mean_loss(op, z, z_mixed, positives, specific_positives, options, loss_backend)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
     for threshold, _ in found:
         loss = loss + (threshold * 0).sum().to(loss.dtype)
@@ -127,7 +127,7 @@ def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: st
     check.same(op, pool_name, pool, name, features)
     for argument, value in ((name, features), (pool_name, pool)):
         check.constant(op, argument, value)
-        check.finite(op, argument, value)
+        check.finite(op, argument, value, products=True)
 
 
 def _choose(op: str, backend: Backend, features: Tensor) -> dict[str, Backend]:

@@ -49,7 +49,7 @@ def hidden_positives(features: Tensor, threshold: Tensor, *, backend: Backend = 
     check.same(op, "threshold", threshold, "features", features, dtype=False)
     check.constant(op, "features", features)
     check.constant(op, "threshold", threshold)
-    check.finite(op, "features", features)
+    check.finite(op, "features", features, products=True)
     check.finite(op, "threshold", threshold, infinity=True)
     backend = backends.select(op, backend, features)
     bits = registration.hidden_positives(features, threshold, backend)

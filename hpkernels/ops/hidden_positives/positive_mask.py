@@ -73,19 +73,22 @@ class PositiveMask:
         """
         op = "PositiveMask.from_labels"
         check.tensor(op, "labels", labels, ("N",), check.ANY_INTEGER)
-        labels, anchors = labels.long(), labels.shape[0]
+        signed = labels.dtype.is_signed
+        labels, anchors = labels.long(), labels.shape[0]  # of uint64 the bits, which stay different
+        known = (labels >= 0) | (not signed)
         ignored = None
         if ignore_index is not None:
-            several = ignore_index if isinstance(ignore_index, Iterable) else (ignore_index,)
+            plain = ignore_index.tolist() if hasattr(ignore_index, "tolist") else ignore_index  # of PyTorch and NumPy
+            several = plain if isinstance(plain, Iterable) else (plain,)
             ignored = torch.zeros_like(labels, dtype=torch.bool)
             for label in several:
                 ignored |= labels == check.integer(op, "ignore_index", label, -(2**63), 2**63 - 1)
-            labels = labels.where(~ignored, -1)
+            known &= ~ignored
         bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
         columns = torch.arange(anchors, device=labels.device)
         for start in range(0, anchors, _ROWS):
             rows = columns[start : start + _ROWS, None]
-            equal = (labels[rows] == labels) & (labels[rows] >= 0) & (rows != columns)
+            equal = (labels[rows] == labels) & known[rows] & (rows != columns)
             bits[start : start + _ROWS] = pack_bits(equal)
         return cls(bits, anchors, symmetric=True, ignored=ignored)
 
@@ -98,7 +101,13 @@ class PositiveMask:
         return population_count(self.bits)
 
     def to(self, device: torch.device | str) -> PositiveMask:
-        """The mask on another device."""
+        """The mask on another device.
+
+        Raises:
+            TypeError: `device` is something else.
+        """
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"PositiveMask.to: `device` must be a torch.device or its name, got {device!r}")
         ignored = None if self.ignored is None else self.ignored.to(device)
         return PositiveMask(self.bits.to(device), self.anchors, symmetric=self.symmetric, ignored=ignored)
 

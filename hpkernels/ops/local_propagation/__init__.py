@@ -156,8 +156,8 @@ def _weights(
     low, high = check_settings(op, sigma, quantiles, window, prefix_tokens)
     greatest = torch.finfo(check.accumulation(query.dtype)[0]).max
     sigma = check.real(op, "sigma", sigma, 0, greatest, open_minimum=True)
-    check.finite(op, "query", query)
-    check.finite(op, "key", key)
+    check.finite(op, "query", query, products=True)
+    check.finite(op, "key", key, products=True)
     backend = backends.select("local_propagation", backend, query, caller=op)
     weights: Tensor = registration.local_propagation_weights(
         query, key, height, width, sigma, low, high, window, prefix_tokens, backend

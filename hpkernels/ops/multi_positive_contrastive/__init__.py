@@ -115,10 +115,11 @@ def multi_positive_contrastive(
             specific = None if specific is None else specific.ignoring(ignored)
             options = without_ignored(options, ignored)
     backend = backends.select(op, backend, z)
-    return mean_loss(z, None, positives, specific, options, backend)
+    return mean_loss(op, z, None, positives, specific, options, backend)
 
 
 def mean_loss(
+    op: str,
     z: Tensor,
     z_mixed: Tensor | None,
     positives: PositiveMask,
@@ -146,6 +147,11 @@ def mean_loss(
         backend,
     )
     mean: Tensor = losses.mean()
+    if check.readable(mean.detach()) and not mean.isfinite():  # the inputs are: they were checked
+        raise ValueError(
+            f"{op}: {'`z`' if z_mixed is None else '`z` and `z_mixed`'} must have inner products that are finite when"
+            f" divided by the temperature, in {str(mean.dtype).removeprefix('torch.')}, got a loss of {mean.item()}"
+        )
     return mean
 
 
