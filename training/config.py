@@ -26,11 +26,11 @@ class DataConfig:
 
     name: str = choice("folder", "folder", "procedural")  # imgs/{train,val}, labels/{train,val}; or made on the spot
     root: str | None = None  # folder: where imgs/ is
-    size: tuple[int, int] = bounded((224, 224), 1)  # in pixels, that images and labels are resized to
+    size: tuple[int, int] = bounded((224, 224), 1, 16384)  # in pixels, that images and labels are resized to
     classes: tuple[str, ...] = ()  # names in label order; label values from len(classes) on are ignored (void)
     clusters: int | None = bounded(None, 2)  # how many to find; None: as many as there are classes
-    train_images: int | None = bounded(None, 1)  # how many to use (procedural: to make); None: all there are
-    val_images: int | None = bounded(None, 1)  # likewise
+    train_images: int | None = bounded(None, 1, 10**7)  # how many to use (procedural: to make); None: all there are
+    val_images: int | None = bounded(None, 1, 10**7)  # likewise
 
     def __post_init__(self) -> None:
         twice = [name for index, name in enumerate(self.classes) if name in self.classes[:index]]
@@ -48,10 +48,10 @@ class BackboneConfig:
     pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
     class_token: bool = True  # timm: SelfPatch weights come without one
-    patch_size: int = bounded(8, 4)  # patch_dictionary: pixels a side of one patch
+    patch_size: int = bounded(8, 4, 16384)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
     cache: bool = False  # keep the features of the un-augmented view in memory
-    views: int = bounded(0, 0)  # photometric views of each image to keep in memory; 0: a new one every time
+    views: int = bounded(0, 0, 1000)  # photometric views of each image to keep in memory; 0: a new one every time
 
     def __post_init__(self) -> None:
         if self.weights is not None:
@@ -62,7 +62,7 @@ class BackboneConfig:
 class HeadConfig:
     """The segmentation head and its exponential-moving-average copy."""
 
-    dim: int = bounded(512, 1)  # D
+    dim: int = bounded(512, 1, 65536)  # D
     dropout: float = bounded(0.1, 0, 1, open_end=True)  # channel dropout on the head's input
     ema: float = bounded(0.99, 0, 1)  # momentum of the EMA head
 
@@ -85,7 +85,7 @@ class LossConfig:
 class PoolConfig:
     """The reference pools."""
 
-    size: int = bounded(2048, 1)  # M
+    size: int = bounded(2048, 1, 10**7)  # M
     renew_every: int = bounded(100, 1)  # steps between refills of the task-specific pool
 
 
@@ -129,7 +129,7 @@ class Config:
     epochs: int | None = bounded(None, 1)  # length of the run: give this ...
     steps: int | None = bounded(None, 1)  # ... or this
     warmup: int = bounded(100, 0)  # steps with lambda = 0
-    batch_size: int = bounded(64, 1)  # images
+    batch_size: int = bounded(64, 1, 10**6)  # images
     log_every: int = bounded(10, 1)  # steps
     checkpoint_every: int = bounded(100, 1)  # steps
     data: DataConfig = field(default_factory=DataConfig)

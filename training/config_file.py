@@ -28,7 +28,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ValueError, TypeError: an unknown key (with the nearest known one), a value of another type or out of bounds.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"config: {path} must be a YAML file, got a folder")
+    if not path.exists():
         beside = sorted(file.name for file in path.parent.glob("*.yaml"))
         there = f"beside it there are {', '.join(beside)}" if beside else f"presets are in {PRESETS}"
         raise ValueError(f"config: no file {path}; {there}")
@@ -43,7 +45,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         key, text = _apply(values, override)
         texts[key] = text
-    return config_from_dict(values, texts)
+    try:
+        return config_from_dict(values, texts)
+    except (ValueError, TypeError) as error:
+        key = re.search(r"`([\w.]+)`", str(error))
+        if key is None or any(f"{key[1]}.".startswith(f"{edited}.") for edited in texts):
+            raise
+        raise type(error)(f"{error} (in {path})") from error
 
 
 def config_from_dict(values: dict[str, Any], texts: Mapping[str, str] | None = None) -> Config:
@@ -96,9 +104,11 @@ class _Loader(yaml.SafeLoader):
         """The mapping of `node`, whose keys must differ."""
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -115,10 +125,12 @@ def _yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
-        line = f"line {at.line + 1} of " if at is not None and "\n" in text else ""
+        line = f"line {at.line + 1} of " if at is not None and "\n" in text.rstrip(" ") else ""
         raise ValueError(f"config: {line}{where} is not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config: {where} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"config: {where} is nested too deeply") from error
 
 
 def _apply(values: dict[str, Any], override: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.config import Config
-from training.photographs import display_name, list_images, opened, read_rgb, size_of, visible_files
+from training.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
 from training.procedural import ProceduralData
 
 IGNORE = -1
@@ -67,11 +68,11 @@ class FolderData:
         _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
-        inside = labels.resolve()
-        files = [file for file in list_images(folder) if inside not in file.resolve().parents]
-        self._names = [file.relative_to(folder).with_suffix("") for file in files][:limit]
-        self._files = files[:limit]
-        self._labels = _labels(labels, self._names, self._files)
+        inside = real(labels)
+        files = [file for file in list_images(folder) if inside not in real(file).parents]
+        names = [file.relative_to(folder).with_suffix("") for file in files]
+        self._files, self._names = files[:limit], names[:limit]
+        self._labels = _labels(labels, self._names, self._files, unused=names[len(self._names) :])
         if self._labels is not None and not classes:
             raise ValueError(f"data: {display_name(labels)} has labels, so `data.classes` must name their classes")
         self._check_headers(split)
@@ -106,6 +107,9 @@ class FolderData:
 def _check_layout(root: Path) -> None:
     """Refuse folders of splits that would be taken for something else, or overlooked."""
     imgs, labels = root / "imgs", root / "labels"
+    for folder in (imgs, labels, *(kind / split for kind in (imgs, labels) for split in ("train", "val"))):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"data: {display_name(folder)} must be a folder")
     if not imgs.is_dir() and (root / "train").is_dir() and (root / "val").is_dir():
         raise ValueError(f"data: {display_name(root)} has train/ and val/: they must be in {display_name(imgs)}")
     if (labels / "val").is_dir() and not (imgs / "val").is_dir() and visible_files(labels / "val"):
@@ -121,8 +125,8 @@ def _folder(root: Path, kind: str, split: str) -> Path:
     return root if kind == "imgs" and not whole.is_dir() else whole
 
 
-def _labels(folder: Path, names: list[Path], images: list[Path]) -> list[Path] | None:
-    """The label of each image; None where there are no labels."""
+def _labels(folder: Path, names: list[Path], images: list[Path], unused: list[Path]) -> list[Path] | None:
+    """The label of each image; None where there are no labels. The names `unused` are of images that have no part."""
     found = visible_files(folder) if folder.is_dir() else []
     if not found:
         return None
@@ -144,6 +148,10 @@ def _labels(folder: Path, names: list[Path], images: list[Path]) -> list[Path] |
         raise ValueError(
             f"data: {len(missing)} of {len(images)} images have no label, for example {display_name(missing[0])}"
         )
+    left = sorted(by_name.keys() - set(names) - set(unused))
+    if left:
+        example = display_name(by_name[left[0]])
+        print(f"data: {len(left)} labels match no image and are not used, for example {example}", file=sys.stderr)
     shared = {name: image for name, image in zip(names, images, strict=True)}
     for name, image in zip(names, images, strict=True):
         if shared[name] != image:

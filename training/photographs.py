@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
+MARK = "hpkernels training.predict"
+"""What `training.predict` writes into its pictures, which are never taken for photographs."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice the size is an error, and enough
+
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
 
 
@@ -21,8 +27,15 @@ def display_name(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def real(path: str | Path) -> Path:
+    """`path` without links; ``Path.resolve`` raises where they lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files of `folder` and of the folders in it, by name; those that begin with a dot are left out.
+    """The image files of `folder` and of the folders in it, by name.
+
+    Those that begin with a dot are left out, and so is what `training.predict` wrote.
 
     Raises:
         ValueError: there is no such folder, or it holds no image.
@@ -32,9 +45,22 @@ def list_images(folder: str | Path) -> list[Path]:
         kind = "not a folder" if folder.exists() else "not there"
         raise ValueError(f"data: the folder of images {display_name(folder)} is {kind}")
     files = [file for file in visible_files(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise ValueError(f"data: there are no {' '.join(IMAGE_SUFFIXES)} files in {display_name(folder)}")
-    return files
+    photographs = [file for file in files if not is_prediction(file)]
+    if not photographs:
+        besides = "; what is there was written by training.predict" if files else ""
+        raise ValueError(f"data: there are no {' '.join(IMAGE_SUFFIXES)} files in {display_name(folder)}{besides}")
+    return photographs
+
+
+def is_prediction(file: Path) -> bool:
+    """Whether `training.predict` wrote `file`."""
+    if file.suffix not in (".png", ".jpg"):
+        return False
+    try:
+        with opened(file) as image:
+            return image.info.get("Software") == MARK or image.info.get("comment") == MARK.encode()
+    except ValueError:
+        return False
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -70,13 +96,13 @@ def opened(file: Path) -> Iterator[Image.Image]:
         ValueError: it cannot be read, inside the ``with`` block as well; the message names the file.
     """
     try:
-        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        if os.path.exists(file) and not file.is_file():  # opening a pipe would wait for ever
             raise OSError("it is no file")
         with Image.open(file) as image:
             yield image
     except _DAMAGE as error:
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise ValueError(f"data: the image {display_name(file)} cannot be read: {reason}") from error
+        raise ValueError(f"data: the image file {display_name(file)} cannot be read: {reason}") from error
 
 
 def read_rgb(file: Path) -> Image.Image:

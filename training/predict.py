@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,14 @@ from training.config import Config
 from training.data import resized
 from training.evaluate import HEADLINE
 from training.figures import class_palette
-from training.photographs import display_name, list_images, opened, read_rgb
+from training.output import prepare_folder
+from training.photographs import MARK, display_name, is_prediction, list_images, read_rgb, real, visible_files
 from training.program import expanded, one_sentence
 from training.run import open_trained
 from training.segment import SEGMENTATIONS, check_usable, map_names, segment, to_classes
 from training.state import TrainingState
 
 _NAMES = "classes.json"
-_MARK = "hpkernels training.predict"  # in every picture written here: only those are ever overwritten
 
 
 def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path, kind: str) -> Tensor:
@@ -50,18 +52,9 @@ def write_prediction(file: Path, classes: Tensor, count: int, class_map: Path, o
     indexed = Image.fromarray(classes.numpy().astype(np.uint8))
     indexed.putpalette(class_palette(count).astype(np.uint8).flatten().tolist())
     text = PngInfo()
-    text.add_text("Software", _MARK)
+    text.add_text("Software", MARK)
     indexed.save(class_map, pnginfo=text)
-    Image.blend(read_rgb(file), indexed.convert("RGB"), 0.5).save(overlay, comment=_MARK)
-
-
-def is_prediction(file: Path) -> bool:
-    """Whether `write_prediction` wrote `file`."""
-    try:
-        with opened(file) as image:
-            return image.info.get("Software") == _MARK or image.info.get("comment") == _MARK.encode()
-    except ValueError:
-        return False
+    Image.blend(read_rgb(file), indexed.convert("RGB"), 0.5).save(overlay, comment=MARK)
 
 
 def outputs(images: Path, out: Path) -> dict[Path, tuple[Path, Path]]:
@@ -74,41 +67,36 @@ def outputs(images: Path, out: Path) -> dict[Path, tuple[Path, Path]]:
         ValueError: there are no photographs, or something would be overwritten that is not an earlier prediction.
     """
     whole = images.parent if images.is_file() else images
-    files = [images] if images.is_file() else list_images(images)
-    if out.resolve() == images.resolve():
-        raise ValueError(f"--out must be another folder than --images, got {display_name(out)}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {display_name(out)}")
-    if not images.is_file():
-        inside = out.resolve()
-        files = [file for file in files if inside not in file.resolve().parents or not is_prediction(file)]
-    if not files:
-        raise ValueError(f"there are no photographs in {display_name(images)} outside of --out")
+    if real(out) == real(images):
+        raise ValueError(f"--out must be another folder than --images, got {display_name(out)}")
+    files = [images] if images.is_file() else list_images(images)
+    folded = _folded if _folds_case(out) else str
     names = [file.relative_to(whole) for file in files]
-    stems = Counter(_folded(name.with_suffix("")) for name in names)
+    stems = Counter(folded(name.with_suffix("")) for name in names)
+
+    def short(name: Path) -> Path:
+        return name.with_suffix("") if stems[folded(name.with_suffix(""))] == 1 else name
+
     # A name with its extension may be the stem of another photograph (a.jpg, a.png and a.jpg.jpg): then all keep it.
-    taken = Counter(_folded(_short(name, stems)) for name in names)
-    plain = max(taken.values()) == 1
+    plain = max(Counter(folded(short(name)) for name in names).values()) == 1
     planned = {}
+    source: dict[str, Path] = {}
     for file, name in zip(files, names, strict=True):
-        stem = _short(name, stems) if plain else name
+        stem = short(name) if plain else name
         planned[file] = out / f"{stem}.png", out / f"{stem}_overlay.jpg"
-    written = [path for pair in planned.values() for path in pair]
-    again = [path for path, count in Counter(_folded(path) for path in written).items() if count > 1]
-    if again:
-        raise ValueError(f"two photographs in {display_name(images)} would be written to {display_name(again[0])}")
-    photographs = {file.resolve() for file in files}
-    for path in written:
-        if path.resolve() in photographs or (path.exists() and not is_prediction(path)):
+        for path in planned[file]:
+            other = source.setdefault(folded(path), file)
+            if other != file:
+                raise ValueError(
+                    f"{display_name(other)} and {display_name(file)} would both be written to {display_name(path)}"
+                )
+    photographs = {real(file) for file in files}
+    for path in (path for pair in planned.values() for path in pair):
+        if real(path) in photographs or (os.path.lexists(path) and not is_prediction(path)):
             raise ValueError(f"{display_name(path)} is there already and is no prediction: choose another --out")
-    _check_names(out / _NAMES)
     return planned
-
-
-def _short(name: Path, stems: Counter[str]) -> Path:
-    """`name` without its extension, if no other photograph has that stem."""
-    stem = name.with_suffix("")
-    return stem if stems[_folded(stem)] == 1 else name
 
 
 def _folded(name: Path) -> str:
@@ -116,16 +104,27 @@ def _folded(name: Path) -> str:
     return str(name).casefold()
 
 
-def _check_names(file: Path) -> None:
-    """Refuse to overwrite a `classes.json` that is not in the form of ours."""
-    if not file.exists():
-        return
-    try:
-        names = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        names = None
-    if not isinstance(names, dict) or list(names) != [str(index) for index in range(len(names))]:
-        raise ValueError(f"{display_name(file)} is there already and is not of predictions: choose another --out")
+def _folds_case(folder: Path) -> bool:
+    """Whether the file system of `folder`, or of the folder it will be made in, does not tell upper from lower case."""
+    for parent in (real(folder), *real(folder).parents):
+        other = parent.with_name(parent.name.swapcase()) if parent.name else parent
+        if parent.exists() and other != parent:
+            return other.exists() and other.samefile(parent)
+    return False
+
+
+def write_names(out: Path, names: list[str]) -> None:
+    """Write what each value of the class maps is.
+
+    Raises:
+        ValueError: a file of that name is there, says something else, and lies beside no prediction.
+    """
+    file, text = out / _NAMES, json.dumps(dict(enumerate(names)), indent=2, ensure_ascii=False)
+    if os.path.lexists(file):
+        same = file.is_file() and file.read_bytes() == text.encode()
+        if not same and not (file.is_file() and any(is_prediction(path) for path in visible_files(out))):
+            raise ValueError(f"{display_name(file)} is there already and is not of predictions: choose another --out")
+    file.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,8 +153,8 @@ def run(options: argparse.Namespace) -> None:
     if len(names) > 256:
         raise ValueError(f"a class map has one byte a pixel, enough for 256 clusters, got {len(names)}")
     planned = outputs(options.images, out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _NAMES).write_text(json.dumps(dict(enumerate(names)), indent=2, ensure_ascii=False), encoding="utf-8")
+    prepare_folder(out, "--out")
+    write_names(out, names)
     if any(paths[0].name == f"{file.name}.png" for file, paths in planned.items()):
         print("photographs that differ in their extension alone keep it in the names of their predictions")
     bad = []
@@ -166,6 +165,9 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             bad.append(str(error))
         except OSError as error:
+            for path in paths:  # half a result
+                with suppress(OSError):
+                    path.unlink()
             if error.errno == errno.ENOSPC:
                 raise
             bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")

@@ -35,6 +35,8 @@ _MISTAKES = (
 
 def expanded(path: str) -> Path:
     """`path` with ``~`` as the home folder; for arguments, which a shell has not always expanded."""
+    if not path:
+        raise argparse.ArgumentTypeError("a path must not be empty")
     return Path(os.path.expanduser(path))
 
 
@@ -88,5 +90,6 @@ def one_sentence(program: str) -> Iterator[None]:
 
 
 def _leave(program: str, text: str) -> NoReturn:
+    text = text.removeprefix(f"{program}: ").partition("Exception raised from")[0]  # what follows are frames of C++
     sentence = " ".join(text.split())
     sys.exit(f"{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")

@@ -9,6 +9,7 @@ python -m training.published export  runs/coco27/checkpoint.pt published.pth
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
+from training.photographs import display_name
 from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_trained
 from training.state import TrainingState
@@ -129,7 +131,13 @@ def main(arguments: list[str] | None = None) -> None:
     add_overrides(parser, "import: edits, e.g. head.dim=90; --keys lists all")
     options = parse_with_overrides("published", parser, arguments)
     with one_sentence("published"):
+        if os.path.lexists(options.target):
+            raise ValueError(
+                f"the target {display_name(options.target)} is there already: choose another, or remove it"
+            )
         if options.direction == "export":
+            if options.config is not None or options.overrides:
+                raise ValueError("an export takes no --config and no key=value: a checkpoint has its configuration")
             _, backbone, state = open_trained(options.source, "cpu")
             with checkpoint.written_whole(options.target) as file:
                 torch.save(export_state(backbone, state), file)

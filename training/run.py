@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from training.config import Config
 from training.config_file import config_from_dict
 from training.data import SegmentationData, open_data, steps_per_epoch
 from training.features import FeatureBank
-from training.photographs import display_name
+from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
@@ -81,8 +81,9 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     Raises:
         ValueError: the folder holds a run of another configuration, or the data does not fit.
     """
-    found = checkpoint_path(config).is_file() and not fresh
-    saved = checkpoint.load(checkpoint_path(config)) if found else None
+    where = checkpoint_path(config)
+    check_output(config, fresh)
+    saved = load_run(where) if where.exists() and not fresh else None
     if saved is not None:
         _check_same(config, saved["config"])
     device = resolve_device(config.device)
@@ -103,50 +104,77 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is None:
         backbone.fit(_images(train_data, config.seed))
     else:
-        backbone.load_state_dict(saved["backbone"])
+        with _restoring(where):
+            backbone.load_state_dict(saved["backbone"])
     train_bank = open_bank(config, backbone, train_data, device, views=config.backbone.views)
     torch.manual_seed(config.seed)
-    # Older checkpoints have as many classes as clusters.
-    number, classes = (number, len(train_data.classes) or number) if saved is None else output_sizes(saved["state"])
+    classes = len(train_data.classes) or number
+    if saved is not None:  # older checkpoints have as many classes as clusters
+        with _restoring(where):
+            number, classes = output_sizes(saved["state"])
     state = TrainingState(config, backbone.features_dim, number, device, classes)
     if saved is not None:
-        state.load_state_dict(saved["state"])
+        with _restoring(where):
+            state.load_state_dict(saved["state"])
     if not state.pools.agnostic.vectors.any():  # a new run, or one imported from the published code
         state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device)
     if fresh:
-        _remove_old(Path(config.output))
+        remove_run(Path(config.output))
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
 
 
-def _remove_old(output: Path) -> None:
-    """Remove what an older run left in its output folder, and nothing else."""
-    for name in ("checkpoint.pt", "checkpoint.pt.partial", "best.pt", "metrics.json", "report.html"):
-        (output / name).unlink(missing_ok=True)
-    for log in (output / "tensorboard").glob("events.out.tfevents.*"):
-        log.unlink()
+def load_run(path: str | Path) -> dict[str, Any]:
+    """What `Run.save` wrote.
+
+    Raises:
+        ValueError: it cannot be read, a part is missing, or a weight is not finite.
+    """
+    saved = checkpoint.load(path)
+    with _restoring(path):
+        modules = {"backbone": saved["backbone"]} | saved["state"]["modules"]
+        for name, module in modules.items():
+            for key, value in module.items():
+                if isinstance(value, Tensor) and not value.isfinite().all():
+                    raise ValueError(f"{name}.{key} is not finite")
+        if not isinstance(saved["config"], dict):
+            raise TypeError("its config is no mapping")
+    return saved
+
+
+@contextmanager
+def _restoring(path: str | Path) -> Iterator[None]:
+    """Say which checkpoint it is that does not fit together."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"checkpoint: {path} cannot be used: {why}") from error
 
 
 def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbone, TrainingState]:
     """The configuration, backbone and state in a checkpoint, without the images they were trained on."""
-    saved = checkpoint.load(path)
-    config = config_from_dict(saved["config"])
+    saved = load_run(path)
     where = resolve_device(device)
-    # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
-    config.backbone.pretrained = False
-    config.backbone.weights = None
-    try:
-        check_backend(config.backend, where)
-    except ValueError:
-        config.backend = "auto"  # the machine that trained had another device
-    backbone = build_backbone(config.backbone, config.seed, where)
-    backbone.load_state_dict(saved["backbone"])
-    number, classes = output_sizes(saved["state"])
-    state = TrainingState(config, backbone.features_dim, number, where, classes)
-    state.load_modules(saved["state"])
-    state.step = saved["state"]["step"]
+    with _restoring(path):
+        config = config_from_dict(saved["config"])
+        # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
+        config.backbone.pretrained = False
+        config.backbone.weights = None
+        try:
+            check_backend(config.backend, where)
+        except ValueError:
+            config.backend = "auto"  # the machine that trained had another device
+        backbone = build_backbone(config.backbone, config.seed, where)
+        backbone.load_state_dict(saved["backbone"])
+        number, classes = output_sizes(saved["state"])
+        state = TrainingState(config, backbone.features_dim, number, where, classes)
+        state.load_modules(saved["state"])
+        state.step = saved["state"]["step"]
     return config, backbone, state
 
 
@@ -218,25 +246,6 @@ def check_backend(name: str, device: torch.device) -> None:
             select(op, name, torch.empty(0, device=device))
         except BackendUnavailableError as error:
             raise ValueError(f"config: `backend` {name!r} cannot be used on {device}: {error}") from error
-
-
-def prepare_folder(folder: Path, what: str) -> None:
-    """Make `folder`, and make sure that files can be written into it; errors begin with `what`.
-
-    Raises:
-        ValueError: it cannot be made, or not be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (FileExistsError, NotADirectoryError) as error:
-        in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
-        raise ValueError(f"{what} must be a folder, got the file {display_name(in_the_way)}") from error
-    except OSError as error:
-        raise ValueError(
-            f"{what} must be a folder to write to, got {display_name(folder)}: {error.strerror}"
-        ) from error
 
 
 def _identity(data: SegmentationData) -> dict[str, Any]:

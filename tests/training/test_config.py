@@ -83,7 +83,7 @@ def test_config_survives_a_checkpoint():
         ("pool.qqq=1", ValueError, "unknown key `pool.qqq`; the keys of `pool` are pool.size, pool.renew_every"),
         ("qqq.zzz=1", ValueError, "known are seed, .* and the sections backbone, data, .*; --keys lists all"),
         ("loss.temperature=0", ValueError, "`loss.temperature` must be at least 1e-06, got 0"),
-        ("head.dim=10000000000", ValueError, "`head.dim` must be at most 2147483647, got 10000000000"),
+        ("steps=10000000000", ValueError, "`steps` must be at most 2147483647, got 10000000000"),
         ("loss.temperature=.nan", ValueError, "`loss.temperature` must be at least 1e-06, got nan"),
         ("loss.negative_rate=2", ValueError, r"`loss.negative_rate` must be in \[0, 1\], got 2"),
         ("loss.variant=both", ValueError, "`loss.variant` must be one of joint, separate, got 'both'"),
@@ -92,9 +92,9 @@ def test_config_survives_a_checkpoint():
         ("batch_size=true", TypeError, "`batch_size` must be int, got True"),
         ("head.dim=many", TypeError, "`head.dim` must be int, got 'many'"),
         ("data.size=[64]", TypeError, r"`data.size` must be \[height, width\] or one number for a square, got \[64\]"),
-        ("data.size=[0, 0]", ValueError, r"`data.size` must be at least 1, got \[0, 0\]"),
-        ("data.size=[-5, 80]", ValueError, r"`data.size` must be at least 1, got \[-5, 80\]"),
-        ("data.size=-5", ValueError, r"`data.size` must be at least 1, got \[-5, -5\]"),
+        ("data.size=[0, 0]", ValueError, r"`data.size` must be in \[1, 16384\], got \[0, 0\]"),
+        ("data.size=[-5, 80]", ValueError, r"`data.size` must be in \[1, 16384\], got \[-5, 80\]"),
+        ("data.size=-5", ValueError, r"`data.size` must be in \[1, 16384\], got \[-5, -5\]"),
         ("head.dropout=1", ValueError, r"`head.dropout` must be in \[0, 1\), got 1.0"),
         ("seed=4294967296", ValueError, r"`seed` must be in \[0, 4294967295\], got 4294967296"),
         ("loss.temperature=1" + "0" * 400, ValueError, "`loss.temperature` must be at least 1e-06, got inf"),
@@ -167,12 +167,30 @@ def test_a_section_without_keys_has_its_defaults(tmp_path):
     assert load_config(tmp_path / "own.yaml", ["loss.temperature=2"]).loss.temperature == 2
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: " + "[" * 3000, "is nested too deeply"),
+        ("? [a]\n: 1\n", "line 1 of .*is not YAML: a key must be one word"),
+        ("steps: 3\nseed: x\n", r"`seed` must be int, got 'x'.* \(in .*own.yaml\)"),
+        ("steps: 3\nsede: 1\n", r"unknown key `sede`; did you mean `seed`\? \(in .*own.yaml\)"),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path, text, message):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load_config(file)
+    with pytest.raises(ValueError, match="must be a YAML file, got a folder"):
+        load_config(tmp_path)
+
+
 def test_all_keys_are_listed_with_bounds_and_comments():
     lines = {line.split()[0]: line for line in key_table().splitlines()}
     assert list(lines) == ["key", *known_keys()]
     for key, text in (
         ("head.dropout", "0.1 float, in [0, 1) # channel dropout on the head's input"),
-        ("data.size", "[224, 224] [height, width] or one number for a square, at least 1 # in pixels"),
+        ("data.size", "[224, 224] [height, width] or one number for a square, in [1, 16384] # in pixels"),
         ("backend", "auto auto or cuda or triton or cpu or reference # of the hpkernels ops"),
         ("epochs", "null int or null, at least 1 # length of the run"),
     ):

@@ -67,6 +67,29 @@ def test_labels_that_match_no_image_are_an_error(photo_folder):
         FolderData(root, "train", (24, 32), CLASSES)
 
 
+def test_labels_without_an_image_are_told(photo_folder, capsys):
+    root = photo_folder()
+    (root / "imgs" / "train" / "mosaic_0000.png").unlink()
+    assert len(FolderData(root, "train", (24, 32), CLASSES, limit=2)) == 2
+    assert capsys.readouterr().err == (
+        f"data: 1 labels match no image and are not used, for example {root}/labels/train/mosaic_0000.png\n"
+    )
+
+
+def test_a_file_in_the_place_of_a_folder(photo_folder):
+    root = photo_folder(labels=False)
+    (root / "labels").write_text("a file")
+    with pytest.raises(ValueError, match="labels must be a folder"):
+        FolderData(root, "train", (24, 32), CLASSES)
+
+
+def test_a_link_in_a_circle_is_named(photo_folder):
+    root = photo_folder(labels=False)
+    (root / "imgs" / "train" / "x.png").symlink_to("x.png")
+    with pytest.raises(ValueError, match="x.png cannot be read"):
+        FolderData(root, "train", (24, 32), ())
+
+
 def test_names_in_upper_case_and_hidden_files(photo_folder):
     root = photo_folder()
     for kind in ("imgs", "labels"):

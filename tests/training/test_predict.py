@@ -1,10 +1,14 @@
 """What predict writes, and what it never overwrites."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
-from training.predict import is_prediction, outputs, write_prediction
+from training.output import prepare_folder
+from training.photographs import is_prediction, read_rgb
+from training.predict import outputs, write_names, write_prediction
 from training.segment import greatest, upsample
 
 
@@ -42,11 +46,46 @@ def test_photographs_inside_the_output_folder_are_segmented_too(tmp_path):
     assert list(outputs(images, images / "sub")) == [images / "a.jpg", images / "sub" / "b.jpg"]
 
 
-def test_a_file_called_classes_json_of_something_else_is_kept(tmp_path):
+@pytest.mark.parametrize("text", ['["sky", "road"]', '{"0": "mine"}', "{}"])
+def test_a_file_called_classes_json_of_something_else_is_kept(tmp_path, text):
+    file = tmp_path / "classes.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="classes.json is there already and is not of predictions"):
+        write_names(tmp_path, ["sky", "road"])
+    assert file.read_text() == text
+    photographs(tmp_path, "a.jpg")
+    write_prediction(tmp_path / "a.jpg", torch.zeros(6, 8), 2, tmp_path / "a.png", tmp_path / "a_overlay.jpg")
+    write_names(tmp_path, ["sky", "road"])  # the names that belong to predictions are those of the newest
+    write_names(tmp_path, ["sky", "road"])
+    assert json.loads(file.read_text()) == {"0": "sky", "1": "road"}
+
+
+def test_names_that_differ_in_case_alone(tmp_path, monkeypatch):
+    images = photographs(tmp_path / "in", "a.jpg", "A.jpg")
+    if len(list(images.iterdir())) == 1:
+        pytest.skip("the file system does not tell upper from lower case")
+    assert sorted(paths[0].name for paths in outputs(images, tmp_path / "out").values()) == ["A.png", "a.png"]
+    monkeypatch.setattr("training.predict._folds_case", lambda folder: True)
+    with pytest.raises(ValueError, match="A.jpg and .*a.jpg would both be written to .*a.jpg.png"):
+        outputs(images, tmp_path / "out")
+
+
+def test_links_in_a_circle_are_no_photographs(tmp_path):
+    images = photographs(tmp_path / "in", "a.jpg")
+    (images / "b.jpg").symlink_to("b.jpg")
+    assert len(outputs(images, tmp_path / "out")) == 2
+    with pytest.raises(ValueError, match="b.jpg cannot be read"):
+        read_rgb(images / "b.jpg")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ValueError, match="--out must be a folder, got the file .*circle"):
+        prepare_folder(tmp_path / "circle", "--out")
+
+
+def test_nothing_is_written_through_a_link_that_leads_nowhere(tmp_path):
     images = photographs(tmp_path / "in", "a.jpg")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "classes.json").write_text('["sky", "road"]')
-    with pytest.raises(ValueError, match="classes.json is there already and is not of predictions"):
+    (tmp_path / "out" / "a.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(ValueError, match="a.png is there already and is no prediction"):
         outputs(images, tmp_path / "out")
 
 
@@ -77,6 +116,9 @@ def test_earlier_predictions_are_replaced_and_not_segmented(tmp_path):
         images / "a.png", torch.zeros(6, 8), 2, images / "maps" / "a.png", images / "maps" / "a_overlay.jpg"
     )
     assert list(outputs(images, images / "maps")) == [images / "a.png"]
+    assert list(outputs(images, tmp_path / "others")) == [images / "a.png"]
+    with pytest.raises(ValueError, match="what is there was written by training.predict"):
+        outputs(images / "maps", tmp_path / "others")
 
 
 def test_bands_give_what_one_interpolation_gives(monkeypatch):

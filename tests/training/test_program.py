@@ -32,6 +32,12 @@ def test_memory_that_is_not_there():
         raise RuntimeError("something else")
 
 
+def test_frames_of_libraries_are_no_part_of_a_sentence():
+    with pytest.raises(SystemExit) as stopped, one_sentence("train"):
+        raise ValueError("train: too long\nException raised from here (most recent call first):\nframe #0")
+    assert stopped.value.code == "train: too long"
+
+
 def test_interrupt(capsys):
     with pytest.raises(SystemExit) as stopped, one_sentence("train"):
         raise KeyboardInterrupt

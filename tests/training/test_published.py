@@ -101,6 +101,16 @@ def test_command_line(trained, tmp_path, capsys):
         main(["import", str(tmp_path / "published.pth"), str(tmp_path / "x.pt")])
 
 
+def test_nothing_is_overwritten(tmp_path):
+    for name in ("own.pt", "photograph.png"):
+        (tmp_path / name).write_bytes(b"mine")
+        with pytest.raises(SystemExit, match="^published: the target .* is there already: choose another"):
+            main(["export", str(tmp_path / "own.pt"), str(tmp_path / name)])
+        assert (tmp_path / name).read_bytes() == b"mine"
+    with pytest.raises(SystemExit, match="^published: an export takes no --config and no key=value"):
+        main(["export", str(tmp_path / "own.pt"), str(tmp_path / "new.pth"), "seed=1"])
+
+
 def test_a_file_with_the_options_of_its_training_is_read(trained, tmp_path):
     config, backbone, state = trained
     contents = export_state(backbone, state) | {"opt": argparse.Namespace(lr=0.1)}

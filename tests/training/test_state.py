@@ -1,5 +1,6 @@
 """What a state can give: nothing that was never fitted passes for a result."""
 
+import copy
 import json
 import math
 from dataclasses import asdict
@@ -35,6 +36,14 @@ def folder_run(tiny_config, photo_folder):
         return open_run(tiny_config(steps=3, warmup=1, data=values))
 
     return make
+
+
+@pytest.fixture
+def finished(tiny_config):
+    """What the checkpoint of a run holds."""
+    run = open_run(tiny_config(steps=3, warmup=1))
+    run.save()
+    return checkpoint.load(checkpoint_path(run.config))
 
 
 def strict(text):
@@ -173,6 +182,35 @@ def test_scores_of_segmentations_left_out_are_none():
         "cluster_probe": None,
         "linear": {"accuracy": 50.0, "miou": None},
     }
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("state", None, "it has no 'state'"),
+        ("config", None, "it has no 'config'"),
+        ("config", "x", "its config is no mapping"),
+        ("backbone", None, "it has no 'backbone'"),
+        ("state.modules", None, "it has no 'modules'"),
+        ("state.modules.head", None, "it has no 'head'"),
+        ("config.head.dim", 20, "Error.* for SegmentationHead:\n\tsize mismatch"),
+        ("config.new", 1, "config: unknown key `new`"),
+        ("state.modules.head.w1.bias", torch.full((8,), math.nan), "head.w1.bias is not finite"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, path, value, message):
+    damaged = copy.deepcopy(finished)
+    *inner, last = path.split(".", 3)
+    entry = damaged
+    for key in inner:
+        entry = entry[key]
+    if value is None:
+        del entry[last]
+    else:
+        entry[last] = value
+    checkpoint.save(tmp_path / "x.pt", damaged)
+    with pytest.raises(ValueError, match=f"checkpoint: .*x.pt cannot be used: {message}"):
+        open_trained(tmp_path / "x.pt", "cpu")
 
 
 def test_pools_that_an_import_leaves_empty_are_filled(folder_run):
