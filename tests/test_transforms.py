@@ -114,3 +114,35 @@ def test_a_setting_that_changes_from_step_to_step_compiles(setting, dynamic, z):
     # Lambda rises at every step, so it must not be a constant of the graph; the others are, of up to eight graphs.
     for step in range(1, 20 if setting == "specific_weight" else 4):
         torch.testing.assert_close(compiled(z, step / 40), call(z, step / 40))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_default_device_has_no_part(backend, z):
+    """A program may make its new tensors on a GPU by default, and yet call the ops with tensors on the CPU."""
+    features, pool, tokens, labels = torch.eye(N, D), torch.eye(1, D), torch.rand(1, 2, N, 8), torch.arange(N) % 3
+    threshold = torch.full((N,), 0.5)
+
+    def losses():
+        yield hpkernels.masked_topk(z.detach(), features, 2, backend=backend).values.sum()
+        yield hpkernels.hidden_positives(z.detach(), threshold, backend=backend).T.count().sum()
+        yield hpkernels.ghp_contrastive(z, features, pool, anchors_per_image=6, seed=0, backend=backend)
+        for rate, variant in ((1.0, "joint"), (0.2, "joint"), (0.2, "separate")):
+            for positives in (labels, hpkernels.PositiveMask.from_labels(labels, ignore_index=1)):
+                yield hpkernels.multi_positive_contrastive(
+                    z, positives, negative_rate=rate, variant=variant, seed=0, backend=backend
+                )
+        yield hpkernels.local_propagation(code, tokens, tokens, prefix_tokens=0, backend=backend).square().sum()
+
+    def results():
+        for loss in losses():
+            yield loss.item()
+            if loss.requires_grad:
+                yield torch.autograd.grad(loss, z)[0]
+
+    z.requires_grad_()
+    code = z.T.reshape(1, D, 4, 6)
+    expected = list(results())
+    with torch.device("meta"):
+        found = list(results())
+    assert len(found) == len(expected) > 10
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(found, expected, strict=True))

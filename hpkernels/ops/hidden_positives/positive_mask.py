@@ -198,7 +198,7 @@ def _check_bits(bits: Tensor) -> None:
     used = anchors % 32
     if used and (bits[:, -1] & (-1 << used)).any():
         raise ValueError(f"PositiveMask: `bits` must be 0 beyond column {anchors - 1}, got a set bit in the padding")
-    own = torch.arange(anchors)
+    own = torch.arange(anchors, device=bits.device)
     if ((bits[own, own // 32] >> (own % 32)) & 1).any():
         raise ValueError("PositiveMask: `bits` must be 0 on the diagonal, got an anchor that is its own positive")
 

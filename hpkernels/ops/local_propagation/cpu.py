@@ -54,7 +54,7 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
 
 def _stencil(kernel: Any, maps: Tensor, weights: Tensor) -> Tensor:
     (accumulate,) = check.accumulation(maps.dtype)
-    result = torch.empty(maps.shape, dtype=accumulate)
+    result = torch.empty(maps.shape, dtype=accumulate, device=maps.device)
     kernel(maps.to(accumulate).contiguous(), weights.to(accumulate).contiguous(), result)
     return result.to(maps.dtype)
 

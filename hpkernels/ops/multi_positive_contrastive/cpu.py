@@ -124,7 +124,7 @@ def _negative_bits(negatives: Tensor | None, seed: Tensor, rows: int, columns: i
 
 @functools.lru_cache(maxsize=1)  # forward and backward of a step draw the same
 def _drawn(seed: int, rows: int, columns: int, rate: float) -> Tensor:
-    bits = torch.empty((rows, words_per_row(columns)), dtype=torch.int32)
+    bits = torch.empty((rows, words_per_row(columns)), dtype=torch.int32, device="cpu")
     torch.ops.hpkernels_cpu.draw_negatives(seed, columns, rate, bits)
     return bits
 
