@@ -37,7 +37,7 @@ def report() -> dict[str, Any]:
         "variables": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
         "libraries": {name: state._asdict() for name, state in _native.LIBRARIES.items()},
         "auto": [taken(op, device) for op in backends.registered_ops() for device in devices],
-        "passed_over": [entry for device in devices for entry in passed_over(device)],
+        "not_taken": [entry for device in devices for entry in not_taken(device)],
     }
 
 
@@ -77,7 +77,7 @@ def taken(op: str, device: str) -> dict[str, str]:
     return row
 
 
-def passed_over(device: str) -> list[dict[str, Any]]:
+def not_taken(device: str) -> list[dict[str, Any]]:
     """Each reason why ``auto`` does not take a backend on `device`, with the ops and dtypes that it is true of."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for op in backends.registered_ops():
@@ -109,7 +109,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     errors = {row[_name(dtype)] for row in told["auto"] for dtype in DTYPES} - set(backends.BACKENDS)
     out += ["", *sorted(errors)] if errors else []
     out += ["", "not taken, and why"]
-    for entry in told["passed_over"]:
+    for entry in told["not_taken"]:
         every = len(entry["ops"]) == len(backends.registered_ops())
         what = [] if every else [", ".join(entry["ops"])]
         what += [] if len(entry["dtypes"]) == len(DTYPES) else [", ".join(entry["dtypes"])]
@@ -120,7 +120,7 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m hpkernels", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m hpkernels", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     told = report()
@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(told, indent=2) if options.json else "\n".join(lines(told)), flush=True)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of a disk that is full
+        sys.exit(f"python -m hpkernels: the report cannot be written: {error.strerror}")
 
 
 def _name(dtype: torch.dtype) -> str:

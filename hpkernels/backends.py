@@ -92,7 +92,7 @@ def select(op: str, backend: Backend, tensor: torch.Tensor, caller: str | None =
     if backend == "auto" and in_context is not None:
         backend, source = in_context, "use_backend: `backend`"
     if backend == "auto":
-        in_environment: Any = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        in_environment: Any = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         backend, source = in_environment, ENVIRONMENT_VARIABLE
     check_name(backend, source)
     if backend != "auto":

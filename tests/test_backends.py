@@ -94,8 +94,9 @@ def test_the_call_outranks_the_context_which_outranks_the_environment(register, 
             assert backends.select(OP, "auto", CPU) == "cuda"
         assert backends.select(OP, "auto", CPU) == "cpu"
     assert backends.select(OP, "auto", CPU) == "triton"
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "auto")
-    assert backends.select(OP, "auto", CPU) == "cuda"
+    for unset in ("auto", ""):
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, unset)
+        assert backends.select(OP, "auto", CPU) == "cuda"
 
 
 def test_use_backend_ends_with_the_block_even_after_an_error(register):

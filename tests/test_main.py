@@ -53,17 +53,17 @@ def test_auto_is_what_select_takes(told):
                 assert row[report._name(dtype)] == backends.select(row["op"], "auto", tensor)
 
 
-def test_each_backend_is_taken_or_passed_over_with_a_reason(told):
+def test_each_backend_is_taken_or_not_with_a_reason(told):
     for row in told["auto"]:
         for dtype in map(report._name, report.DTYPES):
             reasons = {
                 entry["backend"]
-                for entry in told["passed_over"]
+                for entry in told["not_taken"]
                 if entry["device"] == row["device"] and dtype in entry["dtypes"] and row["op"] in entry["ops"]
             }
             before = backends.BACKENDS[: backends.BACKENDS.index(row[dtype])]
             assert set(before) <= reasons and row[dtype] not in reasons
-    assert all(entry["reason"] and "\n" not in entry["reason"] for entry in told["passed_over"])
+    assert all(entry["reason"] and "\n" not in entry["reason"] for entry in told["not_taken"])
 
 
 def test_variables_that_are_set_and_a_backend_that_is_unknown(repository):

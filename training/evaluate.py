@@ -132,7 +132,7 @@ def _cells(figures: dict[str, float | None]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--root", help="folder with imgs/val and labels/val, instead of the one trained on")
     parser.add_argument("--device", default="auto")

@@ -129,7 +129,7 @@ def write_names(out: Path, names: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m training.predict", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--images", required=True, type=expanded, help="a folder of photographs, or one photograph")
     parser.add_argument("--out", required=True, type=expanded, help="the folder to write to")

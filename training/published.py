@@ -122,7 +122,7 @@ def _some(contents: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.published", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m training.published", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("direction", choices=("import", "export"))
     parser.add_argument("source", type=expanded)
