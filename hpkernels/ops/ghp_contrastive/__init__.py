@@ -55,7 +55,8 @@ def ghp_contrastive(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
-            ``torch.compile``, non-finite inputs are a ValueError; elsewhere the loss is NaN.
+            ``torch.compile``, inputs that are not finite, or whose inner products are not, are a ValueError; elsewhere
+            the loss is NaN.
 
     Notes:
         Under autocast a pool of another floating dtype is cast to that of its features.

@@ -30,8 +30,8 @@ def hidden_positives(features: Tensor, threshold: Tensor, *, backend: Backend = 
 
     Raises:
         TypeError, ValueError: an argument is not as described or asks for a gradient: a comparison has none. On the
-            CPU, outside ``torch.compile``, non-finite features and NaN thresholds are a ValueError; elsewhere a pair
-            with NaN is no positive.
+            CPU, outside ``torch.compile``, NaN thresholds and features that are not finite, or whose inner products
+            are not, are a ValueError; elsewhere a pair with NaN is no positive.
 
     Notes:
         Products are accumulated, and compared with the thresholds, in float32 (float64). Deterministic. Memory: the

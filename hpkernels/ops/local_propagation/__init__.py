@@ -95,7 +95,8 @@ def local_propagation_weights(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
-            ``torch.compile``, a non-finite `query` or `key` is a ValueError; elsewhere the weights are NaN.
+            ``torch.compile``, a `query` or `key` that is not finite, or whose inner products are not, is a ValueError;
+            elsewhere the weights are NaN.
 
     Example:
         >>> import torch, hpkernels

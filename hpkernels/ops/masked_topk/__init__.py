@@ -50,7 +50,8 @@ def masked_topk(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
-            ``torch.compile``, a non-finite `query` or `pool` is a ValueError; elsewhere NaN shows in `values`.
+            ``torch.compile``, a `query` or `pool` that is not finite, or whose inner products are not, is a ValueError;
+            elsewhere NaN shows in `values`.
 
     Notes:
         Under autocast a `pool` of another floating dtype is cast to that of `query`.

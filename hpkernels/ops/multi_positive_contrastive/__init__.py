@@ -68,7 +68,8 @@ def multi_positive_contrastive(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
-            ``torch.compile``, a non-finite `z` or `specific_weight` is a ValueError; elsewhere the loss is NaN.
+            ``torch.compile``, a `z` or `specific_weight` that is not finite, or that makes the loss so, is a
+            ValueError; elsewhere the loss is NaN.
 
     Notes:
         Logits and sums are float32 (float64) whatever the dtype of `z`. Negatives are drawn by a counter-based
