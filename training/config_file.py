@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,21 @@ def config_from_dict(values: dict[str, Any], texts: Mapping[str, str] | None = N
         texts: what the user wrote for a value of one key, as errors show it.
     """
     return _build(Config, values, "", texts or {})
+
+
+def edited(config: Config, overrides: Iterable[str], allowed: Iterable[str]) -> Config:
+    """`config` with ``section.key=value`` edits of the keys that are `allowed`.
+
+    Raises:
+        ValueError, TypeError: as of `load_config`, or another key.
+    """
+    values, texts = asdict(config), {}
+    for override in overrides:
+        key, text = _apply(values, override)
+        if key in known_keys() and key not in allowed:
+            raise ValueError(f"config: the checkpoint settles `{key}`; what may be edited is {', '.join(allowed)}")
+        texts[key] = text
+    return config_from_dict(values, texts)
 
 
 def key_table() -> str:

@@ -18,8 +18,8 @@ from training.config import Config
 from training.data import open_data
 from training.features import FeatureBank
 from training.metrics import SegmentationMetrics, to_json
-from training.program import expanded, one_sentence
-from training.run import open_bank, open_trained
+from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
+from training.run import EDITABLE, open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
 
@@ -132,14 +132,17 @@ def _cells(figures: dict[str, float | None]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--root", help="folder with imgs/val and labels/val, instead of the one trained on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
+    add_overrides(parser, f"edits of {', '.join(EDITABLE)}, e.g. data.val_images=100")
+    options = parse_with_overrides("evaluate", parser, arguments)
     with one_sentence("evaluate"):
-        config, backbone, state = open_trained(options.checkpoint, options.device)
+        config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides)
         if options.root is not None:
             config.data = dataclasses.replace(config.data, name="folder", root=options.root)
         device = next(state.head.parameters()).device

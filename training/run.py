@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from training import checkpoint
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import Config
-from training.config_file import config_from_dict
+from training.config_file import config_from_dict, edited
 from training.data import SegmentationData, open_data, steps_per_epoch
 from training.features import FeatureBank
 from training.output import check_output, prepare_folder, remove_run
@@ -29,6 +29,9 @@ from training.state import TrainingState, output_sizes
 
 # Keys that may differ between a run and its resumption: where and how it is computed, not what.
 _PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
+EDITABLE = ("data.root", "data.size", "data.val_images", "backend")
+"""Keys that evaluation and prediction may have otherwise than training."""
+
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -156,12 +159,25 @@ def _restoring(path: str | Path) -> Iterator[None]:
         raise ValueError(f"checkpoint: {path} cannot be used: {why}") from error
 
 
-def open_trained(path: str | Path, device: str = "auto") -> tuple[Config, Backbone, TrainingState]:
-    """The configuration, backbone and state in a checkpoint, without the images they were trained on."""
+def open_trained(
+    path: str | Path, device: str = "auto", overrides: Iterable[str] = ()
+) -> tuple[Config, Backbone, TrainingState]:
+    """The configuration, backbone and state in a checkpoint, without the images they were trained on.
+
+    Args:
+        path: of the checkpoint.
+        device: to load it to.
+        overrides: ``key=value`` edits of `EDITABLE` keys.
+
+    Raises:
+        ValueError, TypeError: the checkpoint, the device or an edit cannot be used.
+    """
     saved = load_run(path)
     where = resolve_device(device)
     with _restoring(path):
         config = config_from_dict(saved["config"])
+    config = edited(config, overrides, EDITABLE)
+    with _restoring(path):
         # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
         config.backbone.pretrained = False
         config.backbone.weights = None

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from training.config import Config
-from training.config_file import config_from_dict, key_table, known_keys, load_config
+from training.config_file import config_from_dict, edited, key_table, known_keys, load_config
+from training.run import EDITABLE
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -183,6 +184,17 @@ def test_mistakes_in_a_file_name_it(tmp_path, text, message):
         load_config(file)
     with pytest.raises(ValueError, match="must be a YAML file, got a folder"):
         load_config(tmp_path)
+
+
+def test_a_checkpoint_settles_what_was_trained(tiny_config):
+    config = tiny_config(steps=3, warmup=1)
+    assert edited(config, [], EDITABLE) == config
+    again = edited(config, ["data.val_images=2", "data.size=[16, 24]"], EDITABLE)
+    assert (again.data.val_images, again.data.size, again.head) == (2, (16, 24), config.head)
+    with pytest.raises(ValueError, match="the checkpoint settles `head.dim`; what may be edited is data.root, data.si"):
+        edited(config, ["head.dim=3"], EDITABLE)
+    with pytest.raises(ValueError, match="unknown key `head.din`; did you mean `head.dim`"):
+        edited(config, ["head.din=3"], EDITABLE)
 
 
 def test_all_keys_are_listed_with_bounds_and_comments():
