@@ -46,12 +46,13 @@ def check_output(config: Config, fresh: bool) -> None:
         root = real(config.data.root)
         if output == root or any(output.is_relative_to(root / kind) for kind in ("imgs", "labels")):
             raise ValueError(f"config: `output` must be another folder than `data.root`, got {config.output}")
-    foreign = [name for name, is_ours in _OURS.items() if (output / name).exists() and not is_ours(output / name)]
-    if foreign and (fresh or "checkpoint.pt" not in foreign):  # without --fresh, loading says what is wrong with it
-        raise ValueError(
-            f"config: `output` {config.output} holds a {foreign[0]} that no run has written: choose another, or remove"
-            " the file"
-        )
+    for name, is_ours in _OURS.items():
+        asked = fresh or name != "checkpoint.pt"  # which is loaded without --fresh, and that says what is wrong with it
+        if asked and (output / name).exists() and not is_ours(output / name):
+            raise ValueError(
+                f"config: `output` {config.output} holds a {name} that no run has written: choose another, or remove"
+                " the file"
+            )
 
 
 def _is_checkpoint(file: Path) -> bool:

@@ -54,7 +54,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def is_prediction(file: Path) -> bool:
     """Whether `training.predict` wrote `file`."""
-    if file.suffix not in (".png", ".jpg"):
+    if file.suffix != ".png" and not file.name.endswith("_overlay.jpg"):  # what it writes
         return False
     try:
         with opened(file) as image:
