@@ -22,12 +22,17 @@ PRESETS = Path(__file__).parent / "configs"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read the YAML file at `path` and apply ``section.key=value`` edits, whose values are YAML too.
+    """Read the YAML file at `path`, or the preset of that name, and apply ``section.key=value`` edits.
+
+    The values of edits are YAML as well.
 
     Raises:
         ValueError, TypeError: an unknown key (with the nearest known one), a value of another type or out of bounds.
     """
     path = Path(path)
+    preset = PRESETS / f"{path.name}.yaml"
+    if path.name == str(path) and not path.exists() and preset.is_file():
+        path = preset
     if path.is_dir():
         raise ValueError(f"config: {path} must be a YAML file, got a folder")
     if not path.exists():

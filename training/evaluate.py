@@ -5,7 +5,6 @@ python -m training.evaluate --checkpoint runs/camvid/checkpoint.pt [--root DIR]
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -18,10 +17,12 @@ from training.config import Config
 from training.data import open_data
 from training.features import FeatureBank
 from training.metrics import SegmentationMetrics, to_json
-from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
-from training.run import EDITABLE, open_bank, open_trained
+from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
+from training.run import open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
+
+_EDITABLE = ("data.size", "data.val_images", "backend")  # keys that a checkpoint does not settle
 
 HEADLINE = "kmeans"
 """The segmentation that stands for HP: the codes are clustered exactly as the baseline clusters the frozen features,
@@ -108,7 +109,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     ]
     real = [(name, figures) for name, figures in rows if figures is not None]
     if not real:
-        return "no labels, so nothing to score; the pictures are in the report"
+        return "no labels, so nothing to score"
     heads = f"{'accuracy':>9} {'mIoU':>7}"
     lines = [f"{'':42} {'one to one':>16} {'majority':>16}", f"{'':42}{2 * heads}"]
     for name, figures in real:
@@ -132,17 +133,15 @@ def _cells(figures: dict[str, float | None]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--root", help="folder with imgs/val and labels/val, instead of the one trained on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_overrides(parser, f"edits of {', '.join(EDITABLE)}, e.g. data.val_images=100")
-    options = parse_with_overrides("evaluate", parser, arguments)
+    add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. data.val_images=100", keys=False)
+    options = parse_with_overrides(parser, arguments)
     with one_sentence("evaluate"):
-        config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides)
+        config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
         if options.root is not None:
             config.data = dataclasses.replace(config.data, name="folder", root=options.root)
         device = next(state.head.parameters()).device

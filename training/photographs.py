@@ -40,7 +40,7 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: there is no such folder, or it holds no image.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = Path(os.path.expanduser(folder)).absolute()
     if not folder.is_dir():
         kind = "not a folder" if folder.exists() else "not there"
         raise ValueError(f"data: the folder of images {display_name(folder)} is {kind}")

@@ -27,11 +27,12 @@ from training.evaluate import HEADLINE
 from training.figures import class_palette
 from training.output import prepare_folder
 from training.photographs import MARK, display_name, is_prediction, list_images, read_rgb, real, visible_files
-from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
+from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_trained
 from training.segment import SEGMENTATIONS, check_usable, map_names, segment, to_classes
 from training.state import TrainingState
 
+_EDITABLE = ("data.size", "backend")  # keys that a checkpoint does not settle
 _NAMES = "classes.json"
 
 
@@ -129,16 +130,16 @@ def write_names(out: Path, names: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.predict", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("predict", __doc__)
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--images", required=True, type=expanded, help="a folder of photographs, or one photograph")
     parser.add_argument("--out", required=True, type=expanded, help="the folder to write to")
     parser.add_argument("--segmentation", default=HEADLINE, choices=SEGMENTATIONS, help=f"which one ({HEADLINE})")
     parser.add_argument("--device", default="auto")
-    add_overrides(parser, "edits of data.size (what photographs are resized to for the backbone) and backend")
-    options = parse_with_overrides("predict", parser, arguments)
+    add_overrides(
+        parser, "edits of data.size, which photographs are resized to for the backbone, and backend", keys=False
+    )
+    options = parse_with_overrides(parser, arguments)
     with one_sentence("predict"):
         run(options)
 
@@ -150,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: nothing can be done, or some photographs could not be read.
     """
     out = options.out
-    config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides)
+    config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
     check_usable(state, options.segmentation)
     names = map_names(state, options.segmentation, config.data.classes)
     if len(names) > 256:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,6 +40,19 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one sentence and exit status 1 as well."""
+
+    def __init__(self, program: str, doc: str | None, **options: Any) -> None:
+        self.program = program
+        options.setdefault("description", (doc or "").partition("\n")[0])
+        super().__init__(prog=f"python -m training.{program}", allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with `message`."""
+        _leave(self.program, f"{message}; --help lists the options")
+
+
 class _PrintKeys(argparse.Action):
     """``--keys``: print the keys of the configuration and leave."""
 
@@ -48,22 +61,24 @@ class _PrintKeys(argparse.Action):
         sys.exit(0)
 
 
-def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
-    """Let a program take ``key=value`` edits of the configuration, and ``--keys``."""
-    parser.add_argument("--keys", nargs=0, action=_PrintKeys, help="list all keys of the configuration")
+def add_overrides(parser: Parser, text: str, *, keys: bool = True) -> None:
+    """Let a program take ``key=value`` edits of the configuration, and with `keys` also ``--keys``."""
+    if keys:
+        parser.add_argument("--keys", nargs=0, action=_PrintKeys, help="list all keys of the configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
-def parse_with_overrides(
-    program: str, parser: argparse.ArgumentParser, arguments: list[str] | None
-) -> argparse.Namespace:
+def parse_with_overrides(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line on which options and ``key=value`` come in any order."""
     options, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
         if key in known_keys():
-            sys.exit(f"{program}: edits of the configuration have no dashes: {key}={value or '...'}, not {unknown[0]}")
-        sys.exit(f"{program}: there is no option {unknown[0]}; --help lists the options, --keys what key=value takes")
+            _leave(
+                parser.program,
+                f"edits of the configuration have no dashes: {key}={value or '...'}, not {unknown[0]}",
+            )
+        parser.error(f"there is no option {unknown[0]}")
     return options
 
 

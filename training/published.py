@@ -8,7 +8,6 @@ python -m training.published export  runs/coco27/checkpoint.pt published.pth
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +21,7 @@ from training.backbones.timm_vit import TimmViT, load_weights
 from training.config import Config
 from training.config_file import load_config
 from training.photographs import display_name
-from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
+from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_trained
 from training.state import TrainingState
 
@@ -121,15 +120,13 @@ def _some(contents: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.published", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("published", __doc__)
     parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument("source", type=expanded)
-    parser.add_argument("target", type=expanded)
+    parser.add_argument("source", type=expanded, help="the checkpoint to read")
+    parser.add_argument("target", type=expanded, help="the file to write, which must not be there")
     parser.add_argument("--config", type=expanded, help="import: the YAML file that describes the backbone and head")
     add_overrides(parser, "import: edits, e.g. head.dim=90; --keys lists all")
-    options = parse_with_overrides("published", parser, arguments)
+    options = parse_with_overrides(parser, arguments)
     with one_sentence("published"):
         if os.path.lexists(options.target):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +29,6 @@ from training.state import TrainingState, output_sizes
 
 # Keys that may differ between a run and its resumption: where and how it is computed, not what.
 _PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
-EDITABLE = ("data.root", "data.size", "data.val_images", "backend")
-"""Keys that evaluation and prediction may have otherwise than training."""
-
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -160,14 +157,14 @@ def _restoring(path: str | Path) -> Iterator[None]:
 
 
 def open_trained(
-    path: str | Path, device: str = "auto", overrides: Iterable[str] = ()
+    path: str | Path, device: str = "auto", overrides: Sequence[str] = (), allowed: Sequence[str] = ()
 ) -> tuple[Config, Backbone, TrainingState]:
     """The configuration, backbone and state in a checkpoint, without the images they were trained on.
 
     Args:
         path: of the checkpoint.
         device: to load it to.
-        overrides: ``key=value`` edits of `EDITABLE` keys.
+        overrides: ``key=value`` edits of the keys that are `allowed`.
 
     Raises:
         ValueError, TypeError: the checkpoint, the device or an edit cannot be used.
@@ -176,21 +173,26 @@ def open_trained(
     where = resolve_device(device)
     with _restoring(path):
         config = config_from_dict(saved["config"])
-    config = edited(config, overrides, EDITABLE)
+    config = edited(config, overrides, allowed)
+    try:
+        check_backend(config.backend, where)
+    except ValueError:
+        if any(override.partition("=")[0].strip() == "backend" for override in overrides):
+            raise
+        config.backend = "auto"  # the machine that trained had another device
+        check_backend(config.backend, where)
+    # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
+    config.backbone.pretrained = False
+    config.backbone.weights = None
     with _restoring(path):
-        # The weights are in the checkpoint: neither a download nor the file they first came from is needed.
-        config.backbone.pretrained = False
-        config.backbone.weights = None
-        try:
-            check_backend(config.backend, where)
-        except ValueError:
-            config.backend = "auto"  # the machine that trained had another device
         backbone = build_backbone(config.backbone, config.seed, where)
         backbone.load_state_dict(saved["backbone"])
         number, classes = output_sizes(saved["state"])
         state = TrainingState(config, backbone.features_dim, number, where, classes)
         state.load_modules(saved["state"])
         state.step = saved["state"]["step"]
+    if overrides:
+        backbone.grid(config.data.size)  # which an edit may not fit
     return config, backbone, state
 
 
@@ -285,8 +287,8 @@ def _check_same(config: Config, saved: dict[str, Any]) -> None:
     differing = [key for key, value in _flat(saved).items() if key not in _PLACE and own.get(key) != value]
     if differing:
         raise ValueError(
-            f"{config.output} holds a run whose {', '.join(differing)} differ; choose another `output`, or start anew"
-            " with --fresh"
+            f"{config.output} holds a run that differs in {', '.join(differing)}; choose another `output`, or start"
+            " anew with --fresh"
         )
 
 

@@ -5,7 +5,7 @@ python -m training.train --config training/configs/camvid.yaml data.root=DIR out
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from typing import NamedTuple
 
@@ -16,11 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import hpkernels
+from training.backbones.timm_vit import TimmViT
 from training.config_file import PRESETS, load_config
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
-from training.program import add_overrides, expanded, one_sentence, parse_with_overrides
+from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -206,16 +207,15 @@ def keep_best(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train",
-        description="Train Hidden Positives on a folder of photographs; go on with a run that was interrupted.",
-        epilog=f"presets: {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))} (.yaml, in {PRESETS})",
-        allow_abbrev=False,
+    parser = Parser(
+        "train",
+        "Train Hidden Positives on a folder of photographs; go on with a run that was interrupted.",
+        epilog=f"presets: {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))} (in {PRESETS})",
     )
-    parser.add_argument("--config", required=True, type=expanded, help="a YAML file: a preset or your own")
+    parser.add_argument("--config", required=True, type=expanded, help="a YAML file, or the name of a preset")
     parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
     add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
-    options = parse_with_overrides("train", parser, arguments)
+    options = parse_with_overrides(parser, arguments)
     with one_sentence("train"):
         run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
         announce(run)
@@ -228,6 +228,15 @@ def announce(run: Run) -> None:
     """Say what is about to happen."""
     state, grid = run.state, run.train_bank.grid
     begin = f"resuming at step {state.step} of" if state.step else "training for"
+    if state.step == run.steps:
+        begin = "scoring a run that is finished:"
+    backbone = run.config.backbone
+    if isinstance(run.backbone, TimmViT) and not (backbone.pretrained or backbone.weights):
+        print(
+            f"the weights of {backbone.name} are random: `backbone.pretrained=true` downloads them, `backbone.weights`"
+            " names a file",
+            file=sys.stderr,
+        )
     print(
         f"{begin} {run.steps} steps of {run.config.batch_size} images ({grid[0]}x{grid[1]} patches) from"
         f" {len(run.train_bank)}, on {run.device}, into {run.config.output}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import train
+from training import evaluate, predict, published, train
 from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
 
 
@@ -64,6 +64,13 @@ def test_home_folders_in_arguments(monkeypatch):
 def test_edits_written_otherwise(argument, message):
     with pytest.raises(SystemExit, match=message):
         train.main(["--config", "training/configs/quickstart.yaml", "steps=3", argument, "3"])
+
+
+@pytest.mark.parametrize("program", [train, evaluate, predict, published])
+def test_a_command_line_that_is_not_one(program):
+    name = program.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit, match=f"^{name}: the following arguments are required: .*; --help lists the opti"):
+        program.main([])
 
 
 def test_help_leads_to_presets_and_keys(capsys):

@@ -78,6 +78,8 @@ def test_evaluate_command_repeats_the_scores_of_training(trained, capsys):
     assert f"{scores['hp']['linear']['accuracy']:.2f}%" in capsys.readouterr().out
     evaluation.main(["--checkpoint", path, "data.val_images=1", "--json"])
     assert json.loads(capsys.readouterr().out)["hp"]["linear"] != scores["hp"]["linear"]
+    with pytest.raises(SystemExit, match="^evaluate: config: `data.size` must be a multiple of the patch size"):
+        evaluation.main(["--checkpoint", path, "data.size=35"])
 
 
 def test_predict_command_writes_a_map_and_an_overlay_of_each_image(trained, tmp_path):

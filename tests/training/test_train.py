@@ -319,3 +319,5 @@ def test_a_checkpoint_of_another_kind_of_machine_opens_here(tiny_run, no_cuda_ke
     run.config.backend = "cuda"
     run.save()
     assert open_trained(run.checkpoint_path, "cpu")[0].backend == "auto"
+    with pytest.raises(ValueError, match="config: `backend` 'cuda' cannot be used on cpu"):
+        open_trained(run.checkpoint_path, "cpu", ["backend=cuda"], ["backend"])
