@@ -153,9 +153,13 @@ def cutlass() -> str:
 
 def check_compiler(path: str) -> None:
     """Make sure that there is a C++ compiler."""
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     if chosen:
-        if shutil.which(shlex.split(chosen)[0], path=path) is None:
+        try:
+            program = shlex.split(chosen)[0]
+        except (ValueError, IndexError):  # a quotation that does not end, or nothing in it
+            program = chosen
+        if shutil.which(program, path=path) is None:
             raise CannotBuild(f"CXX is {chosen}, which is no program here; set it to a C++17 compiler, or unset it")
     elif not any(shutil.which(compiler, path=path) for compiler in ("c++", "g++", "clang++")):
         raise CannotBuild("there is no C++ compiler on PATH; install g++ or clang++, or set CXX to one")

@@ -147,6 +147,6 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def check_name(backend: str, source: str) -> None:
     """Check that `backend` may be asked for; `source` says where the name is from."""
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{source} must be one of {known}, got {backend!r}")

@@ -48,7 +48,7 @@ class ReferencePool(nn.Module):
         check.integer("ReferencePool", "size", size, 1)
         check.integer("ReferencePool", "dim", dim, 1)
         self.register_buffer("vectors", torch.zeros(size, dim))
-        self._filled = False
+        self._filled: tuple[int, int] | None = None  # which values were last seen to be there
 
     @torch.no_grad()
     def fill(self, vectors: Tensor) -> None:
@@ -69,12 +69,19 @@ class ReferencePool(nn.Module):
         """The vectors (size, dim).
 
         Raises:
-            RuntimeError: the pool was never filled, neither by `fill` nor by loading a state.
+            RuntimeError: the pool was never filled, neither by `fill` nor by loading a state. Under ``torch.compile``
+                the vectors are NaN instead.
         """
-        if not self._filled and not torch.compiler.is_compiling():
-            self._filled = bool(self.vectors.any())  # read once: a loaded state fills the pool as well
-            if not self._filled:
+        if torch.compiler.is_compiling():
+            return self.vectors.where(self.vectors.any(), torch.nan)
+        if self.vectors.is_meta:
+            return self.vectors
+        # Read once for each time that the vectors change, so that nobody waits for a GPU.
+        state = None if self.vectors.is_inference() else (id(self.vectors), self.vectors._version)
+        if state is None or state != self._filled:
+            if not self.vectors.any():
                 raise RuntimeError("ReferencePool: the pool must be filled before use (see `fill`), got zeros alone")
+            self._filled = state
         return self.vectors
 
     def extra_repr(self) -> str:

@@ -228,3 +228,16 @@ def test_settings_are_attributes_that_can_be_changed():
     assert module(problem.z, problem.features, problem.pool, seed=0) != before
     assert "temperature=0.1" in repr(module)
     assert LocalPropagation(window=5).window == 5
+
+
+def test_a_pool_that_is_emptied_again_raises():
+    pool = hpkernels.nn.ReferencePool(4, 6)
+    pool.fill(torch.eye(4, 6))
+    assert torch.equal(pool(), torch.eye(4, 6))
+    pool.load_state_dict({"vectors": torch.zeros(4, 6)})
+    with pytest.raises(RuntimeError, match="the pool must be filled before use"):
+        pool()
+    assert torch.compile(pool, backend="eager", fullgraph=True)().isnan().all(), "where nothing can be raised"
+    pool.fill(torch.eye(4, 6))
+    assert torch.equal(torch.compile(pool, backend="eager", fullgraph=True)(), torch.eye(4, 6))
+    assert pool.to("meta")().device.type == "meta"

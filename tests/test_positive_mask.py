@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpkernels import PositiveMask, multi_positive_contrastive
 from hpkernels.ops.hidden_positives.bits import pack_bits
@@ -59,6 +60,18 @@ def test_bits_that_were_changed_later_are_checked_too(dense):
         multi_positive_contrastive(torch.eye(N), mask)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("column", [N - 1 + 20, 0], ids=["padding", "diagonal"])
+def test_bits_are_checked_where_the_constructor_could_not(backend, column, labels):
+    mask = PositiveMask.from_labels(labels)
+    mask.bits[0, column // 32] |= 1 << column % 32
+    z = torch.eye(N, requires_grad=True)
+    with pytest.raises(ValueError, match="^PositiveMask: `bits` must be 0"):
+        multi_positive_contrastive(z, mask, backend=backend)
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="^PositiveMask: `bits` must be 0"):
+        multi_positive_contrastive(z, PositiveMask(mask.bits, N), backend=backend)
+
+
 def test_operators(dense):
     other = dense.roll(1, 0) & ~torch.eye(N, dtype=torch.bool)
     a, b = PositiveMask.from_dense(dense), PositiveMask.from_dense(other)
@@ -80,6 +93,7 @@ def test_a_transpose_goes_through_parts(monkeypatch, dense):
 
 def test_files_load_as_weights_only(labels):
     mask = PositiveMask.from_labels(labels, ignore_index=0)
+    mask = PositiveMask(mask.bits, np.int64(N), symmetric=True, ignored=mask.ignored)
     file = io.BytesIO()
     torch.save({"mask": mask}, file)
     file.seek(0)

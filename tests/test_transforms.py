@@ -146,3 +146,19 @@ def test_the_default_device_has_no_part(backend, z):
         found = list(results())
     assert len(found) == len(expected) > 10
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(found, expected, strict=True))
+
+
+def test_masks_of_many_sizes_are_compiled_once():
+    def numbers(labels):
+        mask = hpkernels.PositiveMask.from_labels(labels, ignore_index=1)
+        return mask.count(), (mask & mask.T).count()
+
+    compiled = torch.compile(numbers, backend="eager", fullgraph=True)
+    for n in range(20, 34):  # more than Dynamo compiles a function anew
+        labels = torch.arange(n) % 3
+        assert all(map(torch.equal, compiled(labels), numbers(labels)))
+
+
+def test_masks_of_labels_take_no_part_in_functionalization(z):
+    loss = torch.func.functionalize(lambda z: hpkernels.multi_positive_contrastive(z, torch.arange(N) % 3))(z)
+    assert torch.equal(loss, hpkernels.multi_positive_contrastive(z, torch.arange(N) % 3))

@@ -167,7 +167,7 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 def choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

@@ -40,7 +40,7 @@ class PositiveMask:
             check.tensor(op, "ignored", ignored, (anchors,), check.BOOLEAN)
             check.same(op, "ignored", ignored, "bits", bits, dtype=False)
         if check.readable(bits):
-            _check_bits(bits)
+            check_bits(bits)
         self.bits = bits
         self.anchors = anchors
         self.symmetric = symmetric
@@ -84,12 +84,7 @@ class PositiveMask:
             for label in several:
                 ignored |= labels == check.integer(op, "ignore_index", label, -(2**63), 2**63 - 1)
             known &= ~ignored
-        bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-        columns = torch.arange(anchors, device=labels.device)
-        for start in range(0, anchors, _ROWS):
-            rows = columns[start : start + _ROWS, None]
-            equal = (labels[rows] == labels) & known[rows] & (rows != columns)
-            bits[start : start + _ROWS] = pack_bits(equal)
+        bits: Tensor = equal_label_bits(labels, known)
         return cls(bits, anchors, symmetric=True, ignored=ignored)
 
     def to_dense(self) -> Tensor:
@@ -128,11 +123,7 @@ class PositiveMask:
         """The transpose: (i, j) where this mask has (j, i)."""
         if self.symmetric:
             return self
-        bits = torch.empty_like(self.bits)
-        for start in range(0, self.anchors, _ROWS):
-            columns = self.bits[:, start // 32 : (start + _ROWS) // 32]
-            dense = unpack_bits(columns, min(_ROWS, self.anchors - start))
-            bits[start : start + _ROWS] = pack_bits(dense.T)
+        bits: Tensor = transposed_bits(self.bits)
         return PositiveMask(bits, self.anchors, ignored=self.ignored)
 
     def __or__(self, other: PositiveMask) -> PositiveMask:
@@ -168,7 +159,8 @@ class PositiveMask:
         return self.anchors
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bits", "anchors", "symmetric", "ignored")}
+        state = {name: getattr(self, name) for name in ("bits", "anchors", "symmetric", "ignored")}
+        return state | {"anchors": int(self.anchors)}  # NumPy's integers are not read with weights_only=True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # which checks what came from a file
@@ -192,8 +184,51 @@ class PositiveMask:
         return f"PositiveMask({self.anchors} anchors, {self.nbytes} bytes, device='{self.device}')"
 
 
-def _check_bits(bits: Tensor) -> None:
-    """Check that padding and diagonal are clear, which the kernels take for granted."""
+# Custom ops, because their loops over blocks of rows would make N a constant of a compiled graph.
+
+
+@torch.library.custom_op(
+    "hpkernels::equal_label_bits", mutates_args=(), schema="(Tensor labels, Tensor known) -> Tensor"
+)
+def equal_label_bits(labels: Tensor, known: Tensor) -> Tensor:
+    """The bits of the pairs with equal `labels` (N,), where they are `known` (N,)."""
+    anchors = len(labels)
+    bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
+    columns = torch.arange(anchors, device=labels.device)
+    for start in range(0, anchors, _ROWS):
+        rows = columns[start : start + _ROWS, None]
+        equal = (labels[rows] == labels) & known[rows] & (rows != columns)
+        bits[start : start + _ROWS] = pack_bits(equal)
+    return bits
+
+
+@equal_label_bits.register_fake
+def _(labels: Tensor, known: Tensor) -> Tensor:
+    return labels.new_empty((labels.shape[0], words_per_row(labels.shape[0])), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::transposed_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
+def transposed_bits(bits: Tensor) -> Tensor:
+    """The bits (N, ceil(N / 32)) of the transpose."""
+    anchors = len(bits)
+    result = torch.empty_like(bits)
+    for start in range(0, anchors, _ROWS):
+        dense = unpack_bits(bits[:, start // 32 : (start + _ROWS) // 32], min(_ROWS, anchors - start))
+        result[start : start + _ROWS] = pack_bits(dense.T)
+    return result
+
+
+@transposed_bits.register_fake
+def _(bits: Tensor) -> Tensor:
+    return torch.empty_like(bits)
+
+
+def check_bits(bits: Tensor) -> None:
+    """Check that padding and diagonal are clear, which the kernels take for granted.
+
+    Raises:
+        ValueError: they are not.
+    """
     anchors = len(bits)
     used = anchors % 32
     if used and (bits[:, -1] & (-1 << used)).any():

@@ -15,6 +15,7 @@ from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops import _cuda, _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
+from hpkernels.ops.hidden_positives.positive_mask import check_bits
 from hpkernels.ops.multi_positive_contrastive import cpu, reference
 
 _cuda.register("multi_positive_contrastive")
@@ -33,6 +34,9 @@ backends.register("multi_positive_contrastive", "reference", reference)
 @full_precision
 def multi_positive_contrastive(z: Tensor, z_mixed: Tensor | None, *arguments: Any) -> Any:
     *options, _, backend = arguments  # whether the relations are symmetric matters to backward only
+    for bits in options[:2]:
+        if bits is not None and bits.device.type == "cpu":  # a mask may have been made or changed where nothing is read
+            check_bits(bits)
     implementation = backends.implementation("multi_positive_contrastive", backend)
     return implementation.forward(_branches(z, z_mixed), *options)
 
