@@ -72,6 +72,14 @@ def test_bits_are_checked_where_the_constructor_could_not(backend, column, label
         multi_positive_contrastive(z, PositiveMask(mask.bits, N), backend=backend)
 
 
+def test_masks_made_in_inference_mode_train(labels):
+    with torch.inference_mode():
+        mask = PositiveMask.from_labels(labels)
+    z = torch.eye(N, requires_grad=True)
+    multi_positive_contrastive(z, mask).backward()
+    assert z.grad.any()
+
+
 def test_operators(dense):
     other = dense.roll(1, 0) & ~torch.eye(N, dtype=torch.bool)
     a, b = PositiveMask.from_dense(dense), PositiveMask.from_dense(other)
