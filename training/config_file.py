@@ -145,7 +145,7 @@ def _yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
-        line = f"line {at.line + 1} of " if at is not None and "\n" in text.rstrip(" ") else ""
+        line = f"line {at.line + 1} of " if at is not None and "\n" in text else ""
         raise ValueError(f"config: {line}{where} is not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config: {where} is not YAML: {error}") from error
