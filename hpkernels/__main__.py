@@ -1,4 +1,8 @@
-"""``python -m hpkernels [--json]``: the machine, the versions, and what ``backend="auto"`` takes here and why."""
+"""What hpkernels does on this machine.
+
+``python -m hpkernels``: the versions, and what ``backend="auto"`` takes here and why. ``python -m hpkernels check``:
+compare the kernels with the reference on each device, so that ``auto`` knows.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,22 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import hpkernels
-from hpkernels import _native, backends
+from hpkernels import _native, backends, selfcheck
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VARIABLES = re.compile(r"(HPKERNELS|OMP|GOMP|KMP|MKL|TORCH|PYTORCH|TRITON|CUDA|NVIDIA_TF32)_\w+|CXX|MAX_JOBS")
 
 
-class _Call(NamedTuple):
-    """What `backends.select` asks of a tensor."""
-
-    device: torch.device
-    dtype: torch.dtype
+_UNCHECKED = " (not checked yet)"
 
 
 def report() -> dict[str, Any]:
@@ -38,6 +40,7 @@ def report() -> dict[str, Any]:
         "libraries": {name: state._asdict() for name, state in _native.LIBRARIES.items()},
         "auto": [taken(op, device) for op in backends.registered_ops() for device in devices],
         "not_taken": [entry for device in devices for entry in not_taken(device)],
+        "self_checks": [entry for device in _gpus() for entry in self_checks(device)],
     }
 
 
@@ -70,11 +73,42 @@ def taken(op: str, device: str) -> dict[str, str]:
     row = {"op": op, "device": device}
     for dtype in DTYPES:
         try:
-            call: Any = _Call(torch.device(device), dtype)
-            row[_name(dtype)] = backends.select(op, "auto", call)
-        except (ValueError, backends.BackendUnavailableError) as error:
+            row[_name(dtype)] = _taken(op, device, dtype)
+        except ValueError as error:
             row[_name(dtype)] = f"none: {error}"
     return row
+
+
+def _taken(op: str, device: str, dtype: torch.dtype) -> str:
+    asked = backends.requested("auto", op)
+    if asked != "auto":
+        ok, reason = backends.availability(op, asked, device, dtype)
+        return asked if ok else f"none: backend '{asked}' is not available: {reason}"
+    for backend in backends.BACKENDS:
+        state = backends.automatic(op, backend, device, dtype)
+        if state.ok or state == selfcheck.UNKNOWN:
+            return backend if state.ok else backend + _UNCHECKED
+    return "none: no backend takes it"
+
+
+def self_checks(device: str) -> list[dict[str, Any]]:
+    """The verdict of each GPU backend on `device` for each dtype that it can run."""
+    return [
+        {"backend": backend, "device": device, "dtype": _name(dtype)} | selfcheck.known(*of)._asdict()
+        for backend in backends.BACKENDS
+        for dtype in DTYPES
+        if (of := _checkable(backend, device, dtype))
+    ]
+
+
+def _checkable(backend: str, device: str, dtype: torch.dtype) -> tuple[str, torch.device, torch.dtype] | None:
+    """What to ask `hpkernels.selfcheck` about a backend that can run on `device`, and is not the reference itself."""
+    able = all(backends.availability(op, backend, device, dtype).ok for op in backends.registered_ops())
+    return (backend, torch.device(device), dtype) if able and backend != "reference" else None
+
+
+def _gpus() -> list[str]:
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def not_taken(device: str) -> list[dict[str, Any]]:
@@ -103,11 +137,17 @@ def lines(told: dict[str, Any]) -> list[str]:
             for name, state in told["libraries"].items()]  # fmt: skip
     out += ["", f"{'what auto takes':28} {'device':7}" + "".join(f"{_name(dtype):11}" for dtype in DTYPES).rstrip()]
     for row in told["auto"]:
-        choices = "".join(f"{row[_name(dtype)].partition(':')[0]:11}" for dtype in DTYPES)
+        shown = [row[_name(dtype)].partition(":")[0].replace(_UNCHECKED, "*") for dtype in DTYPES]
+        choices = "".join(f"{choice:11}" for choice in shown)
         out.append(f"{row['op']:28} {row['device']:7}{choices}".rstrip())
     out.append(f"{'ghp_contrastive':28} composed of masked_topk, hidden_positives and multi_positive_contrastive")
-    errors = {row[_name(dtype)] for row in told["auto"] for dtype in DTYPES} - set(backends.BACKENDS)
+    choices_made = {row[_name(dtype)] for row in told["auto"] for dtype in DTYPES}
+    if any(choice.endswith(_UNCHECKED) for choice in choices_made):
+        out.append("* if its self-check passes, which the first call makes, or `python -m hpkernels check`")
+    errors = {choice for choice in choices_made if choice.startswith("none: ")}
     out += ["", *sorted(errors)] if errors else []
+    if told["self_checks"]:
+        out += ["", "self-checks", *(_verdict_line(entry) for entry in told["self_checks"])]
     out += ["", "not taken, and why"]
     for entry in told["not_taken"]:
         every = len(entry["ops"]) == len(backends.registered_ops())
@@ -118,14 +158,91 @@ def lines(told: dict[str, Any]) -> list[str]:
     return out
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m hpkernels", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    told = report()
+def _verdict_line(entry: dict[str, Any]) -> str:
+    state = "right" if entry["ok"] else "unknown" if entry["reason"] == selfcheck.UNKNOWN.reason else "WRONG"
+    return f"{entry['backend']:10} on {entry['device']:7} {entry['dtype']:10} {state:8} {entry['reason']}"
+
+
+def check(limit_s: float, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Check the kernels on the CPU and on each GPU, each in a process of its own; `show` gets a line for each."""
+    found = []
+    for device in ["cpu", *_gpus()]:
+        for backend in backends.BACKENDS:
+            for dtype in DTYPES:
+                # Simulated kernels take minutes, and nobody gets them unasked.
+                simulated = device == "cpu" and backend != "cpu"
+                if simulated or not _checkable(backend, device, dtype):
+                    continue
+                verdict = _in_a_process(backend, device, _name(dtype), limit_s)
+                found.append({"backend": backend, "device": device, "dtype": _name(dtype)} | verdict._asdict())
+                show(_verdict_line(found[-1]))
+    return found
+
+
+def _in_a_process(backend: str, device: str, dtype: str, limit_s: float) -> backends.Availability:
+    """The verdict of a new check. If its process ends without one, another finds the marker and keeps that verdict."""
+    verdict, ended = _asked("again", backend, device, dtype, limit_s)
+    if verdict is not None:
+        return verdict
+    _asked("auto", backend, device, dtype, 60.0)
+    return backends.Availability(False, f"its process {ended}")
+
+
+def _asked(
+    mode: str, backend: str, device: str, dtype: str, limit_s: float
+) -> tuple[backends.Availability | None, str]:
+    """What a process that checks prints, and how it ended."""
+    command = [sys.executable, "-m", "hpkernels", "check", "--one", backend, device, dtype]
+    environment = os.environ | {selfcheck.VARIABLE: mode}
     try:
-        print(json.dumps(told, indent=2) if options.json else "\n".join(lines(told)), flush=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"did not end within {limit_s:g} s"
+    try:
+        return backends.Availability(**json.loads(done.stdout)), ""
+    except (TypeError, ValueError):
+        last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        return None, f"ended with status {done.returncode} and said: {last_line}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report, or check; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hpkernels", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    checking = commands.add_parser("check", help="compare the kernels with the reference on each device, and keep it")
+    checking.add_argument("--json", action="store_true", help="print JSON")
+    checking.add_argument(
+        "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
+    )
+    checking.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    status, text = 0, ""
+    if options.command == "check" and options.one:
+        backend, device, dtype = options.one
+        text = json.dumps(selfcheck.check(backend, torch.device(device), getattr(torch, dtype))._asdict())
+    elif options.command == "check":
+        found = check(options.limit, (lambda line: None) if options.json else _print)
+        status = 0 if all(entry["ok"] for entry in found) else 1
+        text = json.dumps(found, indent=2) if options.json else "" if found else "no kernels can run here"
+    else:
+        told = report()
+        text = json.dumps(told, indent=2) if options.json else "\n".join(lines(told))
+    if text:
+        _print(text)
+    return status
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
+    return value
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # of a disk that is full
@@ -161,4 +278,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

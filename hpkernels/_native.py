@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -17,8 +16,6 @@ EMULATED_VARIABLE = "HPKERNELS_CUDA_EMULATED"
 """Names the file of the CUDA kernels compiled for the CPU (csrc/emulation), which tests then see as "cuda"."""
 
 _LEAST_CAPABILITY = (8, 0)
-
-_T = TypeVar("_T")
 
 
 def _file(library: str) -> Path | None:
@@ -81,73 +78,93 @@ def has_code_for(compiled: str, capability: tuple[int, int]) -> bool:
 
 
 EMULATED = bool(os.environ.get(EMULATED_VARIABLE))
-# Once and at import, because Dynamo traces the choice of a backend.
 LIBRARIES = {"_C": _load_cpu(), "_C_cuda": _load_cuda()}
 """Each library: whether it is loaded, and what it is or why not."""
 
 
-def supports_cpu(device_type: str, dtype: torch.dtype) -> Availability:
+def supports_cpu(device: torch.device, dtype: torch.dtype) -> Availability:
     """Whether the CPU kernels can run, which take every floating-point dtype."""
-    if device_type != "cpu":
-        return Availability(False, f"the CPU kernels take tensors on the CPU, not on {device_type}")
+    if device.type != "cpu":
+        return Availability(False, f"the CPU kernels take tensors on the CPU, not on {device.type}")
     return LIBRARIES["_C"]
 
 
-def supports_cuda(device_type: str, dtype: torch.dtype) -> Availability:
-    """Whether the CUDA kernels can run, which take every floating-point dtype, on all the GPUs that PyTorch sees."""
-    if EMULATED and device_type == "cpu":
+def supports_cuda(device: torch.device, dtype: torch.dtype) -> Availability:
+    """Whether the CUDA kernels can run on `device`; they take every floating-point dtype."""
+    if EMULATED and device.type == "cpu":
         return LIBRARIES["_C_cuda"]
     if EMULATED:
         return Availability(False, f"{EMULATED_VARIABLE} is set, so the CUDA kernels take tensors on the CPU only")
-    if device_type != "cuda":
-        return Availability(False, f"the CUDA kernels take tensors on a CUDA device, not on {device_type}")
-    reason = (incapable("CUDA") or _without_code()) if LIBRARIES["_C_cuda"].ok else ""
+    if device.type != "cuda":
+        return Availability(False, f"the CUDA kernels take tensors on a CUDA device, not on {device.type}")
+    if not LIBRARIES["_C_cuda"].ok:
+        return LIBRARIES["_C_cuda"]
+    reason = _old_driver() or incapable("CUDA", device) or _without_code(device)
     return Availability(False, reason) if reason else LIBRARIES["_C_cuda"]
 
 
-def incapable(kernels: str) -> str:
-    """Why a visible NVIDIA GPU, of which there is one, is too old for the kernels of this name, or ""."""
-    if _least_capability() >= _LEAST_CAPABILITY:
+def incapable(kernels: str, device: torch.device) -> str:
+    """Why an NVIDIA GPU is too old for the kernels of this name, or ""."""
+    capability = _capability(_index(device))
+    if capability >= _LEAST_CAPABILITY:
         return ""
-    found, needed = _dotted(_least_capability()), _dotted(_LEAST_CAPABILITY)
-    return f"the {kernels} kernels need compute capability {needed}, a visible GPU has {found}"
+    found, needed = _dotted(capability), _dotted(_LEAST_CAPABILITY)
+    return f"the {kernels} kernels need compute capability {needed}, {_named(device)} has {found}"
 
 
-def _constant_for_dynamo(function: Callable[[], _T]) -> Callable[[], _T]:
-    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes longer than PyTorch."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def _without_code(device: torch.device) -> str:
+    """Why the CUDA kernels do not run on a GPU that is new enough for them, or ""."""
+    compiled, capability = _compiled_for(), _capability(_index(device))
+    if has_code_for(compiled, capability):
+        return ""
+    found = _dotted(capability)
+    return (
+        f"the CUDA kernels are compiled for {compiled}, {_named(device)} has {found}; "
+        f"reinstall with TORCH_CUDA_ARCH_LIST={found}"
+    )
 
 
-@_constant_for_dynamo
-def _least_capability() -> tuple[int, int]:
-    return _capabilities()[0]
-
-
-@_constant_for_dynamo
-def _without_code() -> str:
-    return _read_without_code()
+def _old_driver() -> str:
+    """Why the driver does not run what this nvcc compiled, or "": it must be of the same major version, or newer."""
+    found, driver = re.search(r" by nvcc (\d+)\.", _compiled_for()), driver_version()
+    if found is None or driver is None or driver[0] >= int(found[1]):
+        return ""
+    return (
+        f"the CUDA kernels are compiled for {_compiled_for()}, which needs a driver of CUDA {found[1]}, and this one is"
+        f" of CUDA {_dotted(driver)}; update the driver, or reinstall with an nvcc of that version"
+    )
 
 
 @functools.cache
-def _read_without_code() -> str:
-    """Why the CUDA kernels do not run on a visible GPU that is new enough for them, or ""."""
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver knows; None where it cannot be asked. This does not start CUDA."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except OSError:
+        return None
+    return version.value // 1000, version.value % 1000 // 10  # 12080 is 12.8
+
+
+@functools.cache
+def _compiled_for() -> str:
     file = _file("_C_cuda")
-    compiled = architectures(file) if file else ""
-    for capability in _capabilities():
-        if not has_code_for(compiled, capability):
-            found = _dotted(capability)
-            return (
-                f"the CUDA kernels are compiled for {compiled}, a visible GPU has {found}; "
-                f"reinstall with TORCH_CUDA_ARCH_LIST={found}"
-            )
-    return ""
+    return architectures(file) if file else ""
 
 
 @functools.cache
-def _capabilities() -> list[tuple[int, int]]:
-    """Those of the visible GPUs, the least first. To ask for them starts CUDA."""
-    return sorted({torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())})
+def _capability(index: int) -> tuple[int, int]:
+    """The compute capability of a GPU. To ask for it starts CUDA."""
+    return torch.cuda.get_device_capability(index)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _named(device: torch.device) -> str:
+    return f"cuda:{_index(device)}"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -1,19 +1,18 @@
 """Which implementation of an op runs: the registry of backends and the choice made for each call.
 
 A backend of an op is a module ``hpkernels/ops/<op>/<backend>.py`` that has the op's kernels and a function
-``supports(device_type, dtype) -> Availability``. The op's ``registration.py`` enters it here.
+``supports(device, dtype) -> Availability``. The op's ``registration.py`` enters it here.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -25,9 +24,14 @@ BACKENDS: tuple[Backend, ...] = ("cuda", "triton", "cpu", "reference")
 
 ENVIRONMENT_VARIABLE = "HPKERNELS_BACKEND"
 
+Automatic = Literal["always", "checked", "on request"]
+"""When ``auto`` takes a backend that can run: always, once `hpkernels.selfcheck` has found it right, or never."""
+
 _modules: dict[tuple[str, str], ModuleType] = {}
-_on_request_only: set[tuple[str, str]] = set()
+_automatic: dict[tuple[str, str], Automatic] = {}
 _context: ContextVar[Backend | None] = ContextVar("hpkernels_backend", default=None)
+
+_T = TypeVar("_T")
 
 
 class Availability(NamedTuple):
@@ -41,11 +45,10 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run this call."""
 
 
-def register(op: str, backend: str, module: ModuleType, *, automatic: bool = True) -> None:
-    """Enter `module` as the implementation of `op` on `backend`; ``auto`` chooses it only if `automatic`."""
+def register(op: str, backend: str, module: ModuleType, *, automatic: Automatic = "always") -> None:
+    """Enter `module` as the implementation of `op` on `backend`, and when ``auto`` takes it."""
     _modules[op, backend] = module
-    if not automatic:
-        _on_request_only.add((op, backend))
+    _automatic[op, backend] = automatic
 
 
 def registered_ops() -> list[str]:
@@ -58,19 +61,36 @@ def implementation(op: str, backend: str) -> ModuleType:
     return _modules[op, backend]
 
 
-def availability(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
-    """Whether `backend` can run `op` on tensors of this device type and dtype, or the reason why not."""
+def availability(
+    op: str, backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Availability:
+    """Whether `backend` can run `op` on tensors of this device and dtype, or the reason why not."""
     if (op, backend) not in _modules:
         return Availability(False, f"{op} has no {backend} kernels in this version; use backend='reference'")
-    supported: Availability = _modules[op, backend].supports(device_type, dtype)
+    supported: Availability = _modules[op, backend].supports(torch.device(device), dtype)
     return supported
 
 
-def automatic(op: str, backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Availability:
-    """Whether ``auto`` may take `backend` for `op`, or the reason why it does not."""
-    able = availability(op, backend, device_type, dtype)
-    if able.ok and (op, backend) in _on_request_only:
-        return Availability(False, f"only on request, backend='{backend}': it has never run on a GPU")
+def automatic(
+    op: str,
+    backend: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    check: bool = False,
+) -> Availability:
+    """Whether ``auto`` may take `backend` for `op`, or the reason why it does not.
+
+    A self-check that has not been made yet is a reason, unless `check` has it made now.
+    """
+    able = availability(op, backend, device, dtype)
+    when = _automatic.get((op, backend))
+    if able.ok and when == "on request":
+        return Availability(False, f"only on request, backend='{backend}': {able.reason}")
+    if able.ok and when == "checked":
+        from hpkernels import selfcheck  # which imports this module
+
+        return (selfcheck.passed if check else selfcheck.known)(backend, torch.device(device), dtype)
     return able
 
 
@@ -80,13 +100,29 @@ def select(op: str, backend: Backend, tensor: torch.Tensor, caller: str | None =
     Errors name `caller`, the public function that was called, if it is not `op` itself.
 
     The request is the call's own `backend`, else that of the innermost `use_backend`, else that of the environment
-    variable ``HPKERNELS_BACKEND``. ``auto`` takes the first of `BACKENDS` that can run the call.
+    variable ``HPKERNELS_BACKEND``. ``auto`` takes the first of `BACKENDS` that can run the call and, on a GPU, has
+    passed its self-check.
 
     Raises:
         ValueError: the request is not a known backend.
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
+        RuntimeError: a self-check is needed, and cannot be made while a CUDA graph is captured.
     """
     caller = caller or op
+    backend = requested(backend, caller)
+    if backend != "auto":
+        refusal = _refusal(op, backend, tensor.device, tensor.dtype)
+        if refusal:
+            raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {refusal}")
+        return backend
+    chosen: Any = _first(op, tensor.device, tensor.dtype)
+    if not chosen:
+        raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
+    return chosen  # type: ignore[no-any-return]
+
+
+def requested(backend: Backend, caller: str) -> Backend:
+    """What a call of `caller` asks for: its own `backend`, else that of the context, else of the environment."""
     source = f"{caller}: `backend`"
     in_context = _context.get()
     if backend == "auto" and in_context is not None:
@@ -95,31 +131,64 @@ def select(op: str, backend: Backend, tensor: torch.Tensor, caller: str | None =
         in_environment: Any = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         backend, source = in_environment, ENVIRONMENT_VARIABLE
     check_name(backend, source)
-    if backend != "auto":
-        ok, reason = availability(op, backend, tensor.device.type, tensor.dtype)
-        if not ok:
-            raise BackendUnavailableError(f"{caller}: backend '{backend}' is not available: {reason}")
-        return backend
+    return backend
+
+
+def _constant_for_dynamo(function: Callable[..., _T]) -> Callable[..., _T]:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes longer than PyTorch.
+
+    Dynamo does not trace the function: it calls it while it traces, and keeps the result.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_for_dynamo
+def _refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend that was asked for cannot run, or ""."""
+    able = availability(op, backend, device, dtype)
+    return "" if able.ok else able.reason
+
+
+@_constant_for_dynamo
+def _first(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ``auto`` takes, or "". The first call that falls back to the reference says why."""
+    passed_over: dict[str, str] = {}
     for candidate in BACKENDS:
-        if automatic(op, candidate, tensor.device.type, tensor.dtype).ok:
-            runs = isinstance(tensor, torch.Tensor) and not torch.compiler.is_compiling()  # and is not only asked about
-            if runs and candidate == "reference" and tensor.device.type == "cpu":
-                _warn_without_library()
+        ok, reason = automatic(op, candidate, device, dtype, check=True)
+        if ok:
+            if candidate == "reference":
+                _warn_of_reference(device, dtype, passed_over)
             return candidate
-    raise BackendUnavailableError(f"{caller}: no backend takes {tensor.dtype} tensors on {tensor.device.type}")
+        passed_over[candidate] = reason
+    return ""
 
 
-@functools.cache  # so at most once in a process
-def _warn_without_library() -> None:
+_warned: set[str] = set()
+_meant = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""The backends that are made for tensors of a type of device."""
+_hints = {
+    "cpu": "with HPKERNELS_BUILD=cpu the installation fails and says what is missing",
+    "cuda": "it needs more memory as well; `python -m hpkernels` says more",
+}
+
+
+def _warn_of_reference(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
+    """Say once in a process that faster kernels could have run here, and why they do not."""
     from hpkernels import _native  # which imports this module
 
-    ok, reason = _native.LIBRARIES["_C"]
-    if not ok:
+    meant = _meant.get(device.type, ())
+    # On the CPU others take all there is; on a GPU nothing else takes float64.
+    if (device.type == "cpu" and _native.LIBRARIES["_C"].ok) or (device.type == "cuda" and dtype == torch.float64):
+        meant = ()
+    why = "; ".join(f"{backend}: {reasons[backend]}" for backend in meant if backend in reasons)
+    if why and why not in _warned:
+        _warned.add(why)
         warnings.warn(
-            "hpkernels: CPU tensors take the reference backend, which is slower and needs more memory: "
-            f"{reason} (with HPKERNELS_BUILD=cpu the installation fails and says what is missing)",
+            f"hpkernels: {str(dtype).removeprefix('torch.')} tensors on {device} take the reference backend, which is"
+            f" slower: {why} ({_hints[device.type]})",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", action="append", metavar="KERNEL", help="only this kernel; may be repeated")
     parser.add_argument("--images", type=int, default=64, help="images of a batch (default: 64)")
     options = parser.parse_args(arguments)
-    usable, reason = _triton.supports("cuda", torch.float16)
+    usable, reason = _triton.supports(torch.device("cuda"), torch.float16)
     if not torch.cuda.is_available() or not usable:
         reason = reason if torch.cuda.is_available() else "PyTorch sees none on this machine"
         print(f"hpkernels.tune measures on a GPU that Triton can use: {reason}", file=sys.stderr)

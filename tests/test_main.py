@@ -11,7 +11,7 @@ import torch
 
 import hpkernels
 from hpkernels import __main__ as report
-from hpkernels import _native, backends
+from hpkernels import backends
 
 
 def run(repository, *arguments, **variables):
@@ -101,7 +101,7 @@ def test_import_does_not_import_the_compiler(repository):
 
 
 def test_the_compiler_takes_the_mark_of_constants():
-    """hpkernels._native sets the mark itself, so as not to import the compiler."""
-    decorators = (_native._constant_for_dynamo, torch.compiler.assume_constant_result)
+    """hpkernels.backends sets the mark itself, so as not to import the compiler."""
+    decorators = (backends._constant_for_dynamo, torch.compiler.assume_constant_result)
     mine, theirs = (decorate(lambda: 0) for decorate in decorators)
     assert vars(mine) == vars(theirs)

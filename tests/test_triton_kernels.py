@@ -232,17 +232,17 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch, capsys):
     ("gpus", "capability", "hip", "reason"),
     [
         (0, None, None, "PyTorch sees no GPU"),
-        (1, (7, 5), None, "the Triton kernels need compute capability 8.0, a visible GPU has 7.5"),
-        (1, (8, 0), None, None),
-        (1, None, "7.0", None),
+        (2, (7, 5), None, "the Triton kernels need compute capability 8.0, cuda:1 has 7.5"),
+        (2, (8, 0), None, None),
+        (2, None, "7.0", None),
     ],
 )
 def test_gpus_that_are_supported(monkeypatch, gpus, capability, hip, reason):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
-    monkeypatch.setattr(_triton, "_GPUS", gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(_native, "_least_capability", lambda: capability)
-    ok, said = _triton.supports("cuda", torch.float16)
+    monkeypatch.setattr(_native, "_capability", {0: (9, 0), 1: capability}.get)
+    ok, said = _triton.supports(torch.device("cuda", 1), torch.float16)
     assert ok == (reason is None)
     assert reason is None or said.startswith(reason)
 

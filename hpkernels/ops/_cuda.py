@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels._native import supports_cuda
+from hpkernels._native import EMULATED, supports_cuda
 from hpkernels.backends import Availability
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -18,15 +18,15 @@ _ALIGNMENT = 16  # bytes, of rows and their lengths
 
 def register(op: str) -> None:
     """Enter ``hpkernels/ops/<op>/cuda.py``."""
-    # Never run on a GPU so far: only for those who ask for it by name.
-    backends.register(op, "cuda", importlib.import_module(f"hpkernels.ops.{op}.cuda"), automatic=False)
+    automatic: backends.Automatic = "on request" if EMULATED else "checked"
+    backends.register(op, "cuda", importlib.import_module(f"hpkernels.ops.{op}.cuda"), automatic=automatic)
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Whether the CUDA kernels can run that multiply on tensor cores."""
     if dtype not in DTYPES:
         return Availability(False, f"the CUDA kernels take float16, bfloat16 and float32, not {dtype}")
-    return supports_cuda(device_type, dtype)
+    return supports_cuda(device, dtype)
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """Whether kernels run on the CPU, one program after another; decided when they are imported."""
 
 _LEAST_VERSION = (3, 6)
-_GPUS = torch.cuda.device_count()  # at import, because Dynamo traces the choice of a backend
 
 
 def register(op: str) -> None:
@@ -45,11 +44,10 @@ def register(op: str) -> None:
         module = SimpleNamespace(supports=supports)
     else:
         module = importlib.import_module(f"hpkernels.ops.{op}.triton")
-    # Never run on a GPU so far: only for those who ask for it by name.
-    backends.register(op, "triton", module, automatic=False)
+    backends.register(op, "triton", module, automatic="on request" if INTERPRETED else "checked")
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Whether the Triton kernels can run: on GPUs, and on the CPU under Triton's interpreter."""
     if triton is None:
         return Availability(False, "Triton is not installed; pip install 'triton>=3.6'")
@@ -58,17 +56,17 @@ def supports(device_type: str, dtype: torch.dtype) -> Availability:
         return Availability(False, f"the Triton kernels need Triton 3.6, this is {triton.__version__}")
     if dtype not in DTYPES:
         return Availability(False, f"the Triton kernels take float16, bfloat16 and float32, not {dtype}")
-    if device_type == "cuda" and not INTERPRETED:
-        if _GPUS == 0:
+    if device.type == "cuda" and not INTERPRETED:
+        if torch.cuda.device_count() == 0:
             return Availability(False, "PyTorch sees no GPU to run the Triton kernels on")
-        if torch.version.hip is None and (reason := incapable("Triton")):
+        if torch.version.hip is None and (reason := incapable("Triton", device)):
             return Availability(False, reason)
         return Availability(True, f"compiled by Triton {triton.__version__} when first used")
-    if device_type == "cpu" and INTERPRETED:
+    if device.type == "cpu" and INTERPRETED:
         return Availability(True, "interpreted (TRITON_INTERPRET=1): slow, for tests")
     if INTERPRETED:
         return Availability(False, "TRITON_INTERPRET=1 is set, so the Triton kernels take tensors on the CPU only")
-    return Availability(False, f"the Triton kernels take tensors on a GPU, not on {device_type}")
+    return Availability(False, f"the Triton kernels take tensors on a GPU, not on {device.type}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

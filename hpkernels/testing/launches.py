@@ -128,21 +128,22 @@ def kernel_calls(
     Returns:
         Functions without arguments by a name that says what is called.
     """
-    make = _Inputs(dtype, torch.device(device), backend)
+    make = Inputs(dtype, torch.device(device), backend)
     return _CALLS[op](backends.implementation(op, backend), make, sizes or Sizes())
 
 
-class _Inputs:
+class Inputs:
     """Random tensors of one dtype on one device, the same each time.
 
     They are of multiples of 2^-8, so that inner products are exact, in whatever order summed.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, backend: str):
+    def __init__(self, dtype: torch.dtype, device: torch.device, backend: str = "reference"):
         self.dtype, self.device, self.backend = dtype, device, backend
         self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, deviation: float = 1.0) -> Tensor:
+        """Normally distributed."""
         numbers = deviation * torch.randn(shape, generator=self._generator, device=self.device)
         return ((numbers * 256).round() / 256).to(self.dtype)
 
@@ -151,6 +152,7 @@ class _Inputs:
         return self.normal(count, dim, deviation=1 / math.sqrt(dim))
 
     def integers(self, below: int, *shape: int) -> Tensor:
+        """From 0 to `below` - 1, int64."""
         return torch.randint(below, shape, generator=self._generator, device=self.device)
 
     def threshold(self, count: int, dim: int) -> Tensor:
@@ -158,13 +160,15 @@ class _Inputs:
         return torch.full((count,), 3.1 / math.sqrt(dim), device=self.device)
 
     def bernoulli(self, rate: float, *shape: int) -> Tensor:
+        """True at that rate."""
         return torch.rand(shape, generator=self._generator, device=self.device) < rate
 
     def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One number, 0-d."""
         return torch.full((), value, dtype=dtype, device=self.device)
 
 
-def _masked_topk(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+def _masked_topk(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     query, pool = make.unit_rows(sizes.anchors, sizes.feature_dim), make.unit_rows(sizes.pool_size, sizes.feature_dim)
     few = query[: sizes.group]
     mask = make.bernoulli(0.9, len(few), len(pool))
@@ -185,7 +189,7 @@ def _masked_topk(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
     return calls
 
 
-def _hidden_positives(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+def _hidden_positives(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     return {
         f"forward, D={dim}": partial(
             kernels.forward, make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim)
@@ -194,7 +198,7 @@ def _hidden_positives(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
     }
 
 
-def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+def _multi_positive_contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     z, other = make.unit_rows(sizes.anchors, sizes.dim), make.unit_rows(sizes.anchors, sizes.dim)
     threshold = make.threshold(sizes.anchors, sizes.dim)
     weight, grad_losses, seed = make.scalar(0.5), make.scalar(1.0)[None], make.scalar(0, torch.int64)
@@ -218,7 +222,7 @@ def _multi_positive_contrastive(kernels: Any, make: _Inputs, sizes: Sizes) -> Ca
     }
 
 
-def _local_propagation(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
+def _local_propagation(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     calls: Calls = {}
     for height, width in (sizes.grid, (sizes.grid[0] // 2, sizes.grid[1] // 2), sizes.large_grid):
         images = sizes.images if (height, width) == sizes.grid else 1
@@ -236,7 +240,7 @@ def _local_propagation(kernels: Any, make: _Inputs, sizes: Sizes) -> Calls:
     return calls
 
 
-_CALLS: dict[str, Callable[[Any, _Inputs, Sizes], Calls]] = {
+_CALLS: dict[str, Callable[[Any, Inputs, Sizes], Calls]] = {
     "hidden_positives": _hidden_positives,
     "local_propagation": _local_propagation,
     "masked_topk": _masked_topk,

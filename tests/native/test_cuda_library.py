@@ -211,17 +211,19 @@ def test_a_library_that_does_not_load_is_no_crash(monkeypatch, tmp_path):
 def pretend_gpu(monkeypatch, tmp_path):
     """``pretend_gpu(*capabilities, compiled=...)``: as if such a library were loaded and there were these GPUs."""
     file = tmp_path / "_C_cuda.so"
-    caches = _native._capabilities, _native._read_without_code
+    caches = _native._capability, _native._compiled_for
     for function in caches:
         function.cache_clear()
 
-    def pretend(*capabilities, compiled="8.0 9.0a 10.0+PTX by nvcc 13.0.88"):
+    def pretend(*capabilities, compiled="8.0 9.0a 10.0+PTX by nvcc 13.0.88", driver=(13, 0)):
         file.write_bytes(f"hpkernels architectures: {compiled}".encode() + b"\0rest")
         libraries = _native.LIBRARIES | {"_C_cuda": Availability(True, "pretended")}
         monkeypatch.setattr(_native, "_file", lambda library: file)
         monkeypatch.setattr(_native, "LIBRARIES", libraries)
         monkeypatch.setattr(_native, "EMULATED", False)
+        monkeypatch.setattr(_native, "driver_version", lambda: driver)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
 
     yield pretend
@@ -237,18 +239,38 @@ def test_supported_gpus(pretend_gpu):
 
 
 def test_gpus_that_are_too_old(pretend_gpu):
+    """Each GPU for itself: an old one beside it takes nothing from a new one."""
     pretend_gpu((9, 0), (7, 5))
-    ok, reason = backends.availability("local_propagation", "cuda", "cuda")
-    assert not ok and reason == "the CUDA kernels need compute capability 8.0, a visible GPU has 7.5"
+    assert backends.availability("local_propagation", "cuda", "cuda:0").ok
+    ok, reason = backends.availability("local_propagation", "cuda", "cuda:1")
+    assert not ok and reason == "the CUDA kernels need compute capability 8.0, cuda:1 has 7.5"
 
 
 def test_gpus_that_nothing_was_compiled_for(pretend_gpu):
     pretend_gpu((8, 0), (12, 0), compiled="8.0 9.0a by nvcc 13.0.88")
-    ok, reason = backends.availability("local_propagation", "cuda", "cuda")
+    assert backends.availability("local_propagation", "cuda", "cuda:0").ok
+    ok, reason = backends.availability("local_propagation", "cuda", "cuda:1")
     assert not ok and reason == (
-        "the CUDA kernels are compiled for 8.0 9.0a by nvcc 13.0.88, a visible GPU has 12.0; "
+        "the CUDA kernels are compiled for 8.0 9.0a by nvcc 13.0.88, cuda:1 has 12.0; "
         "reinstall with TORCH_CUDA_ARCH_LIST=12.0"
     )
+
+
+@pytest.mark.parametrize(("driver", "runs"), [((12, 9), False), ((13, 0), True), ((14, 1), True), (None, True)])
+def test_drivers_that_are_too_old(driver, runs, pretend_gpu):
+    pretend_gpu((9, 0), driver=driver)
+    ok, reason = backends.availability("local_propagation", "cuda", "cuda")
+    assert ok == runs
+    assert runs or reason == (
+        "the CUDA kernels are compiled for 8.0 9.0a 10.0+PTX by nvcc 13.0.88, which needs a driver of CUDA 13, and this"
+        " one is of CUDA 12.9; update the driver, or reinstall with an nvcc of that version"
+    )
+
+
+def test_without_a_driver_its_version_is_unknown():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has an NVIDIA driver")
+    assert _native.driver_version() is None
 
 
 @pytest.mark.parametrize(
@@ -279,9 +301,8 @@ def test_code_for_a_gpu(compiled, runs, runs_not):
 def test_auto_leaves_such_gpus_to_others(op, gpu, pretend_gpu, monkeypatch):
     """Even where the CUDA kernels are what ``auto`` prefers; whoever asks for them by name is told why not."""
     pretend_gpu(gpu, compiled="8.0 9.0a")
-    monkeypatch.setattr(backends, "_on_request_only", set())
+    monkeypatch.setattr(backends, "_automatic", {key: "always" for key in backends._automatic})
     monkeypatch.setattr(_triton, "INTERPRETED", False)
-    monkeypatch.setattr(_triton, "_GPUS", 1)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
     expected = "reference" if gpu == (7, 5) or _triton.triton is None else "triton"
     assert backends.select(op, "auto", on_gpu) == expected
@@ -292,7 +313,8 @@ def test_auto_leaves_such_gpus_to_others(op, gpu, pretend_gpu, monkeypatch):
 @each_op
 def test_the_choice_follows_the_dtype(op, pretend_gpu, monkeypatch):
     pretend_gpu((9, 0))
-    monkeypatch.setattr(backends, "_on_request_only", {(op, "triton")})
+    monkeypatch.setattr(backends, "_automatic", {key: "always" for key in backends._automatic})
+    monkeypatch.setitem(backends._automatic, (op, "triton"), "on request")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert backends.select(op, "auto", SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == "cuda"
     double = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
@@ -302,11 +324,13 @@ def test_the_choice_follows_the_dtype(op, pretend_gpu, monkeypatch):
 
 
 def test_the_choice_can_be_compiled(pretend_gpu):
-    """Dynamo traces the choice; what it cannot trace is the question to the driver."""
+    """Dynamo calls what chooses while it traces: it cannot trace the question to the driver."""
     pretend_gpu((7, 5))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
 
     @torch.compile(fullgraph=True, backend="eager")
     def sign(value):
-        return value if backends.availability("local_propagation", "cuda", "cuda").ok else -value
+        return -value if backends.select("local_propagation", "auto", on_gpu) == "reference" else value
 
-    assert sign(torch.ones(1)).item() == -1
+    with pytest.warns(UserWarning, match="compute capability 8.0, cuda:0 has 7.5"):
+        assert sign(torch.ones(1)).item() == -1

@@ -539,7 +539,7 @@ def test_each_source_has_a_backend_that_takes_it(dtypes, monkeypatch):
         ran.append(args[0].dtype)
         return backends.implementation("masked_topk", "reference").forward(*args)
 
-    def supports(device_type, dtype):
+    def supports(device, dtype):
         return backends.Availability(dtype == torch.float32, "it takes float32 only")
 
     monkeypatch.setattr(backends, "_modules", dict(backends._modules))

@@ -12,7 +12,7 @@ from hpkernels.backends import Availability
 from hpkernels.ops.hidden_positives.bits import pack_bits
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Plain PyTorch runs everywhere."""
     return Availability(True, "plain PyTorch")
 

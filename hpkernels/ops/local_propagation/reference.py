@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hpkernels.backends import Availability
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Plain PyTorch runs everywhere."""
     return Availability(True, "plain PyTorch")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpkernels.backends import Availability
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Plain PyTorch runs everywhere."""
     return Availability(True, "plain PyTorch")
 

@@ -30,7 +30,7 @@ from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import unpack_bits
 
 
-def supports(device_type: str, dtype: torch.dtype) -> Availability:
+def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     """Plain PyTorch runs everywhere."""
     return Availability(True, "plain PyTorch")
 

@@ -1,0 +1,492 @@
+"""Whether a GPU backend is right on the device at hand, found out once and kept.
+
+Before ``auto`` takes `cuda` or `triton` for the first time on a device and for a dtype, a small problem goes through
+all of the backend's ops, forward and backward, and is compared with the reference in float64 on the CPU. The verdict
+holds for the whole backend, so that thresholds and the comparisons with them never come from different ones. It is kept
+in ``$XDG_CACHE_HOME/hpkernels`` under all that it depends on: GPU, driver, versions, the package's own files.
+
+It is a guard against what is miscompiled or crashes here, not a test: large sizes are beyond it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from hpkernels import _native, backends
+from hpkernels._version import __version__
+from hpkernels.backends import Availability
+from hpkernels.ops import _triton
+from hpkernels.testing.launches import Inputs
+from hpkernels.testing.rows import row_errors
+
+VARIABLE = "HPKERNELS_SELF_CHECK"
+MODES = ("auto", "trust", "again", "never")
+"""Check once and keep the verdict; take what can run, unchecked; check again in this process; take no such backend."""
+
+LIMIT_S = 300.0
+"""Seconds after which a check counts as hanging."""
+
+_QUIET_S = 2.0  # before anything is said
+
+_started = time.time()
+_checking = threading.Lock()
+_verdicts: dict[tuple[str, torch.device, torch.dtype], Availability] = {}
+
+
+def passed(backend: str, device: torch.device, dtype: torch.dtype) -> Availability:
+    """Whether `backend` is right on `device` for `dtype`; the first call finds out, which may take half a minute.
+
+    Raises:
+        ValueError: the environment variable ``HPKERNELS_SELF_CHECK`` is not one of `MODES`.
+        RuntimeError: no verdict is kept and a CUDA graph is being captured; or the check left the device unusable.
+    """
+    verdict = known(backend, device, dtype)
+    if verdict is not UNKNOWN:
+        return verdict
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"hpkernels: call the op once before capturing a CUDA graph: backend '{backend}' has not been checked for"
+            f" {_name(dtype)} on this device yet (or name it, backend='{backend}', which asks for no check)"
+        )
+    with _checking:
+        verdict = known(backend, device, dtype)
+        if verdict is UNKNOWN:
+            verdict = check(backend, device, dtype)
+    return verdict
+
+
+UNKNOWN = Availability(False, "not checked on this device yet: at the first call, or by `python -m hpkernels check`")
+"""The verdict of `known` where there is none."""
+
+
+def known(backend: str, device: torch.device, dtype: torch.dtype) -> Availability:
+    """The verdict as far as it is known, without a check."""
+    chosen = mode()
+    if chosen == "trust":
+        return Availability(True, f"not checked ({VARIABLE}=trust)")
+    if chosen == "never":
+        return Availability(False, f"only on request, backend='{backend}' ({VARIABLE}=never)")
+    key = (backend, _with_index(device), dtype)
+    if key not in _verdicts:
+        kept = _record(*key).read()
+        if kept is None:
+            return UNKNOWN
+        _verdicts[key] = kept
+    return _verdicts[key]
+
+
+def mode() -> str:
+    """What ``HPKERNELS_SELF_CHECK`` asks for."""
+    chosen = os.environ.get(VARIABLE) or "auto"
+    if chosen not in MODES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}, got {chosen!r}")
+    return chosen
+
+
+def check(backend: str, device: torch.device, dtype: torch.dtype) -> Availability:
+    """Check now, unless another process does: then wait for its verdict. Keeps the verdict, if there is where to.
+
+    A marker is written before and removed after. One that is found although nobody holds the lock is that of a process
+    that crashed, hung or was stopped in its check, and this must not happen twice.
+    """
+    device = _with_index(device)
+    record = _record(backend, device, dtype)
+    with _said_if_slow(f"{backend}, {_name(dtype)} on {record.identity['device']}") as say, record.locked():
+        verdict = record.read()
+        if verdict is None:
+            died = None if mode() == "again" else record.read_marker()
+            if died is not None:
+                verdict = Availability(
+                    False,
+                    f"an earlier check did not end: process {died.get('process')} of {died.get('when')} crashed, hung"
+                    " or was stopped; `python -m hpkernels check` tries again",
+                )
+            else:
+                record.mark()
+                verdict = _in_a_thread(lambda: examine(backend, device, dtype), LIMIT_S)
+            record.write(verdict)
+        say(f"passed: {verdict.reason}" if verdict.ok else f"failed: {verdict.reason}")
+    _verdicts[backend, device, dtype] = verdict
+    # Where a kernel hangs, so does whatever follows it.
+    if not (verdict.ok or _in_a_thread(lambda: _computes(device), 10).ok):
+        raise RuntimeError(
+            f"hpkernels: the self-check of backend '{backend}' left {device} unusable for this process"
+            f" ({verdict.reason}); start again: the verdict is kept, and the check is not repeated"
+        )
+    return verdict
+
+
+# The problem.
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B, (H, W), D, Df and M of the problem; images, (H, W), heads and features of a head of the attention.
+
+    All that Triton compiles for, being a multiple of 16 or not, is as in the paper's sizes, so that what is compiled
+    here is what calls of such sizes run.
+    """
+
+    images: int = 8
+    grid: tuple[int, int] = (8, 24)
+    dim: int = 512
+    feature_dim: int = 384
+    pool_size: int = 1024
+    attention: tuple[int, int, int, int, int] = (2, 28, 28, 6, 64)
+
+
+def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Availability:
+    """Compare all ops of `backend` with the reference in float64 on the CPU.
+
+    Inner products of the features are exact, in whatever order summed, so that packed bits and indices must be equal.
+    """
+    inputs = _problem(dtype, sizes or Sizes())
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    expected = _results("reference", backend, exact, sizes or Sizes())
+    given = {name: value.to(device) for name, value in inputs.items()}
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    started = time.monotonic()
+    with on_device:
+        for (what, actual), (_, wanted) in zip(
+            _results(backend, backend, given, sizes or Sizes()), expected, strict=True
+        ):
+            wrong = _wrong_rows(actual.detach().to("cpu"), wanted, dtype)
+            if wrong:
+                return Availability(False, f"{what}: {wrong} of {len(wanted)} rows differ from the reference")
+    seconds = time.monotonic() - started
+    return Availability(True, f"checked on this device in {seconds:.1f} s, {datetime.now(timezone.utc):%Y-%m-%d}")
+
+
+def _problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
+    """The inputs on the CPU."""
+    make = Inputs(dtype, torch.device("cpu"))
+    anchors = sizes.images * sizes.grid[0] * sizes.grid[1]
+    images, height, width, heads, head_dim = sizes.attention
+    group = torch.arange(anchors, device="cpu") // (anchors // sizes.images)
+    rows = {name: make.unit_rows(anchors, sizes.dim) for name in ("specific", "z", "z_mixed")}
+    return rows | {
+        "features": make.unit_rows(anchors, sizes.feature_dim),
+        "pool": make.unit_rows(sizes.pool_size, sizes.feature_dim),
+        "specific_pool": make.unit_rows(sizes.pool_size, sizes.dim),
+        "group": group,
+        "pool_group": make.integers(sizes.images, sizes.pool_size),
+        "grad_values": make.normal(anchors, 8).float(),
+        "weight": make.scalar(0.5),
+        # So large that float16 gradients, of a mean over all anchors, are normal numbers.
+        "grad_losses": torch.tensor([256.0, 128.0], device="cpu"),
+        "seed": make.scalar(0, torch.int64),
+        "query": make.normal(images, heads, 1 + height * width, head_dim),
+        "key": make.normal(images, heads, 1 + height * width, head_dim),
+        "code": make.normal(images, sizes.dim, height, width),
+    }
+
+
+def _results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
+    """What the ops of `backend` give, by what it is, for the ops that `checked` has.
+
+    The functions of the backend are called, not the public ops: no autograd, whose threads may be those that wait.
+    """
+
+    def has(op: str) -> bool:
+        return (op, checked) in backends._modules
+
+    def of(op: str) -> Any:
+        return backends.implementation(op, backend)
+
+    bits = {}
+    if has("masked_topk"):
+        topk = of("masked_topk")
+        for features, pool in (("features", "pool"), ("specific", "specific_pool")):
+            top, indices = topk.forward(given[features], given[pool], 1, None, None, None)
+            yield f"masked_topk of {features}, values", top
+            yield f"masked_topk of {features}, indices", indices
+            if has("hidden_positives"):
+                bits[features] = of("hidden_positives").forward(given[features], top[:, 0])
+                yield f"hidden_positives of {features}", bits[features]
+        groups = given["group"], given["pool_group"]
+        top, indices = topk.forward(given["features"], given["pool"], 8, None, *groups)
+        yield "masked_topk with groups, values", top
+        yield "masked_topk with groups, indices", indices
+        gradients = topk.backward(given["grad_values"].to(top.dtype), indices, given["features"], given["pool"])
+        yield from zip(("gradient of masked_topk, query", "gradient of masked_topk, pool"), gradients, strict=True)
+    if has("multi_positive_contrastive") and bits:
+        contrastive, branches = of("multi_positive_contrastive"), [given["z"], given["z_mixed"]]
+        group = sizes.grid[0] * sizes.grid[1]
+        for rate, specific in ((0.02, None), (0.02, bits["specific"]), (1.0, bits["specific"])):
+            what = f"of the loss, rate {rate:g}{', specific' if specific is not None else ''}"
+            relations = bits["features"], specific
+            weight = given["weight"] * (specific is not None)
+            losses, rows = contrastive.forward(
+                branches, *relations, weight, None, given["seed"], group, 0.6, 1.0, rate, "joint", True, False
+            )
+            yield f"value {what}", losses
+            gradients = contrastive.backward(
+                given["grad_losses"].to(losses.dtype),
+                branches, *relations, None, given["seed"], rows, group, 0.6, rate, True,
+            )  # fmt: skip
+            yield from ((f"gradient {what}", gradient) for gradient in gradients)
+    if has("local_propagation"):
+        local, (_, height, width, *_) = of("local_propagation"), sizes.attention
+        weights = local.weights_forward(given["query"], given["key"], height, width, 28.0, 0.1, 0.9, 3, 1)
+        yield "local_propagation, weights", weights
+        yield "local_propagation", local.apply_forward(given["code"], weights)
+        yield "gradient of local_propagation", local.apply_backward(given["code"], weights)
+
+
+def _wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:
+    """How many rows differ by more than rounding; whole numbers must be equal, and so must values of exact products."""
+    if actual.shape != expected.shape:
+        return len(expected)
+    if not expected.is_floating_point():
+        return int((actual != expected).flatten(1).any(dim=1).sum())
+    norms = row_errors(expected, torch.zeros_like(expected))
+    errors = row_errors(actual, expected)
+    return int((~(errors <= _tolerance(dtype) * (norms + 0.01 * norms.max()))).sum())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of a row, relative: some roundings to `dtype`, or, where PyTorch's setting allows TF32, to that."""
+    if dtype == torch.float64:
+        return 1e-9
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return 1e-4
+    return 8 * max(torch.finfo(dtype).eps, 2.0**-10)
+
+
+# A thread of its own.
+
+
+def _in_a_thread(examination: Callable[[], Availability], limit_s: float) -> Availability:
+    """The verdict of `examination`, which hangs if it takes longer.
+
+    Inference mode, autocast, default devices and modes that record or fake calls belong to a thread, and stay out.
+    """
+    found: list[Availability] = []
+
+    def run() -> None:
+        try:
+            found.append(examination())
+        except BaseException as error:  # whatever it is, the backend is not to be used
+            first_line = str(error).partition("\n")[0]
+            found.append(Availability(False, f"{type(error).__name__}: {first_line}"))
+
+    thread = threading.Thread(target=run, name="hpkernels self-check", daemon=True)
+    with _deterministic_algorithms_off():
+        thread.start()
+        thread.join(limit_s)
+    return found[0] if found else Availability(False, f"it did not end within {limit_s:g} s")
+
+
+@contextmanager
+def _deterministic_algorithms_off() -> Iterator[None]:
+    """PyTorch's setting, which is of the whole process, fills every empty tensor."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=only_warn)
+
+
+def _computes(device: torch.device) -> Availability:
+    """Whether the device still computes: after an illegal address it does nothing more for this process."""
+    return Availability(bool((torch.ones(1, device=device) + 1).item() == 2), "")
+
+
+@contextmanager
+def _said_if_slow(what: str) -> Iterator[Callable[[str], None]]:
+    """Say on stderr what goes on, if it takes more than two seconds; yields what says how it ended."""
+    said = threading.Event()
+
+    def begin() -> None:
+        said.set()
+        print(f"hpkernels: checking {what}, once; the verdict is kept ...", file=sys.stderr, flush=True)
+
+    def end(verdict: str) -> None:
+        timer.cancel()
+        if said.is_set():
+            print(f"hpkernels: {what} {verdict}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_QUIET_S, begin)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield end
+    finally:
+        timer.cancel()
+
+
+# What is kept.
+
+
+class _Record:
+    """The files of one verdict: the verdict, the marker of a check that goes on, the lock of who makes it."""
+
+    def __init__(self, identity: dict[str, Any]):
+        self.identity = identity
+        text = json.dumps(identity, sort_keys=True)
+        name = f"{identity['backend']}-{identity['dtype']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        folder = _folder()
+        self._verdict, self._marker, self._lock = (
+            None if folder is None else folder / f"{name}.{kind}" for kind in ("json", "started", "lock")
+        )
+
+    def read(self) -> Availability | None:
+        """The verdict that is kept; in the mode "again" only one that is younger than this process."""
+        kept = _read(self._verdict)
+        if kept is None or not isinstance(kept.get("ok"), bool) or not isinstance(kept.get("reason"), str):
+            return None
+        if mode() == "again" and not float(kept.get("time", 0)) >= _started:
+            return None
+        return Availability(kept["ok"], kept["reason"])
+
+    def write(self, verdict: Availability) -> None:
+        """Keep a verdict; the check has ended."""
+        _write(self._verdict, verdict._asdict() | {"time": time.time(), "of": self.identity})
+        if self._marker is not None:
+            with suppress(OSError):
+                self._marker.unlink(missing_ok=True)
+
+    def read_marker(self) -> dict[str, Any] | None:
+        """Who began a check that has not ended."""
+        return _read(self._marker)
+
+    def mark(self) -> None:
+        """Begin a check."""
+        _write(self._marker, {"process": os.getpid(), "when": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock, which the system gives back when a process ends, however it does."""
+        lock = None
+        if self._lock is not None:
+            try:
+                self._lock.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self._lock)
+                lock.acquire(timeout=LIMIT_S + 60)
+            except Timeout:
+                raise RuntimeError(
+                    f"hpkernels: another process has held {self._lock} for {LIMIT_S + 60:g} s, and its check has not"
+                    f" ended; {VARIABLE}=never leaves the kernels out"
+                ) from None
+            except (OSError, NotImplementedError):  # a folder that nobody may write to, or without locks
+                lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+@cache
+def _record(backend: str, device: torch.device, dtype: torch.dtype) -> _Record:
+    return _Record({"backend": backend, "dtype": _name(dtype)} | _identity(device))
+
+
+def _folder() -> Path | None:
+    """Where verdicts are kept; None without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(base) / "hpkernels" / "selfcheck"
+
+
+def _read(file: Path | None) -> dict[str, Any] | None:
+    """A JSON object, or None if there is none that can be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file is not None else None
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write(file: Path | None, value: dict[str, Any]) -> None:
+    """Replace a file as a whole; where nothing may be written, nothing is."""
+    if file is None:
+        return
+    half = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        half.replace(file)
+    except OSError:
+        return
+
+
+@cache
+def _identity(device: torch.device) -> dict[str, Any]:
+    """All that a verdict depends on besides backend and dtype."""
+    found: dict[str, Any] = {"device": "CPU"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found = {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,  # a slice of a GPU has fewer
+        }
+    table = os.environ.get(_triton.TABLE_VARIABLE)
+    ptxas = os.environ.get("TRITON_PTXAS_PATH")
+    return found | {
+        "driver": _driver(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": getattr(_triton.triton, "__version__", None),  # type: ignore[attr-defined]  # None where there is none
+        "ptxas": [ptxas, _digest([Path(ptxas)]) if ptxas else None],
+        "table": _digest([Path(table)]) if table else None,
+        "engine": os.environ.get("HPKERNELS_SM90"),
+        "hpkernels": [__version__, _digest(_own_files())],
+    }
+
+
+def _driver() -> str:
+    """The version of the NVIDIA driver, or of the CUDA that it knows."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
+    except OSError:
+        return str(_native.driver_version())
+
+
+def _own_files() -> list[Path]:
+    """What the package computes with: its sources, tables and libraries."""
+    package = Path(__file__).parent
+    return sorted([*package.rglob("*.py"), *package.rglob("*.json"), *package.glob("_C*")])
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            content = str(error).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
