@@ -4,6 +4,7 @@ from hpkernels import compat, nn
 from hpkernels._version import __version__
 from hpkernels.backends import Backend, BackendUnavailableError, use_backend
 from hpkernels.cost import estimate
+from hpkernels.explanation import Explanation, explain
 from hpkernels.ops.ghp_contrastive import ghp_contrastive
 from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
 from hpkernels.ops.local_propagation import apply_local_propagation, local_propagation, local_propagation_weights
@@ -14,12 +15,14 @@ from hpkernels.ops.multi_positive_contrastive.options import Variant
 __all__ = [
     "Backend",
     "BackendUnavailableError",
+    "Explanation",
     "PositiveMask",
     "Variant",
     "__version__",
     "apply_local_propagation",
     "compat",
     "estimate",
+    "explain",
     "ghp_contrastive",
     "hidden_positives",
     "local_propagation",

@@ -1,12 +1,14 @@
 """What hpkernels does on this machine.
 
 ``python -m hpkernels``: the versions, and what ``backend="auto"`` takes here and why. ``python -m hpkernels check``:
-compare the kernels with the reference on each device, so that ``auto`` knows.
+compare the kernels with the reference on each device, so that ``auto`` knows. ``python -m hpkernels explain
+ghp_contrastive N=50176 device=H100``: what a call of these sizes takes, what it costs, and why not the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -216,6 +218,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
     )
     checking.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    explaining = commands.add_parser("explain", help="which backend, engine and route a call takes, and why")
+    explaining.add_argument("--json", action="store_true", help="print JSON")
+    explaining.add_argument("op")
+    explaining.add_argument("sizes", nargs="*", metavar="NAME=VALUE", help="device, dtype, or a size as N=50176")
     options = parser.parse_args(arguments)
     status, text = 0, ""
     if options.command == "check" and options.one:
@@ -225,12 +231,30 @@ def main(arguments: list[str] | None = None) -> int:
         found = check(options.limit, (lambda line: None) if options.json else _print)
         status = 0 if all(entry["ok"] for entry in found) else 1
         text = json.dumps(found, indent=2) if options.json else "" if found else "no kernels can run here"
+    elif options.command == "explain":
+        try:
+            explanation = hpkernels.explain(**{"op": options.op} | dict(map(_assignment, options.sizes)))
+        except ValueError as error:
+            sys.exit(str(error))
+        text = json.dumps(dataclasses.asdict(explanation), indent=2) if options.json else str(explanation)
     else:
         told = report()
         text = json.dumps(told, indent=2) if options.json else "\n".join(lines(told))
     if text:
         _print(text)
     return status
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """The name and the value of "N=50176"; a value is a number, true, false, or a word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"explain: sizes must be NAME=VALUE, got {text!r}")
+    try:
+        known = json.loads(value)
+    except ValueError:
+        known = value
+    return name, known if isinstance(known, int | float) else value
 
 
 def _seconds(text: str) -> float:

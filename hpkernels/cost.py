@@ -36,6 +36,7 @@ class Device:
         source: of the figures.
         ranking: FLOP/s of products that similarities are ranked and compared by, where that is not the rate of the
             dtype: the CPU backend decides all but close cases by int8 products.
+        capability: the CUDA compute capability of a GPU.
     """
 
     matrix: dict[str, float]
@@ -43,6 +44,7 @@ class Device:
     bandwidth: float
     source: str
     ranking: float | None = None
+    capability: tuple[int, int] | None = None
 
 
 def _rates(half: float, single: float, double: float) -> dict[str, float]:
@@ -50,10 +52,12 @@ def _rates(half: float, single: float, double: float) -> dict[str, float]:
 
 
 DEVICES = {
-    "H200": Device(_rates(989e12, 67e12, 67e12), 67e12, 4.8e12, "NVIDIA data sheet, SXM"),
-    "H100": Device(_rates(989e12, 67e12, 67e12), 67e12, 3.35e12, "NVIDIA data sheet, SXM"),
-    "A100": Device(_rates(312e12, 19.5e12, 19.5e12), 19.5e12, 2.04e12, "NVIDIA data sheet, SXM 80 GB"),
-    "RTX 4090": Device(_rates(165e12, 82.6e12, 1.29e12), 82.6e12, 1.01e12, "NVIDIA Ada white paper"),
+    "H200": Device(_rates(989e12, 67e12, 67e12), 67e12, 4.8e12, "NVIDIA data sheet, SXM", capability=(9, 0)),
+    "H100": Device(_rates(989e12, 67e12, 67e12), 67e12, 3.35e12, "NVIDIA data sheet, SXM", capability=(9, 0)),
+    "A100": Device(
+        _rates(312e12, 19.5e12, 19.5e12), 19.5e12, 2.04e12, "NVIDIA data sheet, SXM 80 GB", capability=(8, 0)
+    ),
+    "RTX 4090": Device(_rates(165e12, 82.6e12, 1.29e12), 82.6e12, 1.01e12, "NVIDIA Ada white paper", capability=(8, 9)),
     # Half precision is computed in float32 there.
     "CPU": Device(
         _rates(200e9, 200e9, 100e9), 100e9, 34e9, "measured 2026-11-25, 2 threads of an AMD EPYC (Zen 4)", ranking=870e9
@@ -199,8 +203,7 @@ def estimate(
     elif op == "local_propagation":
         routes = _local_propagation(N // anchors_per_image, anchors_per_image, D, heads_dim, window, size)
     else:
-        pairs = (density + negative_rate) * N * N
-        within = min(density * within_image_share * N * N + negative_rate * N * anchors_per_image, pairs)
+        pairs, within = expected_pairs(N, anchors_per_image, negative_rate, density, within_image_share)
         routes = _contrastive(N, D, anchors_per_image, pairs, within, size)
         if op == "ghp_contrastive":
             sources = (features_dim, D) if specific else (features_dim,)
@@ -210,15 +213,25 @@ def estimate(
     return Estimate(op, name, {route: work.on(rates, dtype) for route, work in routes.items()})
 
 
+def expected_pairs(
+    anchors: int, anchors_per_image: int, negative_rate: float, density: float, within_image_share: float
+) -> tuple[float, float]:
+    """The number of pairs in A, S and R, and of those within images."""
+    pairs = (density + negative_rate) * anchors * anchors
+    within = density * within_image_share * anchors * anchors + negative_rate * anchors * anchors_per_image
+    return pairs, min(within, pairs)
+
+
 def contrastive_route(anchors: int, anchors_per_image: int, pairs: float, within_images: float) -> str:
     """The route of `multi_positive_contrastive` with the least work, from the number of pairs in A, S and R."""
     work = contrastive_logits(anchors, anchors_per_image, pairs, within_images)
 
-    def cost(route: str) -> float:
-        in_blocks, by_themselves = work[route]
-        return _BLOCK_FLOPS * in_blocks + _PAIR_SLOWDOWN * _PAIR_FLOPS * by_themselves
+    return min(work, key=lambda route: route_work(*work[route]))
 
-    return min(work, key=cost)
+
+def route_work(in_blocks: float, by_themselves: float) -> float:
+    """What logits in blocks and pair by pair cost, in FLOPs of blocks for a feature."""
+    return _BLOCK_FLOPS * in_blocks + _PAIR_SLOWDOWN * _PAIR_FLOPS * by_themselves
 
 
 def lists_may_pay(anchors: int, anchors_per_image: int, negative_rate: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hpkernels.backends import Availability
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _ALIGNMENT = 16  # bytes, of rows and their lengths
+_MOST_WGMMA_BYTES = 1024  # kMostSm90Bytes of csrc/common/cuda.h
 
 
 def register(op: str) -> None:
@@ -27,6 +29,20 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     if dtype not in DTYPES:
         return Availability(False, f"the CUDA kernels take float16, bfloat16 and float32, not {dtype}")
     return supports_cuda(device, dtype)
+
+
+def without_wgmma(capability: tuple[int, int], dtype: torch.dtype, row: int) -> str:
+    """Why products of rows of `row` elements are not computed by TMA and wgmma but by mma.sync, or "".
+
+    The rule of ``runs_on_sm90`` in csrc/common/cuda.h, which decides.
+    """
+    if dtype == torch.float32:
+        return "wgmma is used for float16 and bfloat16"
+    if row * dtype.itemsize > _MOST_WGMMA_BYTES:
+        return f"rows have {row * dtype.itemsize} bytes, and the kernels with wgmma take {_MOST_WGMMA_BYTES}"
+    if capability[0] != 9:
+        return "wgmma is of compute capability 9.0"
+    return "HPKERNELS_SM90=0 is set" if os.environ.get("HPKERNELS_SM90") == "0" else ""
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:

@@ -93,9 +93,13 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    return architecture_of(torch.cuda.get_device_capability(device))
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The column of NVIDIA GPUs of a compute capability."""
     # Others, like consumer Blackwell, have no more shared memory than the smallest of Ampere.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
 @functools.cache

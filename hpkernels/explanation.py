@@ -1,0 +1,273 @@
+"""What would run, and why not the others: the rules that dispatch follows, and the cost model, put into sentences."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpkernels import _native, backends, cost
+from hpkernels.cost import DEVICES, RouteCost
+from hpkernels.ops import _cuda, _triton
+from hpkernels.ops.masked_topk.cuda import MOST_KEPT
+from hpkernels.ops.multi_positive_contrastive import lists
+
+_SIZES = {
+    name: parameter.default
+    for name, parameter in inspect.signature(cost.estimate).parameters.items()
+    if name not in ("op", "device", "dtype")
+}
+_LISTS, _BLOCKS = "lists of pairs, blocks within images", "blocks of all pairs"
+_COST_OF = {_LISTS: "images", _BLOCKS: "blocks"}
+"""The route of the cost model that a route of the GPU backends costs as much as."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the ops that a call is made of.
+
+    Attributes:
+        op: its name, with what it works on.
+        engine: how its products are computed.
+        route: which pairs they are computed of.
+    """
+
+    op: str
+    engine: str
+    route: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``backend="auto"`` would do with a call; ``str()`` is a table.
+
+    Attributes:
+        op: the op.
+        device: the device, in words.
+        dtype: of the inputs.
+        backend: the backend that runs, or that would once it has passed its self-check.
+        steps: what it does.
+        cost: on the roofline of the device, forward and backward; None where no rates of the device are known.
+        not_taken: why not, by the name of a backend, an engine or a route.
+    """
+
+    op: str
+    device: str
+    dtype: str
+    backend: str
+    steps: tuple[Step, ...]
+    cost: RouteCost | None
+    not_taken: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [(step.op, f"{step.engine}; {step.route}") for step in self.steps]
+        if self.cost is None:
+            rows.append(("cost", "no rates of this device are known: name one, device=..."))
+        else:
+            of, megabytes = self.cost, 2**20
+            time = f"{of.milliseconds:.4g} ms on the roofline (a prediction), bound by {of.bound}"
+            work = f"{of.flops / 1e9:.4g} GFLOP, {of.bytes / megabytes:.4g} MiB moved"
+            rows.append(("cost", f"{time}; {work}, workspace {of.workspace / megabytes:.4g} MiB"))
+        lines = [f"{self.op}, {self.dtype}, on {self.device}: {self.backend}"]
+        lines += [f"  {name:30} {what}" for name, what in rows]
+        lines += ["not taken, and why", *(f"  {name}: {reason}" for name, reason in self.not_taken.items())]
+        return "\n".join(lines)
+
+
+def explain(op: str, *, device: str | None = None, dtype: str = "float16", **sizes: Any) -> Explanation:
+    """Explain which backend, engine and route a call takes on this machine or on a named device, and why not others.
+
+    Args:
+        op: as for `hpkernels.estimate`.
+        device: a name in `hpkernels.cost.DEVICES`; None: the GPU of this machine, or its CPU if it has none.
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        sizes: those of `hpkernels.estimate`, as far as they differ from its defaults.
+
+    Returns:
+        The choice and its cost, which is a prediction; how many positives there are is known to the call alone.
+
+    Raises:
+        ValueError: an unknown op, device, dtype or size, or a number out of range.
+
+    Example:
+        >>> import hpkernels
+        >>> told = hpkernels.explain("ghp_contrastive", N=50176, D=512, device="H100")
+        >>> told.backend, told.steps[0].engine
+        ('cuda', 'TMA and wgmma')
+        >>> told.not_taken["reference"]
+        'cuda comes first'
+    """
+    _check_sizes(sizes)
+    try:
+        estimate = cost.estimate(op, dtype=dtype, device=device or "CPU", **sizes)
+    except ValueError as error:
+        raise ValueError(str(error).replace("estimate:", "explain:", 1)) from None
+    place = _Place.named(device) if device else _Place.here()
+    given = _SIZES | sizes
+    if given["N"] is None:
+        given["N"] = (64 if given["images"] is None else given["images"]) * given["anchors_per_image"]
+    kind = getattr(torch, dtype)
+    backend, not_taken = _backend(op, place, kind)
+    steps, refused = _steps(op, backend, place, kind, given)
+    not_taken |= refused
+    if place.rates is None:
+        return Explanation(op, place.text, dtype, backend, steps, None, not_taken)
+    estimate = cost.estimate(op, dtype=dtype, device=place.rates, **sizes)
+    route = _COST_OF.get(steps[-1].route, steps[-1].route)
+    return Explanation(op, place.text, dtype, backend, steps, estimate.routes[route], not_taken)
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    for name, value in sizes.items():
+        if name not in _SIZES:
+            raise ValueError(f"explain: sizes must be some of {', '.join(_SIZES)}, got `{name}`")
+        default = _SIZES[name]
+        kinds: Any = bool if isinstance(default, bool) else (int, float) if isinstance(default, float) else int
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            wanted = {bool: "True or False", int: "an integer"}.get(kinds, "a number")
+            raise ValueError(f"explain: `{name}` must be {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A device: in words, its compute capability if it is an NVIDIA GPU, its rates if known, and itself if at hand."""
+
+    text: str
+    capability: tuple[int, int] | None
+    rates: str | None
+    device: torch.device | None = None
+
+    @staticmethod
+    def named(name: str) -> _Place:
+        return _Place(name, DEVICES[name].capability, name)
+
+    @staticmethod
+    def here() -> _Place:
+        if not torch.cuda.is_available():
+            return _Place("the CPU of this machine", None, "CPU", torch.device("cpu"))
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+        known = next((known for known in DEVICES if known in name), None)
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+        return _Place(f"{name} of this machine", capability, known, device)
+
+
+def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The backend, and why not each other."""
+    first = "masked_topk" if op == "ghp_contrastive" else op
+    on = place.device or torch.device("cpu" if place.capability is None else "cuda")
+    taken, reasons = "", {}
+    for backend in backends.BACKENDS:
+        if place.device is not None:
+            ok, reason = backends.automatic(first, backend, on, dtype)
+        else:
+            ok, reason = _able_there(backend, on, dtype)
+        if taken:
+            reasons[backend] = f"{taken} comes first" if ok else reason
+        elif ok:
+            taken = backend
+        else:
+            reasons[backend] = reason
+    return taken, reasons
+
+
+def _able_there(backend: str, device: torch.device, dtype: torch.dtype) -> backends.Availability:
+    """Whether a backend would run on a device that is not at hand, with a library that is compiled for it."""
+    if backend == "cpu" and device.type != "cpu":
+        return _native.supports_cpu(device, dtype)
+    if backend in ("cuda", "triton") and device.type == "cpu":
+        return backends.Availability(False, "its kernels take tensors on a GPU")
+    if backend in ("cuda", "triton") and dtype not in _cuda.DTYPES:
+        return backends.Availability(False, f"its kernels take float16, bfloat16 and float32, not {dtype}")
+    return backends.Availability(True, "if it passes its self-check there")
+
+
+def _steps(
+    op: str, backend: str, place: _Place, dtype: torch.dtype, given: dict[str, Any]
+) -> tuple[tuple[Step, ...], dict[str, str]]:
+    """The steps of an op, and why not the other engines and routes."""
+    refused: dict[tuple[str, str], list[str]] = {}  # the steps by what is not taken there and why
+
+    def engine(step: str, row: int, reason: str = "") -> str:
+        """The engine of products of rows of `row` elements; `reason`, if any, is one against wgmma."""
+        if backend == "reference":
+            return "PyTorch"
+        if backend == "cpu":
+            return f"{torch.backends.cpu.get_cpu_capability()} kernels" if place.device else "CPU kernels"
+        if backend == "triton":
+            return f"tiles of {'gfx942' if place.capability is None else _triton.architecture_of(place.capability)}"
+        reason = _cuda.without_wgmma(place.capability or (0, 0), dtype, row) or reason
+        if not reason and place.device is not None and "without wgmma" in _native.LIBRARIES["_C_cuda"].reason:
+            reason = "the library is built without it"
+        other = ("TMA and wgmma", reason) if reason else ("mma.sync", "TMA and wgmma come first")
+        refused.setdefault(other, []).append(step)
+        return "mma.sync" if reason else "TMA and wgmma"
+
+    def topk(step: str, row: int, k: int) -> Step:
+        if k > MOST_KEPT and backend in ("cuda", "triton"):
+            refused[f"{backend} kernels", f"they keep {MOST_KEPT} values of a row, got k = {k}"] = [step]
+            return Step(step, "PyTorch", "product")
+        return Step(step, engine(step, row), "product")
+
+    def discovery(step: str, row: int) -> Step:
+        return Step(step, engine(step, row), "symmetric")
+
+    def loss(step: str) -> Step:
+        route, others = _route(backend, given)
+        refused.update({other: [] for other in others.items()})
+        return Step(step, engine(step, given["D"], "listed pairs are gathered" if route == _LISTS else ""), route)
+
+    if op == "local_propagation":
+        against = "the logits are those of one image, rows of any stride"
+        steps = [Step(op, engine(op, given["heads_dim"], against), "weights and stencil")]
+    elif op == "masked_topk":
+        steps = [topk(op, given["features_dim"], given["k"])]
+    elif op == "hidden_positives":
+        steps = [discovery(op, given["features_dim"])]
+    elif op == "multi_positive_contrastive":
+        steps = [loss(op)]
+    else:
+        sources = {"features": given["features_dim"]} | ({"specific": given["D"]} if given["specific"] else {})
+        steps = [topk(f"masked_topk of {source}", row, 1) for source, row in sources.items()]
+        steps += [discovery(f"hidden_positives of {source}", row) for source, row in sources.items()]
+        steps += [loss("multi_positive_contrastive")]
+    reasons: dict[str, str] = {}
+    for (other, reason), names in refused.items():
+        everywhere = len(names) in (0, len(steps))
+        reasons[other if everywhere else f"{other} for {', '.join(names)}"] = reason
+    return tuple(steps), reasons
+
+
+def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The route of the loss, and why not each other."""
+    anchors, group, rate = given["N"], given["anchors_per_image"], given["negative_rate"]
+    if backend == "reference":
+        return "blocks", {}
+    if backend == "cpu":
+        settings = rate, given["density"], given["within_image_share"]
+        counts = cost.expected_pairs(anchors, group, *settings)
+        route = cost.contrastive_route(anchors, group, *counts)
+        work = {
+            name: cost.route_work(*logits) for name, logits in cost.contrastive_logits(anchors, group, *counts).items()
+        }
+        return route, {
+            f"route {name}": f"{amount / work[route]:.3g} times the work, by the density given; a call counts its pairs"
+            for name, amount in work.items()
+            if name != route
+        }
+    across = given["density"] * (1 - given["within_image_share"]) * anchors**2
+    if not lists.allowed(anchors, group, None, rate):
+        reason = "there is one image" if anchors == group else f"with a rate of {rate:g} nothing is saved by them"
+        return _BLOCKS, {_LISTS: reason}
+    room = lists.capacity(anchors)
+    if across > room:
+        return _BLOCKS, {
+            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {room:.3g} that are"
+            " listed; the device decides by counting"
+        }
+    return _LISTS, {
+        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {room:.3g} that are"
+        " listed; the device decides by counting"
+    }
