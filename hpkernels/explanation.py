@@ -158,7 +158,7 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
     """The backend, and why not each other."""
     first = "masked_topk" if op == "ghp_contrastive" else op
     on = place.device or torch.device("cpu" if place.capability is None else "cuda")
-    taken, reasons = "", {}
+    taken, reasons = "", dict[str, str]()
     for backend in backends.BACKENDS:
         if place.device is not None:
             ok, reason = backends.automatic(first, backend, on, dtype)
