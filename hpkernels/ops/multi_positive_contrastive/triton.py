@@ -137,15 +137,13 @@ def backward(
     grads = []
     for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
         z = z.detach().contiguous()
-        # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
-        largest = statistics[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
-        numbers = torch.cat((statistics[:1], statistics[1:] / largest))
+        numbers, factor = lists.scaled(statistics)
         grad_z = torch.empty_like(z, dtype=rows.dtype)
         _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
         if lists_allowed:
             _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
             _lists_backward(pairs, stages, z, numbers, grad_z, 1 / temperature)
-        grads.append((grad_z * (grad_loss * largest / temperature)).to(z.dtype))
+        grads.append((grad_z * (grad_loss * factor / temperature)).to(z.dtype))
     return grads
 
 
