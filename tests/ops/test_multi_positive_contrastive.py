@@ -624,7 +624,9 @@ def test_small_coefficients_keep_their_digits(case, rate, symmetric):
     def gradient(backend, z, rows):
         kernels = backends.implementation(OP, backend)
         seed, grad_losses = torch.tensor(3, device=z.device), torch.full((1,), 2.0**17, device=z.device)
-        (grad,) = kernels.backward(grad_losses.to(rows.dtype), [z], bits.to(z.device), None, None, seed, rows, *settings)
+        (grad,) = kernels.backward(
+            grad_losses.to(rows.dtype), [z], bits.to(z.device), None, None, seed, rows, *settings
+        )
         return grad.cpu().double()
 
     expected = gradient("reference", z.double(), rows.double())

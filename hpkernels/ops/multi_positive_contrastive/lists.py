@@ -1,4 +1,4 @@
-"""What the GPU backends of `multi_positive_contrastive` share: how g is scaled; the lists: when, how long, in stages."""
+"""What the GPU backends of `multi_positive_contrastive` share: how g is scaled, and when and how pairs are listed."""
 
 from __future__ import annotations
 
