@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -37,18 +37,22 @@ def threads(backend: str, device: torch.device, sizes: Sizes = _FEW) -> list[str
     """Each call in a thread of its own, which has not used CUDA before: it has no current context."""
     wrong = []
     for dtype in (torch.float16, torch.float32):
-        given = {name: value.to(device) for name, value in selfcheck._problem(dtype, sizes).items()}
-        expected = selfcheck._results("reference", backend, _exact(given), sizes)
-        results = selfcheck._results(backend, backend, given, sizes)
+        given = {name: value.to(device) for name, value in selfcheck.problem(dtype, sizes).items()}
+        expected = selfcheck.results("reference", backend, _exact(given), sizes)
+        results = selfcheck.results(backend, backend, given, sizes)
         for what, wanted in expected:
             found: list[Tensor] = []
-            thread = threading.Thread(target=lambda: found.append(next(results)[1]))  # noqa: B023  # it ends in the loop
+            thread = threading.Thread(target=_next, args=(results, found))
             thread.start()
             thread.join()
-            if not found or selfcheck._wrong_rows(found[0].cpu(), wanted, dtype):
+            if not found or selfcheck.wrong_rows(found[0].cpu(), wanted, dtype):
                 wrong.append(f"{what}, {dtype}, in a fresh thread")
                 break
     return wrong
+
+
+def _next(results: Iterator[tuple[str, Tensor]], found: list[Tensor]) -> None:
+    found.append(next(results)[1])
 
 
 def second_gpu(backend: str, device: torch.device, sizes: Sizes = _FEW) -> list[str]:
@@ -203,7 +207,7 @@ def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...]
 
 def graphs(backend: str, device: torch.device, sizes: Sizes = _FEW, capture: Replay = captured) -> list[str]:
     """The loss, forward and backward, captured once and replayed with other data, of which other pairs are positive."""
-    given = {name: value.to(device) for name, value in selfcheck._problem(torch.float16, sizes).items()}
+    given = {name: value.to(device) for name, value in selfcheck.problem(torch.float16, sizes).items()}
     leaves = [given[name].detach().requires_grad_() for name in ("z", "z_mixed")]
     wrong = []
     for rate in (0.02, 1.0):

@@ -214,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     checking = commands.add_parser("check", help="compare the kernels with the reference on each device, and keep it")
     checking.add_argument("--json", action="store_true", help="print JSON")
+    devices = ["cpu", *_gpus()]
+    checking.add_argument("--device", action="append", choices=devices, help="only this one; may be repeated")
     checking.add_argument(
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
     )

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,12 +234,14 @@ def imagined(call):
 def change(monkeypatch):
     """``change(op, function, by)``: the reference stands for the CUDA backend, with results of a function changed."""
 
+    def changed(correct, by, *arguments):
+        return by(correct(*arguments))
+
     def enter(op=None, function=None, by=None):
         for of in backends.registered_ops():
             module = SimpleNamespace(**vars(backends.implementation(of, "reference")))
             if of == op:
-                correct = getattr(module, function)
-                setattr(module, function, lambda *arguments: by(correct(*arguments)))
+                setattr(module, function, partial(changed, getattr(module, function), by))
             monkeypatch.setitem(backends._modules, (of, "cuda"), module)
 
     return enter
