@@ -6,6 +6,8 @@
 //   - Lanes that do not all come to the same warp instruction, and barriers that nobody can leave, are errors.
 #pragma once
 
+#include <cuda_runtime.h>  // which CUTLASS includes, before the macros below
+
 #include <cmath>
 #include <cstddef>
 #include <cstring>
