@@ -11,7 +11,7 @@ namespace hpk {
 
 size_t most_shared_bytes() {
 #ifdef HPK_EMULATED
-  return has_sm90() ? 227 * 1024 : 99 * 1024;
+  return has_sm90() ? 227 * 1024 : kSharedBytesAnywhere;
 #else
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

@@ -181,6 +181,7 @@ struct GradientSm90 {
       warpgroup_fence_operand(product_sums);
 
       consumer.make_g(products, 2 * tile + t, team);
+      __syncwarp();  // wgmma is an instruction of whole warps
       write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
       hopper::fence_writes();
       Barrier::arrive(&shared.ready[t]);

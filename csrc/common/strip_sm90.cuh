@@ -17,6 +17,7 @@ struct StripSm90 {
   using Geometry = Geometry90;
   static constexpr int kThreads = hopper::kThreads;
   static constexpr bool kGathers = false;  // the columns of a tile follow one another
+  static constexpr size_t kMostOwnBytes = 64 * 1024;  // that a kernel may have besides, whatever the rows
 
   struct Operands {
     CUtensorMap left, right;
@@ -87,6 +88,8 @@ struct StripSm90 {
   struct Barriers {
     uint64_t strip, full[kMostStages], empty[kMostStages], turn[hopper::kTeams];
   };
+  static_assert(kMostOwnBytes + (kMostBlocks + 2) * kOperandBytes + sizeof(Barriers) <= hopper::kMostSharedBytes,
+                "no room for two stages");
 
   // A box's place in the ring, and the phase of full[] there that brings it.
   struct Place {
@@ -172,6 +175,7 @@ struct StripSm90 {
       warpgroup_fence_operand(sums);
       arrive(barriers.empty[stage_before]);
       consumer(products, tile, team);
+      __syncwarp();  // wgmma is an instruction of whole warps
     }
   }
 };

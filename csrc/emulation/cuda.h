@@ -62,6 +62,11 @@ Result warp_instruction(uint32_t mask, Execute execute, const Operand& operand) 
   return result;
 }
 
+inline void sync_warp(uint32_t mask) {
+  const auto nothing = [](const void* const*, void* const*) {};
+  warp_instruction<int>(mask, nothing, 0);
+}
+
 template <class T>
 struct Shuffle {
   T value;
@@ -96,7 +101,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 }
 
 inline char* shared_memory() { return emulation::shared(); }
-inline void barrier_sync(int id, int threads) { emulation::barrier(id, threads); }
+inline void barrier_sync(int id, int threads) {
+  emulation::sync_warp(emulation::kAll);
+  emulation::barrier(id, threads);
+}
 inline void cp_async(void* to, const void* from, int valid) { emulation::copy_async(to, from, valid); }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int left>
@@ -206,10 +214,7 @@ inline uint32_t to_tf32(float value) {
 
 inline void __syncthreads() { hpk::emulation::barrier(0, 0); }
 
-inline void __syncwarp(uint32_t mask = hpk::emulation::kAll) {
-  const auto nothing = [](const void* const*, void* const*) {};
-  hpk::emulation::warp_instruction<int>(mask, nothing, 0);
-}
+inline void __syncwarp(uint32_t mask = hpk::emulation::kAll) { hpk::emulation::sync_warp(mask); }
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int from) {

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +51,39 @@ def core(build_core):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def exercises(repository, tmp_path_factory):
+    """emulation_exercises.cpp and the emulator."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"building the emulator needs {compiler[0]}, which is not on PATH")
+    roots = [*filter(None, [os.environ.get("CUDA_HOME")]), "/usr/local/cuda", "/usr"]
+    headers = [Path(root) / "include" for root in roots if (Path(root) / "include/crt/host_defines.h").exists()]
+    if not headers:
+        pytest.skip("building the emulator needs CUDA's headers, which are not in CUDA_HOME or /usr/local/cuda")
+    library = tmp_path_factory.mktemp("emulation") / "exercises.so"
+    parts = ("common/cuda.cpp", "emulation/cuda.cpp", "emulation/hopper.cpp")
+    sources = [*(repository / "csrc" / part for part in parts), Path(__file__).with_name("emulation_exercises.cpp")]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DHPK_EMULATED", "-DHPK_WITH_SM90", "-U_FORTIFY_SOURCE", "-xc++"]
+    includes = [f"-I{repository / 'csrc'}", "-isystem", headers[0]]
+    subprocess.run([*compiler, *options, *includes, *sources, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def run(exercises):
+    """``run(name, *arguments)``: run an exercise; returns what the emulator says of it, "" if nothing."""
+
+    def run(name, *arguments):
+        exercise = getattr(exercises, name)
+        exercise.restype = ctypes.c_char_p
+        is_tensor = torch.is_tensor
+        said = exercise(*(ctypes.c_void_p(given.data_ptr()) if is_tensor(given) else given for given in arguments))
+        return said.decode()
+
+    return run
 
 
 @pytest.fixture
