@@ -199,6 +199,21 @@ void barrier(int id, int threads) {
   if (!arrive(meeting, expected)) wait_for(meeting, passed);
 }
 
+void barrier_of_warps(int id, int threads) {
+  struct Named {
+    int id, threads;
+  };
+  const auto compare = [](const void* const* operands, void* const*) {
+    const auto& first = *static_cast<const Named*>(operands[0]);
+    for (int lane = 1; lane < kWarp; ++lane) {
+      const auto& other = *static_cast<const Named*>(operands[lane]);
+      if (other.id != first.id || other.threads != first.threads) fail("lanes of a warp come to different barriers");
+    }
+  };
+  warp_instruction<int>(kAll, compare, Named{id, threads});
+  barrier(id, threads);
+}
+
 void warp_instruction(uint32_t mask, Execute execute, const void* operand, void* result) {
   if (mask != kAll) fail("an instruction of a part of a warp");
   const unsigned thread = current->running->thread.x;

@@ -1,9 +1,12 @@
 // CUDA on the CPU, as far as the kernels use it (common/device.h): every thread of a block is a fiber, blocks run one
 // after another. For tests: it is slow, and it finds mistakes.
 //
-//   - Threads run in another order in each round, so that a missing barrier gives wrong numbers.
+//   - Threads run in another order in each round, and some warps are slower than others, so that a missing barrier gives
+//     wrong numbers. HPKERNELS_EMULATION_SEED=NUMBER chooses another order.
 //   - Shared memory starts as NaN, and so does the target of an asynchronous copy that has not been waited for.
-//   - Lanes that do not all come to the same warp instruction, and barriers that nobody can leave, are errors.
+//   - Lanes that do not all come to the same warp instruction, barriers that nobody can leave, and more shared memory than
+//     a block may have are errors. HPKERNELS_SM90=1 gives it what Hopper has, otherwise it is as on the smallest GPUs.
+//   - What is particular to sm_90a is in hopper.h.
 #pragma once
 
 #include <cuda_runtime.h>  // which CUTLASS includes, before the macros below
@@ -49,7 +52,9 @@ char* shared();
 // Runs `body` as every thread of every block.
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 
+// Of `threads` threads, or of all that have not ended for 0.
 void barrier(int id, int threads);
+void barrier_of_warps(int id, int threads);
 
 // An instruction of a whole warp: the last lane to come calls execute(operands of the lanes, results of the lanes).
 using Execute = void (*)(const void* const* operands, void* const* results);
@@ -101,10 +106,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 }
 
 inline char* shared_memory() { return emulation::shared(); }
-inline void barrier_sync(int id, int threads) {
-  emulation::sync_warp(emulation::kAll);
-  emulation::barrier(id, threads);
-}
+inline void barrier_sync(int id, int threads) { emulation::barrier_of_warps(id, threads); }
 inline void cp_async(void* to, const void* from, int valid) { emulation::copy_async(to, from, valid); }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int left>

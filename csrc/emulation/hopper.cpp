@@ -86,6 +86,7 @@ struct Hopper {
   int free_registers = 0;
   Meeting registers_given;
   unsigned box_rate = 0, product_rate = 0, pause_rate = 0;  // of 1024
+  unsigned order = 0;  // in which boxes come: the oldest first, the newest first, or any
   std::string fault;
 
   bool is_faulty(const std::string& name, int number = 0) const {
@@ -331,6 +332,11 @@ void wait_for_groups(const void* const* operands, void* const*) {
   warp.begun = false;
 }
 
+size_t next_box(Block& block) {
+  const size_t boxes = block.hopper->boxes.size();
+  return block.hopper->order == 0 ? 0 : block.hopper->order == 1 ? boxes - 1 : block.random() % boxes;
+}
+
 struct Change {
   int count;
   bool more;
@@ -421,6 +427,7 @@ void start_hopper(Block& block) {
   // Slow or fast, each on its own: what comes too early for one pace is late for another.
   hopper.box_rate = 512u >> block.random() % 10;
   hopper.product_rate = 512u >> block.random() % 10;
+  hopper.order = block.random() % 3;
   hopper.pause_rate = block.random() % 2 == 0 ? 0 : 256;
 }
 
@@ -433,13 +440,13 @@ bool finish_something(Block& block) {
   const size_t all = hopper.boxes.size() + busy.size();
   if (all == 0) return false;
   const size_t chosen = block.random() % all;
-  chosen < hopper.boxes.size() ? finish_box(chosen) : finish_product(busy[chosen - hopper.boxes.size()]);
+  chosen < busy.size() ? finish_product(busy[chosen]) : finish_box(next_box(block));
   return true;
 }
 
 void maybe_finish_something(Block& block) {
   Hopper& hopper = *block.hopper;
-  if (!hopper.boxes.empty() && block.random() % 1024 < hopper.box_rate) finish_box(block.random() % hopper.boxes.size());
+  if (!hopper.boxes.empty() && block.random() % 1024 < hopper.box_rate) finish_box(next_box(block));
   const auto warp = static_cast<unsigned>(block.random() % hopper.warps.size());
   if (has_products(hopper.warps[warp]) && block.random() % 1024 < hopper.product_rate) finish_product(warp);
 }
@@ -513,6 +520,7 @@ void fence_barriers() {
 void fence_writes() {
   maybe_pause();
   if (state().is_faulty("no_write_fence")) return;
+  if (state().is_faulty("one_write_fence") && current->running->thread.x % 128 != 0) return;
   std::memcpy(state().seen_by_wgmma.data(), current->shared, current->shared_bytes);
 }
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpkernels import _native
+from hpkernels.ops import _cuda
+
 
 @pytest.fixture(scope="session")
 def build_core(repository, tmp_path_factory):
@@ -91,8 +94,27 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """Have the engine for sm_90a take what it can, on an emulator that was built with it."""
+    if _native.EMULATED:
+        compiled = _native.architectures(Path(os.environ[_native.EMULATED_VARIABLE]))
+        if "without wgmma" in compiled:
+            pytest.skip(f"the CUDA kernels are {compiled}")
+    monkeypatch.setenv("HPKERNELS_SM90", "1")
+
+
 @pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
 def engine(request, monkeypatch):
-    """On the CPU the geometry of either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    """Either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    if request.param == "1":
+        request.getfixturevalue("hopper")
     monkeypatch.setenv("HPKERNELS_SM90", request.param)
     return request.param
+
+
+@pytest.fixture
+def one_case(request, engine):
+    """A case of the module that differs between the engines, of which that of sm_90a takes 16-bit numbers."""
+    takes = (torch.float16, torch.bfloat16) if engine == "1" else _cuda.DTYPES
+    return next(case for case in request.module.CASES if case.dtype in takes)

@@ -57,10 +57,13 @@ HPK_KERNEL(32) copy_kernel(const float* from, float* to, int valid, int offset, 
   }
 }
 
-// 1: half a warp shuffles, the rest ends; 2: the rest votes; 3: the rest waits for the block; 4: half a warp is named.
+// 1: half a warp shuffles, the rest ends; 2: the rest votes; 3: the rest waits for the block; 4: half a warp is named;
+// 5: it waits at another barrier than the rest.
 HPK_KERNEL(64) diverge_kernel(int way, int* result) {
   const bool low = threadIdx.x % 32 < 16;
-  if (way == 4) {
+  if (way == 5) {
+    barrier_sync(low ? 1 : 2, 64);
+  } else if (way == 4) {
     *result = __shfl_sync(0x0000FFFFu, 1, 0);
   } else if (low || way == 0) {
     *result = __shfl_sync(0xFFFFFFFFu, 1, 0);

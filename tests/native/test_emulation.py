@@ -59,8 +59,9 @@ DEADLOCK = "deadlock: the threads wait for one another"
         (2, "lanes of a warp come to different instructions"),
         (3, DEADLOCK),
         (4, "an instruction of a part of a warp"),
+        (5, "lanes of a warp come to different barriers"),
     ],
-    ids=["together", "ends", "votes", "waits", "partial"],
+    ids=["together", "ends", "votes", "waits", "partial", "barriers"],
 )
 def test_lanes_that_diverge(run, way, said):
     assert run("diverge", way).removeprefix("hpkernels, emulated CUDA: ") == said
