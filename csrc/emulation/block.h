@@ -32,7 +32,7 @@ struct Warp {
   Execute execute = nullptr;
   const void* operands[kWarp];
   void* results[kWarp];
-  unsigned sits_out = 0;  // of 8 rounds, on average
+  unsigned pace = 1;  // it runs in one of so many rounds
 };
 
 struct Fiber {
@@ -79,7 +79,6 @@ void wait_for(const Meeting& meeting, unsigned passed);
 void pause_thread();
 
 // For the scheduler: what goes on beside the threads.
-void start_hopper(Block& block);
 bool finish_something(Block& block);   // whether there was anything under way
 void maybe_finish_something(Block& block);
 std::string who_waits(const Block& block);     // at barriers of Hopper, for the message of a deadlock

@@ -94,21 +94,18 @@ __attribute__((noinline)) void resume(Block& block, Fiber& fiber) {
 void run_block(Block& block) {
   const size_t threads = block.fibers.size();
   bool started = false;
-  for (size_t left = threads; left > 0;) {
-    // Another first thread and direction in each round, and slow warps sit out some of them.
+  unsigned round = 0;
+  for (size_t left = threads; left > 0; ++round) {
+    // Another first thread and direction in each round.
     const size_t shift = block.random() % threads;
     const bool backwards = block.random() % 2 == 0;
     bool progress = false;
-    std::vector<bool> sits_out(block.warps.size());
-    for (size_t warp = 0; warp < sits_out.size(); ++warp) {
-      sits_out[warp] = started && block.random() % 8 < block.warps[warp].sits_out;
-    }
     for (size_t i = 0; i < threads; ++i) {
       const size_t index = ((backwards ? threads - 1 - i : i) + shift) % threads;
       Fiber& fiber = block.fibers[index];
       if (started && !fiber.can_run()) continue;
       progress = true;
-      if (sits_out[index / kWarp]) continue;
+      if (round % block.warps[index / kWarp].pace != 0) continue;
       started ? resume(block, fiber) : start(block, index);
       block.running = nullptr;
       if (!block.error.empty()) fail(block.error);
@@ -174,13 +171,14 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
         std::fill(block.memory.begin(), block.memory.end(), static_cast<char>(0xFF));
         block.fibers.assign(threads, Fiber{});
         block.warps.assign(threads / kWarp, Warp{});
-        for (Warp& warp : block.warps) warp.sits_out = block.random() % 8;
+        const unsigned slowest = block.random() % 2 == 0 ? 1 : 4;
+        for (Warp& warp : block.warps) warp.pace = 1 + block.random() % slowest;
         std::fill(std::begin(block.barriers), std::end(block.barriers), Meeting{});
         for (int thread = 0; thread < threads; ++thread) {
           block.fibers[thread].thread = {static_cast<unsigned>(thread), 0, 0};
           block.fibers[thread].copies.resize(1);
         }
-        start_hopper(block);
+        block.hopper.reset();
         run_block(block);
       }
     }

@@ -98,7 +98,27 @@ void DeleteHopper::operator()(Hopper* hopper) const { delete hopper; }
 
 namespace {
 
-Hopper& state() { return *current->hopper; }
+// Made when a block first uses anything of Hopper.
+Hopper& state() {
+  Block& block = *current;
+  if (block.hopper != nullptr) return *block.hopper;
+  block.hopper.reset(new Hopper);
+  Hopper& hopper = *block.hopper;
+  const char* const fault = std::getenv("HPKERNELS_EMULATION_FAULT");
+  if (fault != nullptr) hopper.fault = fault;
+  const int registers = kRegisters / static_cast<int>(block.fibers.size()) / 8 * 8;
+  hopper.warps.resize(block.warps.size());
+  for (WarpState& warp : hopper.warps) warp.registers = registers < 255 ? registers : 255;
+  hopper.groups.resize((block.warps.size() + kGroup - 1) / kGroup);
+  hopper.seen_by_wgmma.assign(block.shared_bytes, static_cast<char>(0xFF));
+  // Slow or fast, each on its own: what comes too early for one pace is late for another.
+  hopper.box_rate = 512u >> block.random() % 10;
+  hopper.product_rate = 512u >> block.random() % 10;
+  hopper.order = block.random() % 3;
+  hopper.pause_rate = block.random() % 2 == 0 ? 0 : 256;
+  return hopper;
+}
+
 unsigned own_warp() { return current->running->thread.x / kWarp; }
 bool in_shared(uint32_t address, size_t bytes) {
   return address >= kWindow && address - kWindow + bytes <= current->shared_bytes;
@@ -415,23 +435,8 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
   return CUDA_SUCCESS;
 }
 
-void start_hopper(Block& block) {
-  const char *const fault = std::getenv("HPKERNELS_EMULATION_FAULT");
-  Hopper& hopper = *(block.hopper = std::unique_ptr<Hopper, DeleteHopper>(new Hopper));
-  if (fault != nullptr) hopper.fault = fault;
-  const int registers = kRegisters / static_cast<int>(block.fibers.size()) / 8 * 8;
-  hopper.warps.resize(block.warps.size());
-  for (WarpState& warp : hopper.warps) warp.registers = registers < 255 ? registers : 255;
-  hopper.groups.resize((block.warps.size() + kGroup - 1) / kGroup);
-  hopper.seen_by_wgmma.assign(block.shared_bytes, static_cast<char>(0xFF));
-  // Slow or fast, each on its own: what comes too early for one pace is late for another.
-  hopper.box_rate = 512u >> block.random() % 10;
-  hopper.product_rate = 512u >> block.random() % 10;
-  hopper.order = block.random() % 3;
-  hopper.pause_rate = block.random() % 2 == 0 ? 0 : 256;
-}
-
 bool finish_something(Block& block) {
+  if (block.hopper == nullptr) return false;
   Hopper& hopper = *block.hopper;
   std::vector<unsigned> busy;
   for (unsigned warp = 0; warp < hopper.warps.size(); ++warp) {
@@ -445,6 +450,7 @@ bool finish_something(Block& block) {
 }
 
 void maybe_finish_something(Block& block) {
+  if (block.hopper == nullptr) return;
   Hopper& hopper = *block.hopper;
   if (!hopper.boxes.empty() && block.random() % 1024 < hopper.box_rate) finish_box(next_box(block));
   const auto warp = static_cast<unsigned>(block.random() % hopper.warps.size());
@@ -453,6 +459,7 @@ void maybe_finish_something(Block& block) {
 
 std::string who_waits(const Block& block) {
   std::string all;
+  if (block.hopper == nullptr) return all;
   for (const auto& [place, barrier] : block.hopper->barriers) {
     int threads = 0;
     for (const Fiber& fiber : block.fibers) threads += !fiber.done && fiber.waits_for == &barrier.phases;
@@ -462,6 +469,7 @@ std::string who_waits(const Block& block) {
 }
 
 std::string what_is_left(const Block& block) {
+  if (block.hopper == nullptr) return "";
   const Hopper& hopper = *block.hopper;
   if (!hopper.boxes.empty()) return "a block ends before its copies by TMA do";
   for (size_t warp = 0; warp < hopper.warps.size(); ++warp) {

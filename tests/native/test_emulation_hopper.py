@@ -155,11 +155,15 @@ def test_mistakes_of_products(product, way, said):
         assert sums.isnan().all()
 
 
-def test_products_read_late_and_through_another_proxy(product):
+def test_products_read_late_and_through_another_proxy(product, monkeypatch):
     assert product(way=NO_FENCE)[1].isnan().all()
-    said, found, expected = product(way=OVERWRITTEN)
-    assert said == ""
-    assert not torch.allclose(found, expected, atol=1e-3)
+    late = set()
+    for seed in range(16):
+        monkeypatch.setenv("HPKERNELS_EMULATION_SEED", str(seed))
+        said, found, expected = product(way=OVERWRITTEN)
+        assert said == ""
+        late.add(not torch.allclose(found, expected, atol=1e-3))
+    assert late == {True, False}
 
 
 def test_descriptors_that_are_not_emulated(run):
