@@ -1,5 +1,6 @@
-// What the engines for sm_90a share. Matrices come by TMA in boxes: some rows, and 64 elements of each, the 128 bytes
-// of the swizzle that wgmma reads without bank conflicts. One group of threads loads, two teams multiply.
+// What the engines for sm_90a share, and all that they use of Hopper. Matrices come by TMA in boxes: some rows, and 64
+// elements of each, the 128 bytes of the swizzle that wgmma reads without bank conflicts. One group of threads loads, two
+// teams multiply.
 #pragma once
 
 #ifdef HPK_WITH_SM90
@@ -101,21 +102,19 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 #else
 
-// As above. What wgmma would be given is what the emulator gets: descriptors, and the shape and type of the instruction.
+// As above. The emulator gets what the instructions would: descriptors, and their shape and type.
 template <class Mma, class Left, class Right, class Sums>
 void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) {
+  using namespace cute;
   using Traits = typename Mma::Atom::Traits;
-  using Right_ = typename Traits::FrgTypeB;
-  constexpr bool kTransposed = std::is_same<Right_, cute::GMMA::smem_desc<cute::GMMA::Major::MN>>::value;
-  static_assert(std::is_same<typename Traits::FrgTypeA, cute::GMMA::smem_desc<cute::GMMA::Major::K>>::value, "K-major");
-  static_assert(cute::is_static<decltype(sums.layout())>::value, "registers");
+  static_assert(is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::K>>::value, "left must be K-major");
   emulation::Wgmma wgmma{};
-  wgmma.columns = cute::get<1>(typename Traits::Shape_MNK{});
-  wgmma.transposed = kTransposed;
-  wgmma.bfloat16 = std::is_same<typename Traits::ValTypeA, cute::bfloat16_t>::value;
-  wgmma.accumulate = mma.accumulate_ == cute::GMMA::ScaleOut::One;
-  for (int n = 0; n < cute::size<1>(right); ++n) {
-    for (int m = 0; m < cute::size<1>(left); ++m) {
+  wgmma.columns = get<1>(typename Traits::Shape_MNK{});
+  wgmma.transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.bfloat16 = is_same<typename Traits::ValTypeA, bfloat16_t>::value;
+  wgmma.accumulate = mma.accumulate_ == GMMA::ScaleOut::One;
+  for (int n = 0; n < size<1>(right); ++n) {
+    for (int m = 0; m < size<1>(left); ++m) {
       wgmma.left = left(0, m);
       wgmma.right = right(0, n);
       emulation::multiply_async(wgmma, &sums(0, m, n));
@@ -125,7 +124,7 @@ void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) 
 
 #endif
 
-// Which team the threads of a warp are of, as a number that the compiler knows to be the same for all of them.
+// Which team a warp belongs to, as a number that the compiler knows to be the same for all of its lanes.
 __device__ __forceinline__ int team_of_warp() {
   return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kTeamThreads, 0);
 }

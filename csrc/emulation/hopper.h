@@ -6,8 +6,16 @@
 //   - wgmma reads shared memory as it was at the last fence_writes(), but for what TMA has brought since.
 //   - What the hardware forbids is an error, and so is a deadlock.
 //
-// HPKERNELS_EMULATION_FAULT=NAME:NUMBER makes one primitive wrong, so that tests see what the rest makes of it. NUMBER is
-// that of a barrier, in the order in which a block initialises them, or 0. The names are in hopper.cpp.
+// HPKERNELS_EMULATION_FAULT=NAME:NUMBER makes one primitive wrong, so that tests see whether that shows. NUMBER is that of a
+// barrier, in the order in which a block initialises them, or 0 where the fault is not one of a barrier:
+//   no_wait, other_phase        waits return at once, or wait for the other parity
+//   no_arrival, two_arrivals    arrivals do not count, or count twice
+//   fewer_bytes, more_bytes     16 bytes fewer, or more, are expected
+//   no_barrier_fence, no_write_fence, one_write_fence   fences do nothing, or only the first thread of a group has one
+//   no_swizzle                  TMA writes rows as they are
+//   left_stride, right_stride, right_leading, right_start   of descriptors: an offset is doubled, the start 32 bytes on
+//   no_begin, no_commit, no_wait_for_products               these do nothing
+//   early_release               waits that leave products under way leave one group more
 #pragma once
 
 #include <cuda.h>

@@ -67,9 +67,10 @@ def exercises(repository, tmp_path_factory):
     if not headers:
         pytest.skip("building the emulator needs CUDA's headers, which are not in CUDA_HOME or /usr/local/cuda")
     library = tmp_path_factory.mktemp("emulation") / "exercises.so"
-    parts = ("common/cuda.cpp", "emulation/cuda.cpp", "emulation/hopper.cpp")
+    parts = ("common/cuda.cpp", "emulation/cuda.cpp", "emulation/hopper.cpp", "emulation/wgmma.cpp")
     sources = [*(repository / "csrc" / part for part in parts), Path(__file__).with_name("emulation_exercises.cpp")]
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DHPK_EMULATED", "-DHPK_WITH_SM90", "-U_FORTIFY_SOURCE", "-xc++"]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-xc++"]
+    options += ["-DHPK_EMULATED", "-DHPK_WITH_SM90"]
     includes = [f"-I{repository / 'csrc'}", "-isystem", headers[0]]
     subprocess.run([*compiler, *options, *includes, *sources, "-o", library], check=True)
     return ctypes.CDLL(str(library))

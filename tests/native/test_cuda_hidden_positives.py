@@ -52,7 +52,7 @@ def test_strips_and_tiles(find, engine, case, anchors):
 
 
 def test_parts(find, one_case):
-    check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts, and a last tile that is not full
+    check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
 
 
 def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):

@@ -14,7 +14,7 @@ RIGHT, NO_FENCE, NO_BEGIN, NO_COMMIT, NO_WAIT, OTHER_WARP, OTHER_LANE, OVERWRITT
 
 @pytest.fixture
 def steps(run):
-    """``steps([(step, value), ...], rows, box_rows, row, element, count)``: what is said, and `count` numbers of the box."""
+    """``steps([(step, value), ...], ...)``: what is said, and `count` numbers of the box."""
 
     def steps(taken, rows=None, box_rows=8, row=0, element=0, count=0):
         rows = torch.zeros(8, 64, dtype=torch.int16) if rows is None else rows
@@ -61,7 +61,7 @@ def test_barriers_and_what_they_wait_for(steps, taken, said):
 
 @pytest.mark.parametrize(("row", "element"), [(0, 0), (3, 64), (-2, 40), (90, 128)])
 def test_boxes(steps, row, element, generator):
-    """Chunk c of row r lies at chunk c xor r % 8; there are zeros beyond the matrix, and NaN before the box has come."""
+    """Chunk c of row r lies at chunk c xor r % 8; zeros are beyond the matrix, and NaN until the box has come."""
     rows = torch.randint(1, 1000, (99, 160), generator=generator).short()[:, :144]
     padded = torch.zeros(400, 400, dtype=torch.int16)
     padded[100:199, 100:244] = rows
@@ -102,7 +102,7 @@ def descriptor(start, leading=0, stride=1024):
 
 @pytest.fixture
 def product(run, generator):
-    """``product(...)``: what is said, the sums that are found, and what is expected, of 16 of 64 elements of each row."""
+    """``product(...)``: what is said, the sums found and those expected, of 16 of 64 elements of each row."""
 
     def product(columns=64, transposed=False, dtype=torch.float16, accumulate=True, step=0, way=RIGHT):
         left = torch.randn(64, 64, generator=generator).to(dtype)
@@ -169,7 +169,8 @@ def test_products_read_late_and_through_another_proxy(product, monkeypatch):
 def test_descriptors_that_are_not_emulated(run):
     sums, memory = torch.zeros(128, 128), torch.zeros(16384, dtype=torch.uint8)
     right = descriptor(0)
-    for wrong, said in ((0, "without the 128-byte swizzle"), (1 << 62 | 1 << 49, "with a base offset"), (1 << 62, "beyond")):
+    mistakes = {0: "without the 128-byte swizzle", 1 << 62 | 1 << 49: "with a base offset", 1 << 62: "beyond"}
+    for wrong, said in mistakes.items():
         left = ctypes.c_uint64(wrong)
         assert said in run("wgmma", memory, 16384, left, right, 8, False, False, False, RIGHT, sums)
     for columns in (0, 12, 264):

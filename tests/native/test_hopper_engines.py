@@ -27,7 +27,7 @@ SEEDS = range(8)
 
 @functools.cache
 def ranked(dim, k, references=1100):
-    """A strip of queries, and one block that goes through all tiles of the pool: whether the kernel finds the greatest."""
+    """Whether a strip of queries, in one block that goes through all tiles of the pool, finds its greatest products."""
     generator = torch.Generator().manual_seed(dim)
     rows = torch.randint(-2, 3, (70 + references, dim), generator=generator).half()
     query, pool = rows[:70], rows[70:]
@@ -53,7 +53,7 @@ def discovered(dim, anchors=300):
 
 @functools.cache
 def differentiated(dim, anchors=315):
-    """The gradient of a loss with all negatives: whether it is that of the first call, bit by bit, and near the right one."""
+    """Whether the gradient of a loss with all negatives is that of the first call bit by bit, which is near the right one."""
     z = random_problem(images=3, height=7, width=15, dim=dim, dtype=torch.float16).z
     image = torch.arange(anchors) // 105
     mask = (image == image[:, None]).fill_diagonal_(False)
@@ -92,9 +92,15 @@ def outcome(hopper, monkeypatch):
     return outcome
 
 
+PROBLEMS = [
+    *((ranked, 8, 1), (ranked, 512, 1), (ranked, 300, 5)),
+    *((discovered, 330), (differentiated, 200), (differentiated, 300)),
+]
+
+
 @pytest.mark.parametrize(
     "problem",
-    [(ranked, 8, 1), (ranked, 512, 1), (ranked, 300, 5), (discovered, 330), (differentiated, 200), (differentiated, 300)],
+    PROBLEMS,
     ids=lambda problem: " ".join([problem[0].__name__, *map(str, problem[1:])]),
 )
 def test_any_order(outcome, problem):
@@ -110,6 +116,7 @@ OWN_FULL, READY, QUARTER_FULL, QUARTER_EMPTY = 0, 1, 2, 3
 
 WAITS_FOR_EVER = "deadlock: .* threads at barrier"
 TOO_MANY = "more arrivals than a phase has"
+ANY = f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}"
 EXPECTED_LESS = "more bytes came than were expected"
 OF_BOTH = [
     ("no_swizzle:0", "wrong"),
@@ -123,11 +130,11 @@ OF_BOTH = [
     ("early_release:0", "wrong"),
 ]
 OF_STRIP = [
-    *((f"no_wait:{barrier}", f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}") for barrier in (STRIP, FULL, EMPTY, TURN, OTHER_TURN)),
-    *((f"other_phase:{barrier}", f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}") for barrier in (STRIP, FULL, EMPTY, TURN)),
+    *((f"no_wait:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY, TURN, OTHER_TURN)),
+    *((f"other_phase:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY, TURN)),
     *((f"no_arrival:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL, EMPTY, TURN)),
     *((f"two_arrivals:{barrier}", TOO_MANY) for barrier in (STRIP, FULL)),
-    *((f"two_arrivals:{barrier}", f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}") for barrier in (EMPTY, TURN)),
+    *((f"two_arrivals:{barrier}", ANY) for barrier in (EMPTY, TURN)),
     *((f"fewer_bytes:{barrier}", EXPECTED_LESS) for barrier in (STRIP, FULL)),
     *((f"more_bytes:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL)),
 ]
@@ -135,14 +142,11 @@ OF_GRADIENT = [
     ("no_write_fence:0", "wrong"),
     ("one_write_fence:0", "wrong"),
     ("right_leading:0", "wrong|wgmma reads beyond shared memory"),
-    *(
-        (f"no_wait:{barrier}", f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}")
-        for barrier in (OWN_FULL, READY, QUARTER_FULL, QUARTER_EMPTY)
-    ),
+    *((f"no_wait:{barrier}", ANY) for barrier in (OWN_FULL, READY, QUARTER_FULL, QUARTER_EMPTY)),
     *((f"no_arrival:{barrier}", WAITS_FOR_EVER) for barrier in (OWN_FULL, READY, QUARTER_FULL, QUARTER_EMPTY)),
-    *((f"two_arrivals:{barrier}", f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}") for barrier in (READY, QUARTER_EMPTY)),
-    ("fewer_bytes:2", EXPECTED_LESS),
-    ("more_bytes:2", WAITS_FOR_EVER),
+    *((f"two_arrivals:{barrier}", ANY) for barrier in (READY, QUARTER_EMPTY)),
+    *((f"fewer_bytes:{barrier}", EXPECTED_LESS) for barrier in (OWN_FULL, QUARTER_FULL)),
+    *((f"more_bytes:{barrier}", WAITS_FOR_EVER) for barrier in (OWN_FULL, QUARTER_FULL)),
 ]
 
 
