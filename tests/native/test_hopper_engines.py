@@ -53,7 +53,7 @@ def discovered(dim, anchors=300):
 
 @functools.cache
 def differentiated(dim, anchors=315):
-    """Whether the gradient of a loss with all negatives is that of the first call bit by bit, which is near the right one."""
+    """Whether a gradient is that of the first call bit by bit, which is near the right one. All pairs are negatives."""
     z = random_problem(images=3, height=7, width=15, dim=dim, dtype=torch.float16).z
     image = torch.arange(anchors) // 105
     mask = (image == image[:, None]).fill_diagonal_(False)
