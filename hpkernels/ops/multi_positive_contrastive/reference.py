@@ -251,9 +251,9 @@ def _gradient_of_logits(
     """g of a block of pairs, from the statistics of the anchor that has the other as its positive or negative."""
     log_denominator, push, pull, pull_specific = statistics
     grad = (logits - log_denominator).exp_().mul_(push).masked_fill_(~denominator, 0)
-    grad -= pull * agnostic
+    grad -= pull.where(agnostic, 0)
     if task is not None:
-        grad -= pull_specific * task
+        grad -= pull_specific.where(task, 0)
     return grad
 
 
@@ -302,7 +302,7 @@ class _Relations:
 
 def _columns(bits: Tensor, columns: slice) -> Tensor:
     """Some columns of a packed matrix, as rows: (columns, R) bool."""
-    return unpack_bits(bits[:, words_of(columns)], columns.stop - columns.start).T
+    return unpack_bits(bits[:, words_of(columns)], columns.stop - columns.start).T.contiguous()
 
 
 def _without_own(pairs: Tensor, rows: slice) -> Tensor:
