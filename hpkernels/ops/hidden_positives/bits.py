@@ -115,7 +115,7 @@ def _(bits: Tensor) -> Tensor:
 @torch.library.custom_op("hpkernels::counted_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
 def counted_bits(bits: Tensor) -> Tensor:
     """The number of set bits in each row of (R, W) int32 words, as (R,) int64."""
-    blocks = row_blocks(len(bits), 16 * bits.shape[1])
+    blocks = row_blocks(len(bits), 48 * bits.shape[1])
     return torch.cat([population_count(bits[block]) for block in blocks])
 
 

@@ -85,7 +85,7 @@ def contrastive_loss(
     pulls = pull[:, None] * agnostic + pull_specific[:, None] * task
     loss = (push * log_denominator).sum() - (pulls * logits).sum()
     loss = loss + (z.detach() * 0).sum(dtype=logits.dtype)  # 0, or NaN if z is not finite
-    return loss, torch.stack((log_denominator, push, pull, pull_specific))
+    return loss, torch.stack((log_denominator.where(usable, 0), push, pull, pull_specific))
 
 
 def loss_of_statistics(
