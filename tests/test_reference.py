@@ -1,4 +1,4 @@
-"""The backend `reference` goes through blocks of rows: the same results as the dense specification, in little memory."""
+"""The backend `reference` goes through blocks of rows: the results of the dense specification, in little memory."""
 
 from __future__ import annotations
 
@@ -242,10 +242,13 @@ def test_no_matrix_of_all_pairs(peak_of):
         loss = hpkernels.multi_positive_contrastive(z, directed, **backend)
         return torch.autograd.grad(loss, z)
 
+    def weights():
+        return hpkernels.local_propagation_weights(tokens, tokens, (40, 40), prefix_tokens=0, **backend)
+
     calls = {  # and how many masks they make
         "loss of directed masks": (supcon, 0),
         "the whole loss": (lambda: ghp_gradients(problem), 2),
-        "local propagation": (lambda: hpkernels.local_propagation_weights(tokens, tokens, (40, 40), prefix_tokens=0, **backend), 0),
+        "local propagation": (weights, 0),
         "ranking": (lambda: hpkernels.masked_topk(rows, rows, 8, **backend), 0),
         "labels": (lambda: PositiveMask.from_labels(torch.zeros(ANCHORS, dtype=torch.int64)), 1),
         "packing": (lambda: PositiveMask.from_dense(dense), 1),

@@ -61,7 +61,7 @@ def ghp_contrastive(
     Notes:
         Under autocast a pool of another floating dtype is cast to that of its features.
         Similarities are compared in float32 whatever the dtypes. Deterministic for a given seed. Memory: two packed
-        masks of N²/8 bytes; the reference builds (N, N) temporaries besides.
+        masks of N²/8 bytes; the reference works on blocks of rows in up to 256 MiB besides.
 
     Example:
         >>> import torch, hpkernels

@@ -35,7 +35,7 @@ def hidden_positives(features: Tensor, threshold: Tensor, *, backend: Backend = 
 
     Notes:
         Products are accumulated, and compared with the thresholds, in float32 (float64). Deterministic. Memory: the
-        mask takes N²/8 bytes; the reference holds the (N, N) products besides.
+        mask takes N²/8 bytes; the reference works on blocks of rows in up to 256 MiB besides.
 
     Example:
         >>> import torch, hpkernels

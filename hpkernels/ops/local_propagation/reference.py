@@ -46,7 +46,7 @@ def weights_forward(
         for rows in row_blocks(patches, ((heads + 5) * weights.element_size() + 16) * patches):
             attention = _attention(q[:, rows], k, sigma, low, high).gather(1, cells[rows]).where(inside[rows], 0)
             of_image[:, rows] = (attention / inside[rows].sum(dim=1, keepdim=True)).T
-    return weights.unflatten(2, (height, width))
+    return weights.view(len(query), window * window, height, width)
 
 
 def _attention(query: Tensor, key: Tensor, sigma: float, low: float, high: float) -> Tensor:

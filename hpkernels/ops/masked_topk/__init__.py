@@ -56,7 +56,8 @@ def masked_topk(
     Notes:
         Under autocast a `pool` of another floating dtype is cast to that of `query`.
         Products of half-precision inputs are accumulated in float32. Gradients reach `query` and `pool` through
-        `values`; double backward is refused. Deterministic. Memory: the reference holds the (N, M) products.
+        `values`; double backward is refused. Deterministic. Memory: the (N, k) results; the reference works on
+        blocks of queries in up to 256 MiB besides.
 
     Example:
         >>> import torch, hpkernels

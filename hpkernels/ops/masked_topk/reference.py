@@ -55,8 +55,8 @@ def forward(
     values = query.new_empty((len(query), k), dtype=accumulate)
     indices = torch.empty_like(values, dtype=torch.int64)
     for rows in row_blocks(len(query), (4 * values.element_size() + 20) * len(pool)):
-        restrictions = (None if given is None else given[rows] for given in (mask, query_group))
-        values[rows], indices[rows] = top_products(query[rows], pool, k, *restrictions, pool_group)
+        own_mask, own_group = (None if given is None else given[rows] for given in (mask, query_group))
+        values[rows], indices[rows] = top_products(query[rows], pool, k, own_mask, own_group, pool_group)
     return values, indices
 
 

@@ -75,7 +75,7 @@ def multi_positive_contrastive(
         Logits and sums are float32 (float64) whatever the dtype of `z`. Negatives are drawn by a counter-based
         generator, the same bits on every backend, and redrawn in backward. Gradients reach `z` only; double backward
         is refused. Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; the reference
-        builds (N, N) temporaries inside forward and backward.
+        works on blocks of rows in up to 256 MiB.
 
     Example:
         >>> import torch, hpkernels

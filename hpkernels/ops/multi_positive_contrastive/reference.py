@@ -16,8 +16,8 @@ and the four numbers (logDen, push, pull, pull_specific) of each anchor are all 
     g_ij  = d loss / d l_ij = push_i * Den_ij * exp(l_ij - logDen_i) - pull_i * A_ij - pull_specific_i * S_ij
     dL/dz = (g + g^T) z / temperature
 
-`contrastive_loss` is the specification, dense. `forward` and `backward` go through blocks of rows: those of g^T are made
-of the same logits with the statistics of the other anchor.
+`contrastive_loss` is the specification, dense. `forward` and `backward` go through blocks of rows; a block of g^T is
+made of the logits of that of g, with the statistics of the other anchors.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def forward(
     (accumulate,) = check.accumulation(branches[0].dtype)
     vectors = [z.detach().to(accumulate) for z in branches]
     relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
-    counts = vectors[0].new_zeros((2, len(positives)))
+    counts = vectors[0].new_zeros((2, len(positives)))  # of A and of S
     usable = torch.empty_like(counts[0], dtype=torch.bool)
     sums = vectors[0].new_zeros((len(branches), 3, len(positives)))
     for rows in _row_blocks(vectors[0]):
@@ -188,7 +188,8 @@ def forward(
                 if mask is not None:
                     total[rows] = logits.where(mask, 0).sum(dim=1)
     push, pull, pull_specific = anchor_coefficients(
-        *counts,
+        counts[0],
+        counts[1],
         usable,
         specific_weight,
         anchors_per_image=anchors_per_image,
@@ -250,11 +251,14 @@ def _gradient_of_logits(
 ) -> Tensor:
     """g of a block of pairs, from the statistics of the anchor that has the other as its positive or negative."""
     log_denominator, push, pull, pull_specific = statistics
-    grad = (logits - log_denominator).exp_().mul_(push).masked_fill_(~denominator, 0)
+    grad: Tensor = (logits - log_denominator).exp_().mul_(push).masked_fill_(~denominator, 0)
     grad -= pull.where(agnostic, 0)
     if task is not None:
         grad -= pull_specific.where(task, 0)
     return grad
+
+
+_Block = tuple[Tensor, Tensor | None, Tensor]  # of A, S and Den, bool
 
 
 @dataclass(frozen=True)
@@ -278,8 +282,8 @@ class _Relations:
         group = 1 if rate in (0, 1) else anchors_per_image
         return cls(positives, specific, negative_bits(negatives, seed, group, len(positives), rate))
 
-    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A_ij, S_ij and Den_ij for i in `rows`, a block (rows, N) each."""
+    def of_rows(self, rows: slice) -> _Block:
+        """A_ij, S_ij and Den_ij for i in `rows`, (rows, N) each."""
         anchors = len(self.positives)
         positions = torch.arange(rows.start, rows.stop, device=self.negatives.device) % len(self.negatives)
         drawn = unpack_bits(self.negatives[positions], anchors)
@@ -287,15 +291,13 @@ class _Relations:
         task = None if self.specific is None else unpack_bits(self.specific[rows], anchors)
         return agnostic, task, _without_own(agnostic | drawn, rows)
 
-    def of_columns(
-        self, rows: slice, mirrored: tuple[Tensor, Tensor | None, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A_ji, S_ji and Den_ji for i in `rows`, (rows, N) each; symmetric A and S are those of the rows, `mirrored`."""
-        if mirrored is None:
+    def of_columns(self, rows: slice, of_rows: _Block | None) -> _Block:
+        """A_ji, S_ji and Den_ji for i in `rows`, (rows, N) each; A and S are those `of_rows` if they are symmetric."""
+        if of_rows is None:
             agnostic = _columns(self.positives, rows)
             task = None if self.specific is None else _columns(self.specific, rows)
         else:
-            agnostic, task, _ = mirrored
+            agnostic, task, _ = of_rows
         drawn = _columns(self.negatives, rows).repeat(1, len(self.positives) // len(self.negatives))
         return agnostic, task, _without_own(agnostic | drawn, rows)
 
