@@ -173,7 +173,7 @@ def _blocks_forward(pairs: _Pairs, z: Tensor, scale: float, within: bool) -> Ten
         (blocks, splits),
         *(z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         ENABLED_IF=int(within),
         WITHIN=within,
         **config,
@@ -191,7 +191,7 @@ def _blocks_backward(
         (blocks, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         ENABLED_IF=int(within),
         WITHIN=within,
         SYMMETRIC=symmetric,
@@ -209,7 +209,7 @@ def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
         *(z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, sampled, scale),
         *(pairs.anchors, pairs.dim, pairs.group),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         **config,
     )
     _triton.launch(
@@ -241,7 +241,7 @@ def _lists_backward(
         sampled_rows_bwd_kernel,
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(*sampled, grad, scale, *sizes),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
         **config,
     )
@@ -262,7 +262,7 @@ def _sampled_columns_backward(
         sampled_columns_bwd_kernel,
         (stage.count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(*sampled, stage.positions, stage.slots, staged, scale, *sizes, words, stage.first_word, stage.capacity),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
         **config,
     )
