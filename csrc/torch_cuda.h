@@ -3,6 +3,9 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifndef HPK_EMULATED
+#include <cuda_runtime_api.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "common/cuda.h"
 
@@ -53,9 +57,13 @@ struct OnDeviceOf {
 };
 #define HPK_DISPATCH_KEY CPU
 #else
-// Makes the device of a tensor the current one as long as it lives; `stream` is PyTorch's current one there.
+// Makes the device of a tensor the current one as long as it lives; `stream` is PyTorch's current one there. The guard
+// tells PyTorch's runtime. This library has a runtime of its own, which makes the device's context the current one: a
+// thread that has not used CUDA before has none, and TMA descriptors need it.
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    const cudaError_t error = cudaSetDevice(tensor.get_device_index());
+    if (error != cudaSuccess) throw std::runtime_error(std::string("hpkernels: ") + cudaGetErrorString(error));
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);

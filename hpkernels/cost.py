@@ -16,9 +16,9 @@ _PAIR_SLOWDOWN = 1.5
 """How much slower the arithmetic of pairs by themselves is than that of blocks: the CPU backend chooses its route by
 it. Measured 2026-11-25, 2 threads of an AMD EPYC (Zen 4): 100 and 146 GFLOP/s over forward and backward."""
 
-MOST_LISTED_DENSITY = 0.006
+MOST_LISTED_DENSITY = 0.015
 """Share of all pairs up to which the Triton and CUDA backends list positives across images instead of computing blocks
-of all pairs. On paper: rows read from cache, one a pair, against products at the matrix rate. Not measured yet."""
+of all pairs. A prediction: rows read from cache, one a pair, against products at the matrix rate. Not measured yet."""
 _SAMPLED_SLOWDOWN = 4
 """How much slower a sampled negative is there than a pair in a block: rows are gathered, gradients staged. On paper."""
 

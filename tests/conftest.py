@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _WITH_PRODUCTS = ("test_masked_topk", "test_hidden_positives", "test_multi_positive_contrastive")
+_IN_HALF_PRECISION = ("test_matches_reference", "test_gradients", "test_small_coefficients_keep_their_digits")
 _LARGE_GOLDENS = ("joint_medium", "ghp_joint_medium", "lhp_14")
 
 
@@ -72,7 +73,7 @@ def _is_deep(module: str, test: str, parameters: dict[str, object]) -> bool:
         return True
     if module == "test_ghp_contrastive" and test not in ("test_matches_reference", "test_golden"):
         return True
-    compared = module in _WITH_PRODUCTS and test in ("test_matches_reference", "test_gradients")
+    compared = module in _WITH_PRODUCTS and test in _IN_HALF_PRECISION
     return case.dtype == torch.bfloat16 or (case.dtype == torch.float16 and not compared)
 
 

@@ -17,7 +17,7 @@ from benchmarks import resources, results
 from benchmarks.resources import TARGETS, Row
 from hpkernels import _native, backends
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Launch, kernel_calls, recorded
+from hpkernels.testing.launches import Launch, Sizes, kernel_calls, recorded
 
 pytest.importorskip("triton")
 
@@ -247,6 +247,25 @@ def test_gpus_that_are_supported(monkeypatch, gpus, capability, hip, reason):
     assert reason is None or said.startswith(reason)
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_launch_that_fails_while_a_graph_is_captured_says_what_to_do(capturing, monkeypatch):
+    def fail(*arguments, **constants):
+        raise ValueError("operation not permitted when stream is capturing")
+
+    kernel = {(2,): fail}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    expected = (RuntimeError, "some_kernel is not loaded yet.*call the op once before, forward and backward")
+    if not capturing:
+        expected = (ValueError, "^operation not permitted")
+
+    class Kernel(dict):
+        __name__ = "some_kernel"
+
+    with pytest.raises(expected[0], match=expected[1]):
+        _triton.launch(Kernel(kernel), (2,), torch.empty(1))
+
+
 def test_recording_makes_no_launch(monkeypatch):
     kernel, made = SimpleNamespace(__name__="hidden_positives_fwd_kernel"), []
     monkeypatch.setattr(_triton, "launch", lambda *arguments, **constants: made.append((*arguments, constants)))
@@ -267,3 +286,16 @@ def test_recording_makes_no_launch(monkeypatch):
         call()
     assert launches == [launch]
     assert made == 2 * [(kernel, (2,), like, configuration)]
+
+
+@pytest.mark.parametrize("op", ["hidden_positives", "masked_topk", "multi_positive_contrastive"])
+def test_rows_of_any_length_are_padded(op):
+    """To multiples of 16 elements, of which Triton loads 16 bytes at a time; else it takes them one by one."""
+    sizes = Sizes(images=4, grid=(4, 4), dim=90, feature_dim=72, pool_size=32)
+    with recorded("sm_90") as launches:
+        for call in kernel_calls(op, torch.float16, "meta", sizes).values():
+            call()
+    vectors = [a for launch in launches for a in launch.arguments if isinstance(a, torch.Tensor) and a.dim() == 2]
+    rows = {tuple(a.shape)[1] for a in vectors if a.dtype == torch.float16}
+    assert rows and rows <= {80, 96}
+    assert not {90, 72} & {a for launch in launches for a in launch.arguments if isinstance(a, int)}

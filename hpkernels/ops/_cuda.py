@@ -11,10 +11,10 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels._native import EMULATED, supports_cuda
 from hpkernels.backends import Availability
+from hpkernels.ops import _kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_ALIGNMENT = 16  # bytes, of rows and their lengths
 _MOST_WGMMA_BYTES = 1024  # kMostSm90Bytes of csrc/common/cuda.h
 
 
@@ -46,14 +46,5 @@ def without_wgmma(capability: tuple[int, int], dtype: torch.dtype, row: int) -> 
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:
-    """A matrix (R, D) as the kernels read it: rows of whole 16 bytes that start at multiples of 16.
-
-    The matrix itself where it is so already, else a copy, with zeros after each row, which change no product.
-    """
-    matrix = matrix.detach()
-    size = matrix.element_size()
-    padding = -matrix.shape[1] % (_ALIGNMENT // size)
-    in_place = padding == 0 and matrix.stride(1) == 1 and matrix.data_ptr() % _ALIGNMENT == 0
-    if in_place and matrix.stride(0) * size % _ALIGNMENT == 0 and matrix.stride(0) >= matrix.shape[1]:
-        return matrix
-    return torch.nn.functional.pad(matrix, (0, padding)).clone(memory_format=torch.contiguous_format)
+    """A matrix (R, D) as the kernels read it: rows of whole 16 bytes that start at multiples of 16."""
+    return _kernels.aligned_rows(matrix, _kernels.ALIGNMENT // matrix.element_size())

@@ -1,4 +1,4 @@
-"""What all custom ops share: kernels run in full precision, and a second differentiation is refused."""
+"""What all custom ops share: kernels run in full precision, a second differentiation is refused, rows are aligned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+ALIGNMENT = 16
+"""Bytes that GPUs load at a time at most, from addresses that are multiples of it."""
 
 
 def full_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,3 +38,19 @@ def refuse_double_backward(name: str, backward_op: Any) -> None:
         )
 
     backward_op.register_autograd(backward)
+
+
+def aligned_rows(matrix: Tensor, multiple: int) -> Tensor:
+    """A matrix (R, D) whose rows can be loaded 16 bytes at a time and have a multiple of so many elements.
+
+    The matrix itself where it is so already, else a copy, with zeros after each row, which change no product.
+    """
+    matrix = matrix.detach()
+    (rows, dim), (stride, step) = matrix.shape, matrix.stride()
+    padded = -(-dim // multiple) * multiple
+    starts_aligned = matrix.data_ptr() % ALIGNMENT == 0 and stride % multiple == 0 and stride >= dim
+    if padded == dim and step == 1 and starts_aligned:
+        return matrix
+    copy = matrix.new_zeros((rows, padded))
+    copy[:, :dim] = matrix
+    return copy

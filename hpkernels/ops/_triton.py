@@ -23,6 +23,7 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels._native import incapable
 from hpkernels.backends import Availability
+from hpkernels.ops import _kernels
 
 try:
     import triton
@@ -73,7 +74,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Run `kernel` on the device of its first argument, a tensor, once for each point of `grid`."""
     on = arguments[0].device
     with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants)
+        try:
+            kernel[grid](*arguments, **constants)
+        except Exception as error:  # of the driver, which does not load a kernel while a graph is captured
+            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                raise
+            raise RuntimeError(
+                f"hpkernels: {kernel.__name__} is not loaded yet, which cannot be done while a CUDA graph is captured:"
+                " call the op once before, forward and backward, with the same shapes, dtypes and options"
+            ) from error
+
+
+def aligned_rows(matrix: Tensor) -> Tensor:
+    """A matrix (R, D) with D a multiple of 16: of no other size and stride does Triton know how they divide.
+
+    Without it rows are loaded element by element, and not ahead of their use.
+    """
+    return _kernels.aligned_rows(matrix, 16)
 
 
 def configuration(kernel: Any, like: Tensor) -> dict[str, int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpkernels import PositiveMask, backends
+from hpkernels import PositiveMask, backends, multi_positive_contrastive
 from hpkernels.ops import _cuda
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.multi_positive_contrastive import lists, reference
-from hpkernels.testing import assert_rows_close, available_cases, random_problem
+from hpkernels.testing import assert_rows_close, available_cases, random_problem, row_errors
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _cuda.DTYPES) if case.backend == "cuda"]
@@ -106,3 +106,26 @@ def test_infinite_logits_are_not_silent(kernels):
     loss = Loss(CASES[0], 20, 0.05)
     loss.z[40, 3] = torch.nan
     assert loss.by(kernels)[0].isnan()
+
+
+@pytest.mark.parametrize("rate", [0.02, 1.0])
+def test_gradients_of_uneven_images_in_float16(rate):
+    """Of two images one keeps two anchors and the other all: the rows of this have coefficients a 500th of the rest."""
+    group, device = 512, CASES[0].device
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(2 * group, 16, generator=generator, dtype=torch.float64), dim=1)
+    z = z.half().to(device)
+    mask = torch.zeros(2 * group, 2 * group, dtype=torch.bool, device=device)
+    mask[group:, group:] = True
+    mask[0, 1] = mask[1, 0] = True
+
+    def gradient(z, backend):
+        leaf = z.detach().requires_grad_()
+        settings = {"anchors_per_image": group, "temperature": 0.4, "reweight": True, "seed": 0}
+        loss = multi_positive_contrastive(leaf, mask, negative_rate=rate, backend=backend, **settings)
+        (grad,) = torch.autograd.grad(loss * 2**14, leaf)
+        return grad.cpu().double()
+
+    expected = gradient(z.double(), "reference")
+    errors = row_errors(gradient(z, "cuda"), expected) / expected.norm(dim=1)
+    assert errors.max() < 1e-3, f"row {int(errors.argmax())} by {errors.max():.2e}"

@@ -334,3 +334,33 @@ def test_the_choice_can_be_compiled(pretend_gpu):
 
     with pytest.warns(UserWarning, match="compute capability 8.0, cuda:0 has 7.5"):
         assert sign(torch.ones(1)).item() == -1
+
+
+COLD = """
+import sys, threading
+import torch, hpkernels
+device, backend = sys.argv[1:]
+found = []
+
+def rank():  # the first that anybody does with CUDA, but for the tensors
+    found.append(hpkernels.hidden_positives(features, threshold, backend=backend).bits.cpu())
+
+features, threshold = torch.eye(256, dtype=torch.float16, device=device), torch.zeros(256, device=device)
+thread = threading.Thread(target=rank)
+thread.start()
+thread.join()
+assert torch.cuda.current_device() == 0
+expected = hpkernels.hidden_positives(features.cpu(), threshold.cpu(), backend="reference").bits
+assert torch.equal(found[0], expected)
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_fresh_thread_on_either_gpu(backend, device):
+    """A thread that has not used CUDA has no current context, and the current device of another is 0."""
+    if torch.cuda.device_count() <= torch.device(device).index:
+        pytest.skip(f"needs {device}, and PyTorch sees {torch.cuda.device_count()} GPUs on this machine")
+    command = [sys.executable, "-c", COLD, device, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

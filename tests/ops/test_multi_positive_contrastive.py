@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import contrastive
 
 import hpkernels
-from hpkernels import PositiveMask, multi_positive_contrastive
+from hpkernels import PositiveMask, backends, multi_positive_contrastive
 from hpkernels.ops._philox import bernoulli
 from hpkernels.testing import (
     assert_rows_close,
@@ -598,3 +598,37 @@ def test_labels_and_dense_masks_are_taken_as_masks(case):
     expected = multi_positive_contrastive(z, PositiveMask.from_labels(labels), backend=case.backend)
     for positives in (labels, labels.to(torch.uint8), dense):
         assert torch.equal(multi_positive_contrastive(z, positives, backend=case.backend), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float16,)), ids=str)
+def test_small_coefficients_keep_their_digits(case, rate, symmetric):
+    """Rows as of an image with many anchors beside one with few, in a batch of tens of thousands.
+
+    There g is a thousandth, the push of a row, times the probability of one of so many. Both are given here as
+    statistics, so that few anchors do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    anchors, group, dim = 84, 12, 8
+    z = torch.nn.functional.normalize(torch.randn(anchors, dim, generator=generator), dim=1).to(case.device, case.dtype)
+    mask = torch.rand(anchors, anchors, generator=generator) < 0.1
+    mask = (mask | mask.T).fill_diagonal_(False) if symmetric else mask.fill_diagonal_(False)
+    bits = PositiveMask.from_dense(mask.to(case.device)).bits
+    log_denominator = torch.full((anchors,), math.log(50176.0))
+    push = torch.where(torch.arange(anchors) < group, 1.0, 1e-3)
+    pull = torch.where(torch.arange(anchors) < group, 1e-2, 1e-7)
+    rows = torch.stack((log_denominator, push, pull, torch.zeros(anchors)))[None].to(case.device)
+    settings = (group, 0.6, rate, symmetric)
+
+    def gradient(backend, z, rows):
+        kernels = backends.implementation(OP, backend)
+        seed, grad_losses = torch.tensor(3, device=z.device), torch.full((1,), 2.0**17, device=z.device)
+        (grad,) = kernels.backward(
+            grad_losses.to(rows.dtype), [z], bits.to(z.device), None, None, seed, rows, *settings
+        )
+        return grad.cpu().double()
+
+    expected = gradient("reference", z.double(), rows.double())
+    errors = row_errors(gradient(case.backend, z, rows), expected) / expected.norm(dim=1)
+    assert errors.max() < 2e-3, f"row {int(errors.argmax())} by {errors.max():.2e}"

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import comparable_products, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["forward", "supports"]
@@ -16,6 +16,7 @@ __all__ = ["forward", "supports"]
 
 def forward(features: Tensor, threshold: Tensor) -> Tensor:
     """The relation bit-packed, (N, ceil(N / 32)) int32."""
+    features = aligned_rows(features)
     anchors, dim = features.shape
     bits = features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
     config = _triton.configuration(hidden_positives_fwd_kernel, features)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import comparable_products, load_rows, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, load_rows, supports
 from hpkernels.ops.masked_topk import reference
 
 __all__ = ["backward", "forward", "supports"]
@@ -39,6 +39,7 @@ def forward(
     """values (N, k) and indices (N, k)."""
     if k > MOST_KEPT:
         return reference.forward_by_blocks(query, pool, k, mask, query_group, pool_group, _BLOCK_PRODUCTS)
+    query, pool = aligned_rows(query), aligned_rows(pool)
     kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
     config = {"PRECISION": _triton.comparable_precision(query)} | _triton.configuration(kernel, query)
     queries, references = len(query), len(pool)
@@ -65,6 +66,8 @@ def forward(
 
 def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
+    given = pool.shape[1]
+    query, pool = aligned_rows(query), aligned_rows(pool)
     (queries, k), (references, dim) = indices.shape, pool.shape
     grad_values, indices = grad_values.contiguous(), indices.contiguous()
     grad_query = query.new_empty((queries, dim))
@@ -82,7 +85,8 @@ def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) 
     sums = pool.new_empty((parts, references, dim), dtype=torch.float32)
     inputs = (order, first, grad_values, query, *query.stride(), sums, queries, references, k, dim)
     _triton.launch(masked_topk_pool_bwd_kernel, (references, columns, parts), *inputs, **config)
-    return grad_query, sums.sum(dim=0).to(pool.dtype)
+    grad_pool = sums.sum(dim=0).to(pool.dtype)
+    return grad_query[:, :given].contiguous(), grad_pool[:, :given].contiguous()
 
 
 def _split(count: int, block: int, others: int) -> tuple[int, int]:

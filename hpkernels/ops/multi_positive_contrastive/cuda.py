@@ -137,11 +137,9 @@ def backward(
         stages = lists.stages(bits, pairs.negatives, pairs.anchors, pairs.dim, negative_rate)
     grads = []
     for grad_loss, branch, statistics in zip(grad_losses, branches, rows, strict=True):
-        # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
-        largest = statistics[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
-        numbers = torch.cat((statistics[:1], statistics[1:] / largest))
+        numbers, factor = lists.scaled(statistics)
         grad = _gradient(pairs, stages, aligned_rows(branch), numbers, 1 / temperature, symmetric)
-        grads.append((grad * (grad_loss * largest / temperature)).to(branch.dtype))
+        grads.append((grad * (grad_loss * factor / temperature)).to(branch.dtype))
     return grads
 
 

@@ -1,4 +1,4 @@
-"""What the GPU backends of `multi_positive_contrastive` share of the route of lists: when, its room, its stages."""
+"""What the GPU backends of `multi_positive_contrastive` share: how g is scaled, and when and how pairs are listed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
 
-_MOST_LISTED = 2**26  # positives across images: 256 MiB of columns
+_MOST_LISTED = 2**31 - 1  # positives across images, at the 15 in 1000 of the pairs that bound them before: N = 378 000
 _STAGED_BYTES = 2**28  # of gradients of sampled columns at a time
+_GREATEST_G = 2.0**14  # of the 65504 of float16
 
 
 class Lists(NamedTuple):
@@ -36,13 +38,25 @@ class Stage(NamedTuple):
     capacity: int
 
 
+def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Row statistics (4, N) with their coefficients divided by a factor, and the factor.
+
+    The kernels round ``g_ij + g_ji`` to the dtype of z and multiply it with z. In float16 the coefficients of a large
+    batch, or of an image with many anchors beside one with few, would be too small for that. Divided they are at most
+    `_GREATEST_G` / 4, and so ``g_ij + g_ji`` at most `_GREATEST_G`: each of the two is a push times a probability less
+    at most two pulls.
+    """
+    factor = rows[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny * _GREATEST_G) / (_GREATEST_G / 4)
+    return torch.cat((rows[:1], rows[1:] / factor)), factor
+
+
 def allowed(anchors: int, group: int, negatives: Tensor | None, rate: float) -> bool:
     """Whether lists may take less time than blocks; given negatives may be any number, so they take blocks."""
     return negatives is None and lists_may_pay(anchors, group, rate)
 
 
 def capacity(anchors: int) -> int:
-    """Room for the positives across images."""
+    """How many positives across images are listed: half of the bytes of a packed mask."""
     return min(math.ceil(MOST_LISTED_DENSITY * anchors**2), _MOST_LISTED)
 
 

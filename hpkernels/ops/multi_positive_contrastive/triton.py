@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import supports
+from hpkernels.ops._triton import aligned_rows, supports
 from hpkernels.ops.hidden_positives.bits import as_bits
 from hpkernels.ops.multi_positive_contrastive import lists
 from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
@@ -92,11 +92,11 @@ def forward(
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    branches = [aligned_rows(z).contiguous() for z in branches]
     lists_allowed = lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
     results = []
     for z in branches:
-        z = z.detach().contiguous()
         parts = _blocks_forward(pairs, z, 1 / temperature, within=False)
         if lists_allowed:
             within = _blocks_forward(pairs, z, 1 / temperature, within=True)
@@ -129,6 +129,8 @@ def backward(
     symmetric: bool,
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits, negatives and lists are computed again."""
+    given = branches[0].shape[1]
+    branches = [aligned_rows(z).contiguous() for z in branches]
     lists_allowed = symmetric and lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
     pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
     stages = []
@@ -136,16 +138,13 @@ def backward(
         stages = lists.stages(bits, pairs.negatives, pairs.anchors, pairs.dim, negative_rate)
     grads = []
     for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
-        z = z.detach().contiguous()
-        # The coefficients of a large batch are too small for float16, in which tiles of g are multiplied with z.
-        largest = statistics[1:].amax().clamp(min=torch.finfo(rows.dtype).tiny)
-        numbers = torch.cat((statistics[:1], statistics[1:] / largest))
+        numbers, factor = lists.scaled(statistics)
         grad_z = torch.empty_like(z, dtype=rows.dtype)
         _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
         if lists_allowed:
             _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
             _lists_backward(pairs, stages, z, numbers, grad_z, 1 / temperature)
-        grads.append((grad_z * (grad_loss * largest / temperature)).to(z.dtype))
+        grads.append((grad_z[:, :given] * (grad_loss * factor / temperature)).to(z.dtype))
     return grads
 
 

@@ -123,21 +123,22 @@ def list_bits_kernel(
 ):  # fmt: skip
     """columns[offsets[i]:]: the columns of the set bits of row i, ascending, if enabled.
 
-    Grid (rows,). Bytes: reads the rows, writes 4 a set bit.
+    Grid (rows,). Bytes: reads the rows, writes 4 a set bit. A round for each set bit of the word that has most.
     """
     if tl.load(enabled) == 0:
         return
     row = tl.program_id(0)
     end = tl.load(offsets + row)
-    bit = tl.arange(0, 32)
     for start in range(0, words, BLOCK_WORDS):
         word = start + tl.arange(0, BLOCK_WORDS)
         found = listed_words(first, second, row, word, words, group, HAS_SECOND, ACROSS)
         sizes = population_count(found)
         at = end + tl.cumsum(sizes, axis=0) - sizes
-        at = at[:, None] + population_count(found[:, None] & low_bits(bit)[None, :])
-        is_set = ((found[:, None] >> bit[None, :]) & 1) != 0
-        tl.store(columns + at, 32 * word[:, None] + bit[None, :], mask=is_set & (at < capacity))
+        for _ in range(tl.max(sizes, axis=0)):
+            lowest = population_count((found & -found) - 1)
+            tl.store(columns + at, 32 * word + lowest, mask=(found != 0) & (at < capacity))
+            found &= found - 1
+            at += 1
         end += tl.sum(sizes, axis=0)
 
 
