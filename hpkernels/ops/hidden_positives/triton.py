@@ -27,7 +27,7 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     return bits
 
 
-@triton.jit(do_not_specialize=["anchors", "words", "tiles"])
+@triton.jit(do_not_specialize=["words", "tiles"])
 def hidden_positives_fwd_kernel(
     features, stride, step, threshold, bits, anchors, dim, words, tiles,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -104,7 +104,7 @@ def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
     return values, (~keys & 0x7FFFFFFF).masked_fill(~(values > -torch.inf), -1)
 
 
-@triton.jit(do_not_specialize=["queries", "references", "share"])
+@triton.jit
 def masked_topk_top1_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
@@ -137,7 +137,7 @@ def masked_topk_top1_fwd_kernel(
     tl.store(indices + at, index.to(tl.int64), mask=rows < queries)
 
 
-@triton.jit(do_not_specialize=["queries", "references", "share"])
+@triton.jit
 def masked_topk_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
