@@ -165,10 +165,10 @@ def _verdict_line(entry: dict[str, Any]) -> str:
     return f"{entry['backend']:10} on {entry['device']:7} {entry['dtype']:10} {state:8} {entry['reason']}"
 
 
-def check(limit_s: float, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Check the kernels on the CPU and on each GPU, each in a process of its own; `show` gets a line for each."""
+def check(devices: list[str], limit_s: float, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Check the kernels on each device, each in a process of its own; `show` gets a line for each."""
     found = []
-    for device in ["cpu", *_gpus()]:
+    for device in devices:
         for backend in backends.BACKENDS:
             for dtype in DTYPES:
                 # Simulated kernels take minutes, and nobody gets them unasked.
@@ -214,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     checking = commands.add_parser("check", help="compare the kernels with the reference on each device, and keep it")
     checking.add_argument("--json", action="store_true", help="print JSON")
+    devices = ["cpu", *_gpus()]
+    checking.add_argument("--device", action="append", choices=devices, help="only this one; may be repeated")
     checking.add_argument(
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
     )
@@ -228,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         backend, device, dtype = options.one
         text = json.dumps(selfcheck.check(backend, torch.device(device), getattr(torch, dtype))._asdict())
     elif options.command == "check":
-        found = check(options.limit, (lambda line: None) if options.json else _print)
+        found = check(options.device or devices, options.limit, (lambda line: None) if options.json else _print)
         status = 0 if all(entry["ok"] for entry in found) else 1
         text = json.dumps(found, indent=2) if options.json else "" if found else "no kernels can run here"
     elif options.command == "explain":

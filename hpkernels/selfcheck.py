@@ -156,24 +156,24 @@ def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
 
     Inner products of the features are exact, in whatever order summed, so that packed bits and indices must be equal.
     """
-    inputs = _problem(dtype, sizes or Sizes())
+    inputs = problem(dtype, sizes or Sizes())
     exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    expected = _results("reference", backend, exact, sizes or Sizes())
+    expected = results("reference", backend, exact, sizes or Sizes())
     given = {name: value.to(device) for name, value in inputs.items()}
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     started = time.monotonic()
     with on_device:
         for (what, actual), (_, wanted) in zip(
-            _results(backend, backend, given, sizes or Sizes()), expected, strict=True
+            results(backend, backend, given, sizes or Sizes()), expected, strict=True
         ):
-            wrong = _wrong_rows(actual.detach().to("cpu"), wanted, dtype)
+            wrong = wrong_rows(actual.detach().to("cpu"), wanted, dtype)
             if wrong:
                 return Availability(False, f"{what}: {wrong} of {len(wanted)} rows differ from the reference")
     seconds = time.monotonic() - started
     return Availability(True, f"checked on this device in {seconds:.1f} s, {datetime.now(timezone.utc):%Y-%m-%d}")
 
 
-def _problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
+def problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
     """The inputs on the CPU."""
     make = Inputs(dtype, torch.device("cpu"))
     anchors = sizes.images * sizes.grid[0] * sizes.grid[1]
@@ -197,7 +197,7 @@ def _problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
     }
 
 
-def _results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
+def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
     """What the ops of `backend` give, by what it is, for the ops that `checked` has.
 
     The functions of the backend are called, not the public ops: no autograd, whose threads may be those that wait.
@@ -249,7 +249,7 @@ def _results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes)
         yield "gradient of local_propagation", local.apply_backward(given["code"], weights)
 
 
-def _wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:
+def wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:
     """How many rows differ by more than rounding; whole numbers must be equal, and so must values of exact products."""
     if actual.shape != expected.shape:
         return len(expected)

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_check, results
+from benchmarks import gpu_check, prove, results
 from benchmarks.cases import DTYPES, OPS, Case
 from benchmarks.gpu_check import Sizes, Step
 from benchmarks.providers import provider
 from benchmarks.results import Row
-from hpkernels import _native
+from hpkernels import _native, backends, selfcheck
 from hpkernels.ops import _triton
 
 
@@ -94,6 +97,13 @@ def test_a_step_that_cannot_be_taken_says_why(tmp_path):
     assert lines[0].split(maxsplit=1)[1].startswith("left out: needs pytest")
 
 
+def test_a_step_that_is_only_told_counts_for_nothing(tmp_path):
+    step = replace(python("one", "exit(1)"), only_told=True)
+    assert run(tmp_path, step) == (True, [["one", "failed"]])
+    told = {step.name for step in gpu_check.steps(tmp_path) if step.only_told}
+    assert told == {"racecheck-cuda-1"}  # which does not know TMA's barriers; that of the other engine counts
+
+
 def test_words_of_steps_that_succeeded(tmp_path):
     words = {"one": ("right",), "two": ("wrong",)}
     last = Step("three", (sys.executable, "-c", "import sys; print(sys.argv[1:])"), 60, words=words)
@@ -112,8 +122,9 @@ def test_variables_of_a_step(tmp_path, monkeypatch):
 
 def test_what_matters_most_fits_into_the_time(tmp_path):
     names = [step.name for step in gpu_check.steps(tmp_path)]
-    most = gpu_check.steps(tmp_path)[: names.index("ops") + 1]
-    assert {"build", "verify-cuda", "verify-triton", "loss", "tests", "memcheck-cuda"} < {step.name for step in most}
+    most = gpu_check.steps(tmp_path)[: names.index("loss") + 1]
+    right = {f"{kind}-{backend}" for kind in ("exercise", "prove", "verify") for backend in ("cuda", "triton")}
+    assert right | {"build", "self-check", "memcheck-cuda"} < {step.name for step in most}
     assert sum(step.seconds for step in most) <= 9 * 60
 
 
@@ -198,3 +209,105 @@ def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
         command.main(["gpu-check"])
     assert "PyTorch sees none" in capsys.readouterr().err
+
+
+SIZES = selfcheck.Sizes(images=3, grid=(3, 4), dim=24, feature_dim=40, pool_size=32, attention=(1, 4, 5, 2, 8))
+CPU = torch.device("cpu")
+PROVEN = {
+    "threads": lambda backend: prove.threads(backend, CPU, SIZES),
+    "sampled_rows": lambda backend: prove.sampled_rows(backend, CPU, replace(SIZES, images=6, grid=(4, 5)), 9),
+    "uneven": lambda backend: prove.uneven(backend, CPU, 96),
+    "dimensions": lambda backend: prove.dimensions(backend, CPU, SIZES),
+    "graphs": lambda backend: prove.graphs(backend, CPU, SIZES, imagined),
+    "engines": lambda backend: prove.engines(backend, CPU, 96),
+    "second_gpu": lambda backend: prove.second_gpu(backend, CPU, SIZES),
+}
+
+
+def imagined(call):
+    """As `prove.captured`, without a graph."""
+    results = call()
+    return results, lambda: [old.copy_(new) for old, new in zip(results, call(), strict=True)]
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """``change(op, function, by)``: the reference stands for the CUDA backend, with results of a function changed."""
+
+    def changed(correct, by, *arguments):
+        return by(correct(*arguments))
+
+    def enter(op=None, function=None, by=None):
+        for of in backends.registered_ops():
+            module = SimpleNamespace(**vars(backends.implementation(of, "reference")))
+            if of == op:
+                setattr(module, function, partial(changed, getattr(module, function), by))
+            monkeypatch.setitem(backends._modules, (of, "cuda"), module)
+
+    return enter
+
+
+def test_every_proof_is_tried_here():
+    assert PROVEN.keys() == prove.PROOFS.keys()
+    assert next(iter(prove.PROOFS)) == "threads"  # before anything else has used CUDA
+
+
+@pytest.mark.parametrize("proof", PROVEN)
+def test_proofs_of_what_is_right(proof, change):
+    change()
+    assert PROVEN[proof]("cuda") == []
+
+
+def last_row(results):
+    first = results if isinstance(results, torch.Tensor) else results[0]
+    first[-1] += 1 if not first.is_floating_point() else 0.05 * first.abs().max()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("proof", "op", "function"),
+    [
+        ("threads", "local_propagation", "apply_backward"),
+        ("sampled_rows", "masked_topk", "forward"),
+        ("sampled_rows", "hidden_positives", "forward"),
+        ("sampled_rows", "multi_positive_contrastive", "forward"),
+        ("sampled_rows", "multi_positive_contrastive", "backward"),
+        ("uneven", "multi_positive_contrastive", "backward"),
+        ("dimensions", "hidden_positives", "forward"),
+        ("second_gpu", "masked_topk", "backward"),
+    ],
+)
+def test_proofs_of_what_is_wrong(proof, op, function, change):
+    """One wrong row, the last, which is among the sampled ones."""
+    if (op, function) == ("multi_positive_contrastive", "forward"):
+        change(op, function, lambda results: (results[0], results[1].index_fill(2, torch.tensor([119]), 0.5)))
+    else:
+        change(op, function, last_row)
+    assert PROVEN[proof]("cuda")
+
+
+def test_engines_and_graphs_that_differ(change, monkeypatch):
+    change("hidden_positives", "forward", lambda bits: bits + int(os.environ["HPKERNELS_SM90"]))
+    assert "bits of D = 8, torch.float16 differ between the engines" in PROVEN["engines"]("cuda")
+    change()
+    stale = lambda call: (call(), lambda: None)  # noqa: E731  # a graph that does not follow its data
+    assert prove.graphs("cuda", CPU, SIZES, stale) == [
+        f"rate {rate}: a graph replayed with other data differs from a call" for rate in (0.02, 1.0)
+    ]
+
+
+def test_a_proof_that_fails_keeps_none_from_running(monkeypatch):
+    def fail(backend, device):
+        raise RuntimeError("illegal address")
+
+    monkeypatch.setattr(prove, "PROOFS", {"one": fail, "two": lambda *of: [], "three": lambda *of: ["a row", "a bit"]})
+    lines = []
+    assert not prove.prove("cuda", CPU, lines.append)
+    assert lines == ["cuda one: RuntimeError: illegal address", "cuda two: right", "cuda three: a row; a bit"]
+
+
+@pytest.mark.parametrize("proof", ["threads", "sampled_rows", "graphs", "engines", "uneven"])
+def test_proofs_of_the_emulated_kernels(proof):
+    if not _native.EMULATED:
+        pytest.skip("needs the emulated CUDA kernels, which `make test` builds")
+    assert PROVEN[proof]("cuda") == []

@@ -471,9 +471,9 @@ def test_the_problem_takes_both_routes_and_leaves_no_doubt(monkeypatch):
     """Lists fit in one of the calls; no weight of the attention is so near its threshold that rounding decides."""
     monkeypatch.undo()
     sizes = selfcheck.Sizes()
-    given = selfcheck._problem(torch.float32, sizes)
+    given = selfcheck.problem(torch.float32, sizes)
     exact = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    results = dict(selfcheck._results("reference", "reference", exact, sizes))
+    results = dict(selfcheck.results("reference", "reference", exact, sizes))
     bits, anchors, group = results["hidden_positives of features"], len(given["features"]), 8 * 24
     mask = hpkernels.PositiveMask(bits, anchors).to_dense()
     across = int(mask.sum()) - sum(int(mask[i : i + group, i : i + group].sum()) for i in range(0, anchors, group))
