@@ -381,6 +381,31 @@ def test_other_numbers_of_images_compile_nothing_new(repository, tmp_path):
     run_compiling(repository, tmp_path, BATCHES)
 
 
+INSTRUCTIONS = """
+import re
+
+import triton
+
+from benchmarks.resources import jobs
+
+for target in ("sm_80", "sm_90", "sm_100"):
+    for dtype in ("float16", "float32"):
+        used = []
+        for op, kernel in (("hidden_positives", "hidden_positives_fwd"), ("masked_topk", "masked_topk_top1_fwd")):
+            job = next(job for job in jobs([dtype], [op], [target]) if job.row.kernel == f"{kernel}_kernel")
+            ptx = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
+            found = re.findall(r"(?:wgmma\\.mma_async|mma\\.sync|tcgen05\\.mma)\\S*", ptx)
+            used.append([re.sub(r"m\\d+n\\d+", "", instruction) for instruction in sorted(set(found))] or ["fma"] * ("fma.rn" in ptx))
+        assert used[0] == used[1] and len(used[0]) == 1, (target, dtype, used)
+"""
+
+
+@pytest.mark.deep
+def test_ranking_and_discovery_multiply_by_the_same_instructions(repository, tmp_path):
+    """In tiles of different sizes; they sum as many features at a time in the same order."""
+    run_compiling(repository, tmp_path, INSTRUCTIONS)
+
+
 COMPILE_AHEAD = """
 from contextlib import nullcontext
 
