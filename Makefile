@@ -45,7 +45,7 @@ test-deep: install $(EMULATED)  ## Run what `make test` leaves to `make test-all
 # Goes on without it where it cannot be configured, which is where CUDA's headers are missing; the tests say so as well.
 $(EMULATED): $(NATIVE) | install
 	@mkdir -p $(@D); PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
-	if cmake -S . -B $(@D) -G Ninja -DHPKERNELS_CPU=OFF -DHPKERNELS_EMULATED=ON \
+	if cmake -S . -B $(@D) -G Ninja -DHPKERNELS_CPU=OFF -DHPKERNELS_EMULATED=ON -DHPKERNELS_CUTLASS="$$HPKERNELS_CUTLASS" \
 	  -DHPKERNELS_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')" > $(@D).log 2>&1; \
 	then cmake --build $(@D) && touch $@; \
 	else echo "going on without the emulated CUDA kernels, which need CUDA's headers: $(@D).log"; fi

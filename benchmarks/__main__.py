@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     command.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32, float16 on a GPU)")
     command.add_argument("--images", action="append", type=int, metavar="B", help="only this size; may be repeated")
+    command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.set_defaults(command=_run)
 
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
     failed = False
     try:
-        for row in run(chosen, options.provider, environment, _print_row, options.keep_going):
+        for row in run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes):
             failed |= row.note.startswith(WRONG)
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
                 results.write(folder, [row])

@@ -24,7 +24,7 @@ MOST_REPETITIONS = 50
 ENOUGH = 0.5  # seconds after which REPETITIONS suffice
 BUDGET = 10.0  # seconds of a provider's calls in one case
 LONG_CALL = 60.0  # seconds; longer calls are timed once, in the process that measures their memory
-_TIMEOUT = 300.0  # seconds of a process that measures memory
+PATIENCE = 300.0  # seconds of a process that measures memory
 
 
 class Memory(NamedTuple):
@@ -81,9 +81,13 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(case: Case, provider_name: str) -> Memory:
-    """Peak memory of a call: on a GPU what PyTorch allocates, on the CPU what is resident in a fresh process."""
-    return _peak_on_gpu(case, provider_name) if case.device == "cuda" else _peak_on_cpu(case, provider_name)
+def peak_memory(case: Case, provider_name: str, patience: float | None = PATIENCE) -> Memory:
+    """Peak memory of a call: on a GPU what PyTorch allocates, on the CPU what is resident in a fresh process.
+
+    Which has `patience` seconds (None: all it takes).
+    """
+    on_gpu = case.device == "cuda"
+    return _peak_on_gpu(case, provider_name) if on_gpu else _peak_on_cpu(case, provider_name, patience)
 
 
 def _peak_on_gpu(case: Case, provider_name: str) -> Memory:
@@ -101,7 +105,7 @@ def _peak_on_gpu(case: Case, provider_name: str) -> Memory:
         return Memory(error="does not fit into memory")
 
 
-def _peak_on_cpu(case: Case, provider_name: str) -> Memory:
+def _peak_on_cpu(case: Case, provider_name: str, patience: float | None) -> Memory:
     context = multiprocessing.get_context("forkserver")
     # The server imports and never computes: a process forked from it is as fresh as a new interpreter, and much sooner.
     context.set_forkserver_preload(["benchmarks.measure"])
@@ -110,7 +114,7 @@ def _peak_on_cpu(case: Case, provider_name: str) -> Memory:
     process.start()
     sender.close()
     try:
-        memory = receiver.recv() if receiver.poll(_TIMEOUT) else Memory(error=f"took more than {_TIMEOUT:.0f} s")
+        memory = receiver.recv() if receiver.poll(patience) else Memory(error=f"took more than {patience:.0f} s")
     except EOFError:
         process.join()
         memory = Memory(error=f"the process ended with exit code {process.exitcode}")

@@ -76,12 +76,13 @@ class Provider:
 
 
 _registry: dict[str, list[Provider]] = {}
-# In anchors. What is published is run as far as its matrices of all pairs fit into the memory of a workstation; others
-# that hold such matrices stop before, which shows their growth as well and keeps a full run short.
-_PUBLISHED_LIMIT, _PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272, 6272
+# In anchors. What is published is run as far as its matrices of all pairs fit into the memory of a workstation, and the
+# reference, which takes minutes beyond, as far; what is compiled stops before, which shows its growth as well and keeps
+# a full run short.
+_PAIRS_LIMIT, _COMPILED_LIMIT = 12544, 6272
 _PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
 # The memory of a GPU holds about 20 GB of matrices of the published way at the size of the paper.
-_LIMITS_ON_GPU = dict.fromkeys((_PUBLISHED_LIMIT, _PAIRS_LIMIT, _PRODUCTS_LIMIT), 50176)
+_LIMITS_ON_GPU = dict.fromkeys((_PAIRS_LIMIT, _PRODUCTS_LIMIT), 50176)
 
 
 def provides(
@@ -249,7 +250,7 @@ def _published_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, image_loss: Call
 _IN_IMAGES = ("sampled", "rate=0.2", "rate=1", "density=0.001", "density=0.1")
 
 
-@provides("multi_positive_contrastive", "published", *_IN_IMAGES, most_anchors=_PUBLISHED_LIMIT)
+@provides("multi_positive_contrastive", "published", *_IN_IMAGES, most_anchors=_PAIRS_LIMIT)
 def _published_contrastive(inputs: Inputs, image_loss: Callable = published.image_loss) -> Outputs:
     """The loss of each image with its rows of the masks, which in the published way come unpacked."""
     z, settings = leaf(inputs["z"]), inputs["settings"]
@@ -270,7 +271,7 @@ def _compiled_contrastive(inputs: Inputs) -> Outputs:
     return _published_contrastive(inputs, compiled(published.image_loss))
 
 
-@provides("ghp_contrastive", "published", most_anchors=_PUBLISHED_LIMIT)
+@provides("ghp_contrastive", "published", most_anchors=_PAIRS_LIMIT)
 def _published_ghp(inputs: Inputs) -> Outputs:
     z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
     return differentiate(_published_loss(inputs, z, z_mixed), z=z, z_mixed=z_mixed)
@@ -303,7 +304,7 @@ def _compiled_propagation(inputs: Inputs) -> Outputs:
     return applied(inputs, lambda code: propagate(code, attention_of(inputs)))
 
 
-@provides("training_step", "published", most_anchors=_PUBLISHED_LIMIT)
+@provides("training_step", "published", most_anchors=_PAIRS_LIMIT)
 def _published_step(inputs: Inputs) -> Outputs:
     def apply(code: Tensor) -> Tensor:
         return published.propagate(code, inputs["attention"].to(code.dtype))

@@ -25,10 +25,12 @@ def run(
     environment: dict,
     report: Callable[[Row], None],
     keep_going: bool = False,
+    all_sizes: bool = False,
 ) -> Iterator[Row]:
     """The rows of all cases, for the providers of these names (None: all).
 
-    With `keep_going` the others are timed where a provider is wrong or fails, which its row says.
+    With `keep_going` the others are timed where a provider is wrong or fails, which its row says. With `all_sizes` none
+    is left out because of its time or memory.
 
     Raises:
         WrongResultError: a provider's results are not those of the reference; nothing of that case is timed.
@@ -48,14 +50,14 @@ def run(
                     print(f"{case.op}: without {tried.name}: {reason}")
                 continue
             row = rows[tried.name] = _row(case, tried, environment)
-            row.note = tried.reason_to_skip(case)
+            row.note = "" if all_sizes else tried.reason_to_skip(case)
             if tried.name in too_slow:
                 row.note = f"left out: compiling took more than {_LONGEST_COMPILE:.0f} s"
             if row.note:
                 continue
             try:
                 row.verified_anchors = _verified_once(case, tried, verified, too_slow)
-                memory = measure.peak_memory(case, tried.name)
+                memory = measure.peak_memory(case, tried.name, None if all_sizes else measure.PATIENCE)
             except (WrongResultError, RuntimeError) as error:
                 if not keep_going:
                     raise

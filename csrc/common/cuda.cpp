@@ -11,7 +11,7 @@ namespace hpk {
 
 size_t most_shared_bytes() {
 #ifdef HPK_EMULATED
-  return has_sm90() ? 227 * 1024 : 99 * 1024;
+  return has_sm90() ? 227 * 1024 : kSharedBytesAnywhere;
 #else
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -24,9 +24,9 @@ size_t most_shared_bytes() {
 
 bool has_sm90() {
   const char* const choice = std::getenv("HPKERNELS_SM90");
-#if defined(HPK_EMULATED)
+#if defined(HPK_EMULATED) && defined(HPK_WITH_SM90)
   return choice != nullptr && std::strcmp(choice, "1") == 0;
-#elif defined(HPK_WITH_SM90)
+#elif !defined(HPK_EMULATED) && defined(HPK_WITH_SM90)
   if (choice != nullptr && std::strcmp(choice, "0") == 0) return false;
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&

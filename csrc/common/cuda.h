@@ -20,6 +20,9 @@ struct Rows {
 // The longest rows that the kernels for sm_90a take: a strip of them stays in shared memory.
 constexpr int kMostSm90Bytes = 1024;
 
+// What a block may have of shared memory on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have no more.
+constexpr size_t kSharedBytesAnywhere = 99 * 1024;
+
 // What a block may have of shared memory on the current device.
 size_t most_shared_bytes();
 

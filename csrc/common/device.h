@@ -49,8 +49,9 @@ __device__ __forceinline__ char* shared_memory() {
   return hpk_shared_memory;
 }
 
-// A barrier of `threads` threads; `id` from 1 to 15, 0 is that of __syncthreads().
+// A barrier of `threads` threads, whole warps; `id` from 1 to 15, 0 is that of __syncthreads().
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

@@ -26,7 +26,7 @@ struct GradientSm80 {
     Rows<T> left, right;
   };
 
-  static size_t shared_bytes() { return sizeof(Shared); }
+  static constexpr size_t shared_bytes() { return sizeof(Shared); }
 
   static unsigned feature_blocks(int dim) { return static_cast<unsigned>(divide_up(dim, kFeatures)); }
 
@@ -176,11 +176,13 @@ struct GradientSm80 {
 // Calls body(engine) with the engine for these rows: longer sums need fewer products, and more shared memory.
 template <class T, class Body>
 void with_gradient_engine(const Rows<T>& rows, const Body& body) {
+  using Short = GradientSm80<T, 512>;
   using Long = GradientSm80<T, 1024>;
+  static_assert(Short::shared_bytes() <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
   if constexpr (sizeof(T) == 2) {
-    if (rows.dim > GradientSm80<T, 512>::kFeatures && Long::shared_bytes() <= most_shared_bytes()) return body(Long{});
+    if (rows.dim > Short::kFeatures && Long::shared_bytes() <= most_shared_bytes()) return body(Long{});
   }
-  body(GradientSm80<T, 512>{});
+  body(Short{});
 }
 
 }  // namespace hpk

@@ -60,18 +60,18 @@ struct GradientSm90 {
           Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
         }
       }
-      cutlass::arch::fence_barrier_init();
+      hopper::fence_barriers();
     }
     __syncthreads();
 
-    const int team = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % hopper::kTeamThreads;
+    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
     if (team == hopper::kTeams) {
-      cutlass::arch::warpgroup_reg_dealloc<hopper::kLoadRegisters>();
+      hopper::give_registers<hopper::kLoadRegisters>();
       if (thread == 0) load_own(operands, first_row, shared);
       if (thread % 32 == 0 && thread / 32 < 2) load_half(operands, thread / 32, tiles, shared);
       hopper::exit_thread();
     }
-    cutlass::arch::warpgroup_reg_alloc<hopper::kTeamRegisters>();
+    hopper::take_registers<hopper::kTeamRegisters>();
     multiply(tiles, shared, {team, thread}, consumer);
   }
 
@@ -165,24 +165,25 @@ struct GradientSm90 {
       for (int i = 0; i < 2; ++i) {
         const int s = t ^ i;  // the side that this team has given back first comes first
         Barrier::wait(&shared.full[t][s], phase);
-        warpgroup_arrive();
+        hopper::begin_products();
         CUTE_UNROLL
         for (int box = 0; box < kSideBoxes; ++box) {
           CUTE_UNROLL
           for (int step = 0; step < size<2>(left); ++step) {
-            gemm(product_mma, left(_, _, step, s * kSideBoxes + box),
+            hopper::multiply(product_mma, left(_, _, step, s * kSideBoxes + box),
                  right(_, _, step, kColumnsBox + (2 * t + s) * kSideBoxes + box), product_sums);
             product_mma.accumulate_ = GMMA::ScaleOut::One;
           }
         }
-        warpgroup_commit_batch();
+        hopper::commit_products();
       }
-      warpgroup_wait<0>();
+      hopper::wait_for_products<0>();
       warpgroup_fence_operand(product_sums);
 
       consumer.make_g(products, 2 * tile + t, team);
+      __syncwarp();  // wgmma is an instruction of whole warps
       write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
-      cutlass::arch::fence_view_async_shared();  // wgmma reads through another proxy
+      hopper::fence_writes();
       Barrier::arrive(&shared.ready[t]);
 
       warpgroup_fence_operand(sums);
@@ -191,16 +192,16 @@ struct GradientSm90 {
         const int c = t ^ i;
         Barrier::wait(&shared.ready[c], phase);
         Barrier::wait(&shared.full[c][t], phase);
-        warpgroup_arrive();
+        hopper::begin_products();
         CUTE_UNROLL
         for (int step = 0; step < size<2>(g); ++step) {
-          gemm(sum_mma, g(_, _, step, kGBox + c), columns(_, _, step, 2 * c + t), sums);
+          hopper::multiply(sum_mma, g(_, _, step, kGBox + c), columns(_, _, step, 2 * c + t), sums);
         }
-        warpgroup_commit_batch();
+        hopper::commit_products();
       }
-      warpgroup_wait<1>();
+      hopper::wait_for_products<1>();
       release(t);
-      warpgroup_wait<0>();
+      hopper::wait_for_products<0>();
       release(1 - t);
       warpgroup_fence_operand(sums);
     }

@@ -1,24 +1,29 @@
-// What the engines for sm_90a share. Matrices come by TMA in boxes: some rows, and 64 elements of each, the 128 bytes
-// of the swizzle that wgmma reads without bank conflicts. One group of threads loads, two teams multiply.
+// What the engines for sm_90a share, and all that they use of Hopper. Matrices come by TMA in boxes: some rows, and 64
+// elements of each, the 128 bytes of the swizzle that wgmma reads without bank conflicts. One group of threads loads, two
+// teams multiply.
 #pragma once
 
 #ifdef HPK_WITH_SM90
 
 #include <cuda.h>
 
-#include <cute/tensor.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/atom/mma_atom.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 #include <type_traits>
 
 #include "common/device.h"
 
+#ifdef HPK_EMULATED
+#include "emulation/hopper.h"
+#define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1  // descriptors get addresses in the emulated shared memory
+#else
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#endif
+#include <cute/tensor.hpp>
+#include <cute/atom/mma_atom.hpp>
+
 namespace hpk {
 namespace hopper {
-
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kBoxBytes = 128, kBoxDepth = 64;  // of a row in a box: its bytes and elements
 constexpr int kTeams = 2, kTeamThreads = 128, kTeamWarps = kTeamThreads / 32;
@@ -30,6 +35,99 @@ constexpr int kMostSharedBytes = 227 * 1024;
 // share only if a kernel is declared HPK_KERNEL(kThreads, 1).
 constexpr int kLoadRegisters = 24, kTeamRegisters = 240;
 static_assert(kLoadRegisters + kTeams * kTeamRegisters == (1 + kTeams) * 168, "not the registers that there are");
+
+#ifndef HPK_EMULATED
+
+// Barriers in shared memory that count arrivals, and bytes that TMA brings:
+//   init(barrier, arrivals)
+//   arrive(barrier), arrive_and_expect_tx(barrier, bytes)
+//   wait(barrier, parity)       until the phase of that parity is over
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+// Before others, TMA among them, use the barriers that this thread has initialised.
+__device__ __forceinline__ void fence_barriers() { cutlass::arch::fence_barrier_init(); }
+
+// Before wgmma reads what this thread has written to shared memory: it does so through another proxy.
+__device__ __forceinline__ void fence_writes() { cutlass::arch::fence_view_async_shared(); }
+
+// The threads of a team hand registers back, or get more, until each has kCount.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  cutlass::arch::warpgroup_reg_dealloc<kCount>();
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  cutlass::arch::warpgroup_reg_alloc<kCount>();
+}
+
+// Starts the copy of the box from `row` and `element` on; `barrier` counts its bytes.
+__device__ __forceinline__ void load_box(const CUtensorMap& map, int64_t row, int element, void* to,
+                                         uint64_t* barrier) {
+  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kHint, to, element, static_cast<int>(row));
+}
+
+// Products by wgmma of a team: begin_products(), then multiply() as often as one likes, then commit_products(). After
+// wait_for_products<n>() all but the latest n of these groups are done: their sums are there, and their operands read.
+__device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }
+__device__ __forceinline__ void commit_products() { cute::warpgroup_commit_batch(); }
+template <int kLeft>
+__device__ __forceinline__ void wait_for_products() {
+  cute::warpgroup_wait<kLeft>();
+}
+
+// sums += left times right, or = where mma.accumulate_ says so; the operands are descriptors of shared memory.
+template <class Mma, class Left, class Right, class Sums>
+__device__ __forceinline__ void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) {
+  cute::gemm(mma, left, right, sums);
+}
+
+// Ends a thread that loads: it has nothing to do in the code that follows, nor the registers for it.
+__device__ __forceinline__ void exit_thread() {
+  asm volatile("exit;");
+  __builtin_unreachable();
+}
+
+// The driver's cuTensorMapEncodeTiled. Not linked: a machine without a GPU lacks the driver's library.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* function = nullptr;
+  auto found = cudaDriverEntryPointSymbolNotFound;
+  const auto error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+    throw std::runtime_error("hpkernels: the CUDA driver is too old for TMA; it must be of CUDA 12.0 or newer");
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+#else
+
+// As above. The emulator gets what the instructions would: descriptors, and their shape and type.
+template <class Mma, class Left, class Right, class Sums>
+void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) {
+  using namespace cute;
+  using Traits = typename Mma::Atom::Traits;
+  static_assert(is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::K>>::value, "left must be K-major");
+  emulation::Wgmma wgmma{};
+  wgmma.columns = get<1>(typename Traits::Shape_MNK{});
+  wgmma.transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.bfloat16 = is_same<typename Traits::ValTypeA, bfloat16_t>::value;
+  wgmma.accumulate = mma.accumulate_ == GMMA::ScaleOut::One;
+  for (int n = 0; n < size<1>(right); ++n) {
+    for (int m = 0; m < size<1>(left); ++m) {
+      wgmma.left = left(0, m);
+      wgmma.right = right(0, n);
+      emulation::multiply_async(wgmma, &sums(0, m, n));
+    }
+  }
+}
+
+#endif
+
+// Which team a warp belongs to, as a number that the compiler knows to be the same for all of its lanes.
+__device__ __forceinline__ int team_of_warp() {
+  return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kTeamThreads, 0);
+}
 
 // CuTe's name of T.
 template <class T>
@@ -99,17 +197,7 @@ template <class T>
 CUtensorMap tensor_map(const Rows<T>& rows, int box_rows) {
   CUtensorMap map{};
   if (rows.count == 0) return map;  // nothing will be read
-  static const auto encode = [] {
-    void* function = nullptr;
-    auto found = cudaDriverEntryPointSymbolNotFound;
-    // Not linked: a machine without a GPU lacks the driver's library.
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("hpkernels: the CUDA driver is too old for TMA; it must be of CUDA 12.0 or newer");
-    }
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
+  static const auto encode = tensor_map_encoder();
   constexpr auto kType = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(rows.dim), static_cast<cuuint64_t>(rows.count)};
@@ -124,19 +212,6 @@ CUtensorMap tensor_map(const Rows<T>& rows, int box_rows) {
                              " apart: driver error " + std::to_string(result));
   }
   return map;
-}
-
-// Starts the copy of the box from `row` and `element` on; `barrier` counts its bytes.
-__device__ __forceinline__ void load_box(const CUtensorMap& map, int64_t row, int element, void* to,
-                                         uint64_t* barrier) {
-  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kHint, to, element, static_cast<int>(row));
-}
-
-// Ends a thread that loads: it has nothing to do in the code that follows, nor the registers for it.
-__device__ __forceinline__ void exit_thread() {
-  asm volatile("exit;");
-  __builtin_unreachable();
 }
 
 }  // namespace hopper

@@ -24,7 +24,11 @@ struct StripSm80 {
     Rows<T> left, right;
   };
 
-  static size_t shared_bytes(const Operands&, size_t) { return kStages * (kLeftBytes + kRightBytes); }
+  static constexpr size_t kSharedBytes = kStages * (kLeftBytes + kRightBytes);
+  static constexpr size_t kMostOwnBytes = kSharedBytesAnywhere - kSharedBytes;  // that a kernel may have besides
+  static_assert(kSharedBytes <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
+
+  static size_t shared_bytes(const Operands&, size_t) { return kSharedBytes; }
 
   // The strip from `first_row` of the left rows on; column c of tile t is right row 128 t + c.
   template <class Consumer>

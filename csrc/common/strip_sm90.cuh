@@ -17,6 +17,7 @@ struct StripSm90 {
   using Geometry = Geometry90;
   static constexpr int kThreads = hopper::kThreads;
   static constexpr bool kGathers = false;  // the columns of a tile follow one another
+  static constexpr size_t kMostOwnBytes = 64 * 1024;  // that a kernel may have besides, whatever the rows
 
   struct Operands {
     CUtensorMap left, right;
@@ -53,17 +54,17 @@ struct StripSm90 {
         Barrier::init(&barriers.empty[stage], hopper::kTeamWarps);
       }
       for (int team = 0; team < hopper::kTeams; ++team) Barrier::init(&barriers.turn[team], hopper::kTeamWarps);
-      cutlass::arch::fence_barrier_init();
+      hopper::fence_barriers();
     }
     __syncthreads();
 
-    const int team = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % hopper::kTeamThreads;
+    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
     if (team == hopper::kTeams) {
-      cutlass::arch::warpgroup_reg_dealloc<hopper::kLoadRegisters>();
+      hopper::give_registers<hopper::kLoadRegisters>();
       if (thread == 0) load(operands, first_row, tiles, stages, shared, barriers);
       hopper::exit_thread();
     }
-    cutlass::arch::warpgroup_reg_alloc<hopper::kTeamRegisters>();
+    hopper::take_registers<hopper::kTeamRegisters>();
     multiply(operands.blocks, tiles, stages, shared, barriers, {team, thread}, consumer);
   }
 
@@ -87,6 +88,8 @@ struct StripSm90 {
   struct Barriers {
     uint64_t strip, full[kMostStages], empty[kMostStages], turn[hopper::kTeams];
   };
+  static_assert(kMostOwnBytes + (kMostBlocks + 2) * kOperandBytes + sizeof(Barriers) <= hopper::kMostSharedBytes,
+                "no room for two stages");
 
   // A box's place in the ring, and the phase of full[] there that brings it.
   struct Place {
@@ -154,24 +157,25 @@ struct StripSm90 {
       warpgroup_fence_operand(sums);
       for (int block = 0; block < blocks; ++block, place.advance()) {
         Barrier::wait(&barriers.full[place.stage], place.phase);
-        warpgroup_arrive();
+        hopper::begin_products();
         CUTE_UNROLL
         for (int step = 0; step < size<2>(left); ++step) {
-          gemm(mma, left(_, _, step, block), right(_, _, step, blocks + place.stage), sums);
+          hopper::multiply(mma, left(_, _, step, block), right(_, _, step, blocks + place.stage), sums);
           mma.accumulate_ = GMMA::ScaleOut::One;
         }
-        warpgroup_commit_batch();
+        hopper::commit_products();
         if (block > 0) {
-          warpgroup_wait<1>();
+          hopper::wait_for_products<1>();
           arrive(barriers.empty[stage_before]);
         }
         stage_before = place.stage;
       }
       arrive(barriers.turn[1 - team.index]);
-      warpgroup_wait<0>();
+      hopper::wait_for_products<0>();
       warpgroup_fence_operand(sums);
       arrive(barriers.empty[stage_before]);
       consumer(products, tile, team);
+      __syncwarp();  // wgmma is an instruction of whole warps
     }
   }
 };

@@ -1,65 +1,42 @@
 #include "common/device.h"
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <memory>
-#include <random>
-#include <vector>
+#include <cstdlib>
+
+#include "emulation/block.h"
 
 namespace hpk {
 namespace emulation {
+
+thread_local Block* current = nullptr;
+
+void leave() { _longjmp(current->scheduler, 1); }
+
+void fail(const std::string& reason) {
+  if (current->running == nullptr) throw std::runtime_error("hpkernels, emulated CUDA: " + reason);
+  current->error = reason;
+  leave();
+}
+
+void pause_thread() {
+  Fiber& own = *current->running;
+  if (_setjmp(own.place) == 0) leave();
+}
+
+void wait_for(const Meeting& meeting, unsigned passed) {
+  Fiber& own = *current->running;
+  own.waits_for = &meeting;
+  own.passed = passed;
+  pause_thread();
+  own.waits_for = nullptr;
+}
+
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kBarriers = 16;
-
-struct Copy {
-  void* to;
-  const void* from;
-  int valid;
-};
-
-// What some threads wait for together: it is over when `passed` changes.
-struct Meeting {
-  int arrived = 0;
-  unsigned passed = 0;
-};
-
-struct Warp {
-  Meeting meeting;
-  Execute execute = nullptr;
-  const void* operands[kWarp];
-  void* results[kWarp];
-};
-
-struct Fiber {
-  Index thread;
-  jmp_buf place;
-  const Meeting* waits_for = nullptr;
-  unsigned passed = 0;
-  bool done = false;
-  std::vector<std::vector<Copy>> copies;  // by group; the last one is not committed
-
-  bool can_run() const { return !done && (waits_for == nullptr || waits_for->passed != passed); }
-};
-
-struct Block {
-  Index block, grid, size;
-  std::vector<char> memory;
-  char* shared = nullptr;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Meeting barriers[kBarriers];
-  const std::function<void()>* body = nullptr;
-  Fiber* running = nullptr;
-  jmp_buf scheduler;
-  std::string error;
-};
-
-thread_local Block* current = nullptr;
 
 // Stacks of fibers, kept for the next block.
 class Stacks {
@@ -81,21 +58,6 @@ class Stacks {
 };
 
 thread_local Stacks stacks;
-
-[[noreturn]] void leave() { _longjmp(current->scheduler, 1); }
-
-[[noreturn]] void fail(const char* reason) {
-  current->error = reason;
-  leave();
-}
-
-void wait_for(const Meeting& meeting, unsigned passed) {
-  Fiber& own = *current->running;
-  own.waits_for = &meeting;
-  own.passed = passed;
-  if (_setjmp(own.place) == 0) leave();
-  own.waits_for = nullptr;
-}
 
 // Whether this is the last of `expected` threads to come, who then ends the meeting.
 bool arrive(Meeting& meeting, int expected) {
@@ -129,23 +91,25 @@ __attribute__((noinline)) void resume(Block& block, Fiber& fiber) {
   if (_setjmp(block.scheduler) == 0) _longjmp(fiber.place, 1);
 }
 
-void run_block(Block& block, std::minstd_rand& random) {
+void run_block(Block& block) {
   const size_t threads = block.fibers.size();
-  std::vector<size_t> order(threads);
-  for (size_t i = 0; i < threads; ++i) order[i] = i;
   bool started = false;
-  for (size_t left = threads; left > 0;) {
+  unsigned round = 0;
+  for (size_t left = threads; left > 0; ++round) {
     // Another first thread and direction in each round.
-    const size_t shift = random() % threads;
-    const bool backwards = random() % 2 == 0;
+    const size_t shift = block.random() % threads;
+    const bool backwards = block.random() % 2 == 0;
     bool progress = false;
     for (size_t i = 0; i < threads; ++i) {
       const size_t index = ((backwards ? threads - 1 - i : i) + shift) % threads;
       Fiber& fiber = block.fibers[index];
       if (started && !fiber.can_run()) continue;
       progress = true;
+      if (round % block.warps[index / kWarp].pace != 0) continue;
       started ? resume(block, fiber) : start(block, index);
-      if (!block.error.empty()) throw std::runtime_error("hpkernels, emulated CUDA: " + block.error);
+      block.running = nullptr;
+      if (!block.error.empty()) fail(block.error);
+      maybe_finish_something(block);
       if (fiber.done) {
         --left;
         // The others at __syncthreads() do not wait for it any longer.
@@ -154,15 +118,16 @@ void run_block(Block& block, std::minstd_rand& random) {
       }
     }
     started = true;
-    if (!progress) {
-      throw std::runtime_error("hpkernels, emulated CUDA: deadlock: the threads wait for one another");
+    if (!progress && !finish_something(block)) {
+      fail("deadlock: the threads wait for one another" + who_waits(block));
     }
   }
   for (const Fiber& fiber : block.fibers) {
     for (const auto& group : fiber.copies) {
-      if (!group.empty()) throw std::runtime_error("hpkernels, emulated CUDA: a thread ends before its copies do");
+      if (!group.empty()) fail("a thread ends before its copies do");
     }
   }
+  if (const std::string left = what_is_left(block); !left.empty()) fail(left);
 }
 
 }  // namespace
@@ -177,15 +142,20 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
     throw std::runtime_error("hpkernels, emulated CUDA: a block must have whole warps and at most 1024 threads");
   }
-  if (shared_bytes > 227 * 1024) throw std::runtime_error("hpkernels, emulated CUDA: too much shared memory");
+  if (shared_bytes > most_shared_bytes()) {
+    throw std::runtime_error("hpkernels, emulated CUDA: too much shared memory: " + std::to_string(shared_bytes) +
+                             " bytes of " + std::to_string(most_shared_bytes()));
+  }
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7FFFFFFFu) {
     throw std::runtime_error("hpkernels, emulated CUDA: the grid is too large");
   }
-  std::minstd_rand random(static_cast<unsigned>(threads) + grid.x);
   Block block;
+  const char* const seed = std::getenv("HPKERNELS_EMULATION_SEED");
+  block.random.seed(static_cast<unsigned>(threads) + grid.x + (seed == nullptr ? 0 : 1000u * std::atoi(seed)));
   block.grid = {grid.x, grid.y, grid.z};
   block.size = {static_cast<unsigned>(threads), 1, 1};
   block.body = &body;
+  block.shared_bytes = shared_bytes;
   block.memory.resize(shared_bytes + 1024);
   block.shared = block.memory.data() + (1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024) % 1024;
   Block* const outer = current;
@@ -201,12 +171,15 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
         std::fill(block.memory.begin(), block.memory.end(), static_cast<char>(0xFF));
         block.fibers.assign(threads, Fiber{});
         block.warps.assign(threads / kWarp, Warp{});
+        const unsigned slowest = block.random() % 2 == 0 ? 1 : 4;
+        for (Warp& warp : block.warps) warp.pace = 1 + block.random() % slowest;
         std::fill(std::begin(block.barriers), std::end(block.barriers), Meeting{});
         for (int thread = 0; thread < threads; ++thread) {
           block.fibers[thread].thread = {static_cast<unsigned>(thread), 0, 0};
           block.fibers[thread].copies.resize(1);
         }
-        run_block(block, random);
+        block.hopper.reset();
+        run_block(block);
       }
     }
   }
@@ -222,6 +195,21 @@ void barrier(int id, int threads) {
   Meeting& meeting = current->barriers[id];
   const unsigned passed = meeting.passed;
   if (!arrive(meeting, expected)) wait_for(meeting, passed);
+}
+
+void barrier_of_warps(int id, int threads) {
+  struct Named {
+    int id, threads;
+  };
+  const auto compare = [](const void* const* operands, void* const*) {
+    const auto& first = *static_cast<const Named*>(operands[0]);
+    for (int lane = 1; lane < kWarp; ++lane) {
+      const auto& other = *static_cast<const Named*>(operands[lane]);
+      if (other.id != first.id || other.threads != first.threads) fail("lanes of a warp come to different barriers");
+    }
+  };
+  warp_instruction<int>(kAll, compare, Named{id, threads});
+  barrier(id, threads);
 }
 
 void warp_instruction(uint32_t mask, Execute execute, const void* operand, void* result) {

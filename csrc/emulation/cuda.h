@@ -1,10 +1,15 @@
 // CUDA on the CPU, as far as the kernels use it (common/device.h): every thread of a block is a fiber, blocks run one
 // after another. For tests: it is slow, and it finds mistakes.
 //
-//   - Threads run in another order in each round, so that a missing barrier gives wrong numbers.
+//   - Threads run in another order in each round, and some warps are slower than others, so that a missing barrier gives
+//     wrong numbers. HPKERNELS_EMULATION_SEED=NUMBER chooses another order.
 //   - Shared memory starts as NaN, and so does the target of an asynchronous copy that has not been waited for.
-//   - Lanes that do not all come to the same warp instruction, and barriers that nobody can leave, are errors.
+//   - Lanes that do not all come to the same warp instruction, barriers that nobody can leave, and more shared memory than
+//     a block may have are errors. HPKERNELS_SM90=1 gives it what Hopper has, otherwise it is as on the smallest GPUs.
+//   - What is particular to sm_90a is in hopper.h.
 #pragma once
+
+#include <cuda_runtime.h>  // which CUTLASS includes, before the macros below
 
 #include <cmath>
 #include <cstddef>
@@ -47,7 +52,9 @@ char* shared();
 // Runs `body` as every thread of every block.
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 
+// Of `threads` threads, or of all that have not ended for 0.
 void barrier(int id, int threads);
+void barrier_of_warps(int id, int threads);
 
 // An instruction of a whole warp: the last lane to come calls execute(operands of the lanes, results of the lanes).
 using Execute = void (*)(const void* const* operands, void* const* results);
@@ -58,6 +65,11 @@ Result warp_instruction(uint32_t mask, Execute execute, const Operand& operand) 
   Result result{};
   warp_instruction(mask, execute, &operand, &result);
   return result;
+}
+
+inline void sync_warp(uint32_t mask) {
+  const auto nothing = [](const void* const*, void* const*) {};
+  warp_instruction<int>(mask, nothing, 0);
 }
 
 template <class T>
@@ -94,7 +106,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 }
 
 inline char* shared_memory() { return emulation::shared(); }
-inline void barrier_sync(int id, int threads) { emulation::barrier(id, threads); }
+inline void barrier_sync(int id, int threads) { emulation::barrier_of_warps(id, threads); }
 inline void cp_async(void* to, const void* from, int valid) { emulation::copy_async(to, from, valid); }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int left>
@@ -204,10 +216,7 @@ inline uint32_t to_tf32(float value) {
 
 inline void __syncthreads() { hpk::emulation::barrier(0, 0); }
 
-inline void __syncwarp(uint32_t mask = hpk::emulation::kAll) {
-  const auto nothing = [](const void* const*, void* const*) {};
-  hpk::emulation::warp_instruction<int>(mask, nothing, 0);
-}
+inline void __syncwarp(uint32_t mask = hpk::emulation::kAll) { hpk::emulation::sync_warp(mask); }
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int from) {

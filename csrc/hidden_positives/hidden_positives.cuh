@@ -134,6 +134,7 @@ void launch_hidden_positives(const typename Engine::Operands& operands, const Pa
   const int64_t strips = divide_up(arguments.anchors, Geometry::kRows);
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_for(strips, strips / 2, kWantedBlocks, 2)));
   constexpr size_t own = kAlignedBytes<typename Pack<Geometry>::Shared>;
+  static_assert(own <= Engine::kMostOwnBytes, "more shared memory than there is");
   launch(hidden_positives_fwd_kernel<Engine>, grid, Engine::kThreads, own + Engine::shared_bytes(operands, own), stream,
          operands, arguments);
 }

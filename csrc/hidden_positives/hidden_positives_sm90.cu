@@ -1,4 +1,4 @@
-#include "common/sm90.h"
+#include "common/strip_sm90.cuh"
 #include "hidden_positives/hidden_positives.cuh"
 #include "hidden_positives/hidden_positives.h"
 

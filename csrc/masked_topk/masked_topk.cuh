@@ -272,6 +272,7 @@ template <class Engine>
 void launch_topk(const typename Engine::Operands& operands, const TopkArguments& arguments, int parts,
                  const int64_t* below, int64_t* keys, cudaStream_t stream) {
   constexpr size_t own = kAlignedBytes<typename FindTopk<typename Engine::Geometry>::Shared>;
+  static_assert(own <= Engine::kMostOwnBytes, "more shared memory than there is");
   launch(masked_topk_fwd_kernel<Engine>, topk_grid<Engine>(arguments, parts), Engine::kThreads,
          own + Engine::shared_bytes(operands, own), stream, operands, arguments, below, keys);
 }

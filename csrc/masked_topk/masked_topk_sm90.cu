@@ -1,4 +1,4 @@
-#include "common/sm90.h"
+#include "common/strip_sm90.cuh"
 #include "masked_topk/masked_topk.cuh"
 
 namespace hpk {

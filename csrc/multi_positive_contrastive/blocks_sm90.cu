@@ -1,6 +1,7 @@
 #include "multi_positive_contrastive/blocks.cuh"
 
-#include "common/sm90.h"
+#include "common/gradient_sm90.cuh"
+#include "common/strip_sm90.cuh"
 
 namespace hpk {
 

@@ -98,8 +98,3 @@ def without_int8() -> Iterator[None]:
 def int8_is_fast() -> bool:
     """Whether this processor has instructions for int8 products."""
     return bool(torch.ops.hpkernels_cpu.has_int8_products())
-
-
-def blocks(whole: slice, size: int) -> list[slice]:
-    """Slices of up to `size` that make up `whole`."""
-    return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]

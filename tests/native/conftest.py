@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from hpkernels import _native
+from hpkernels.ops import _cuda
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +56,66 @@ def core(build_core):
     return module
 
 
+@pytest.fixture(scope="session")
+def exercises(repository, tmp_path_factory):
+    """emulation_exercises.cpp and the emulator."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"building the emulator needs {compiler[0]}, which is not on PATH")
+    roots = [*filter(None, [os.environ.get("CUDA_HOME")]), "/usr/local/cuda", "/usr"]
+    headers = [Path(root) / "include" for root in roots if (Path(root) / "include/crt/host_defines.h").exists()]
+    if not headers:
+        pytest.skip("building the emulator needs CUDA's headers, which are not in CUDA_HOME or /usr/local/cuda")
+    library = tmp_path_factory.mktemp("emulation") / "exercises.so"
+    parts = ("common/cuda.cpp", "emulation/cuda.cpp", "emulation/hopper.cpp", "emulation/wgmma.cpp")
+    sources = [*(repository / "csrc" / part for part in parts), Path(__file__).with_name("emulation_exercises.cpp")]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-xc++"]
+    options += ["-DHPK_EMULATED", "-DHPK_WITH_SM90"]
+    includes = [f"-I{repository / 'csrc'}", "-isystem", headers[0]]
+    subprocess.run([*compiler, *options, *includes, *sources, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def run(exercises):
+    """``run(name, *arguments)``: run an exercise; returns what the emulator says of it, "" if nothing."""
+
+    def run(name, *arguments):
+        exercise = getattr(exercises, name)
+        exercise.restype = ctypes.c_char_p
+        is_tensor = torch.is_tensor
+        said = exercise(*(ctypes.c_void_p(given.data_ptr()) if is_tensor(given) else given for given in arguments))
+        return said.decode()
+
+    return run
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """Have the engine for sm_90a take what it can, on an emulator that was built with it."""
+    if _native.EMULATED:
+        compiled = _native.architectures(Path(os.environ[_native.EMULATED_VARIABLE]))
+        if "without wgmma" in compiled:
+            pytest.skip(f"the CUDA kernels are {compiled}")
+    monkeypatch.setenv("HPKERNELS_SM90", "1")
+
+
 @pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
 def engine(request, monkeypatch):
-    """On the CPU the geometry of either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    """Either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    if request.param == "1":
+        request.getfixturevalue("hopper")
     monkeypatch.setenv("HPKERNELS_SM90", request.param)
     return request.param
+
+
+@pytest.fixture
+def one_case(request, engine):
+    """A case of the module that differs between the engines, of which that of sm_90a takes 16-bit numbers."""
+    takes = (torch.float16, torch.bfloat16) if engine == "1" else _cuda.DTYPES
+    return next(case for case in request.module.CASES if case.dtype in takes)

@@ -1,5 +1,6 @@
 // Kernels with and without mistakes, for test_emulation.py to run on the emulator (csrc/emulation).
 #include "common/device.h"
+#include "emulation/hopper.h"
 
 namespace {
 
@@ -56,10 +57,13 @@ HPK_KERNEL(32) copy_kernel(const float* from, float* to, int valid, int offset, 
   }
 }
 
-// 1: half a warp shuffles, the rest ends; 2: the rest votes; 3: the rest waits for the block; 4: half a warp is named.
+// 1: half a warp shuffles, the rest ends; 2: the rest votes; 3: the rest waits for the block; 4: half a warp is named;
+// 5: it waits at another barrier than the rest.
 HPK_KERNEL(64) diverge_kernel(int way, int* result) {
   const bool low = threadIdx.x % 32 < 16;
-  if (way == 4) {
+  if (way == 5) {
+    barrier_sync(low ? 1 : 2, 64);
+  } else if (way == 4) {
     *result = __shfl_sync(0x0000FFFFu, 1, 0);
   } else if (low || way == 0) {
     *result = __shfl_sync(0xFFFFFFFFu, 1, 0);
@@ -103,9 +107,94 @@ mma_kernel(const uint32_t (*a)[4], const uint32_t (*b)[2], float (*sums)[4]) {
   mma<T>(sums[lane], a[lane], b[lane][0], b[lane][1]);
 }
 
+// What one thread does with a barrier, the map of some rows, and shared memory in which the barrier comes first.
+enum Step { kInit, kFence, kArrive, kExpect, kWait, kOverwrite, kLoad };
+
+HPK_KERNEL(32) steps_kernel(const __grid_constant__ CUtensorMap map, const int (*steps)[2], int count, int row,
+                            int element, char* found, int bytes) {
+  if (threadIdx.x != 0) return;
+  auto* const barrier = reinterpret_cast<uint64_t*>(shared_memory());
+  char* const box = shared_memory() + 1024;
+  for (int i = 0; i < count; ++i) {
+    const int value = steps[i][1];
+    switch (steps[i][0]) {
+      case kInit:
+        hopper::Barrier::init(barrier, value);
+        break;
+      case kFence:
+        hopper::fence_barriers();
+        break;
+      case kArrive:
+        hopper::Barrier::arrive(barrier);
+        break;
+      case kExpect:
+        hopper::Barrier::arrive_and_expect_tx(barrier, value);
+        break;
+      case kWait:
+        hopper::Barrier::wait(barrier, value);
+        break;
+      case kOverwrite:
+        *barrier = 0;
+        break;
+      case kLoad:
+        hopper::load_box(map, row, element, box + value, barrier);
+    }
+  }
+  std::memcpy(found, box, bytes);
+}
+
+// What one warp group does with shared memory and a product, or leaves out, or does wrong.
+enum Way { kRight, kNoFence, kNoBegin, kNoCommit, kNoWait, kOtherWarp, kOtherLane, kOverwritten, kTouched };
+
+HPK_KERNEL(128) wgmma_kernel(const char* operands, int bytes, emulation::Wgmma wgmma, int way, float (*sums)[128]) {
+  const unsigned thread = threadIdx.x;
+  float own[128];
+  for (int i = 0; i < wgmma.columns / 2; ++i) own[i] = sums[thread][i];
+  for (int i = thread; i < bytes; i += 128) shared_memory()[i] = operands[i];
+  if (way != kNoFence) hopper::fence_writes();
+  __syncthreads();
+  if (way != kNoBegin) hopper::begin_products();
+  if ((way == kOtherWarp && thread / 32 == 2) || (way == kOtherLane && thread == 37)) wgmma.left += 1;
+  emulation::multiply_async(wgmma, own);
+  if (way != kNoCommit) hopper::commit_products();
+  if (way == kOverwritten) {
+    __syncthreads();
+    for (int i = thread; i < bytes; i += 128) shared_memory()[i] = 0;
+    hopper::fence_writes();
+  }
+  if (way == kTouched && thread == 5) own[1] = 2;
+  if (way != kNoWait) hopper::wait_for_products<0>();
+  for (int i = 0; i < wgmma.columns / 2; ++i) sums[thread][i] = own[i];
+}
+
+// The first of three warp groups gives registers, until its threads have `given`; the others take.
+HPK_KERNEL(384) registers_kernel(int given, int taken) {
+  const bool gives = threadIdx.x < 128;
+  emulation::set_registers(gives ? given : taken, !gives);
+}
+
 }  // namespace
 
 extern "C" {
+
+const char* steps(const int (*steps)[2], int count, const uint16_t* data, const int64_t* shape, int row, int element,
+                  char* found, int bytes) {
+  CUtensorMap map{};
+  const cuuint64_t sizes[] = {cuuint64_t(shape[1]), cuuint64_t(shape[0])}, strides[] = {cuuint64_t(shape[2])};
+  const cuuint32_t box[] = {64, cuuint32_t(shape[3])}, apart[] = {1, 1};
+  const CUresult result = hopper::tensor_map_encoder()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<uint16_t*>(data), sizes, strides, box, apart,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) return "no tensor map";
+  return outcome(steps_kernel, 1, 32, 64 * 1024, map, steps, count, row, element, found, bytes);
+}
+const char* wgmma(const char* operands, int bytes, uint64_t left, uint64_t right, int columns, bool transposed,
+                  bool bfloat16, bool accumulate, int way, float (*sums)[128]) {
+  const emulation::Wgmma wgmma{left, right, columns, transposed, bfloat16, accumulate};
+  return outcome(wgmma_kernel, 1, 128, bytes, operands, bytes, wgmma, way, sums);
+}
+const char* registers(int given, int taken) { return outcome(registers_kernel, 1, 384, 0, given, taken); }
 
 const char* rotate(float* values, int threads, int rounds, bool after_write, bool after_read) {
   return outcome(rotate_kernel, 1, threads, threads * sizeof(float), values, rounds, after_write, after_read);

@@ -51,19 +51,17 @@ def test_strips_and_tiles(find, engine, case, anchors):
     check(find, *whole_numbers(case, anchors, LONG[case.dtype]))
 
 
-@pytest.mark.parametrize("case", CASES[:1], ids=str)
-def test_parts(find, engine, case):
-    check(find, *whole_numbers(case, 8 * 128 + 37, 8))  # eight strips of two parts, and a last tile that is not full
+def test_parts(find, one_case):
+    check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
 
 
-@pytest.mark.parametrize("case", CASES[:1], ids=str)
-def test_rows_too_long_for_a_strip_in_shared_memory(find, engine, case):
-    check(find, *whole_numbers(case, 150, 520))
+def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
+    check(find, *whole_numbers(one_case, 150, 520))
 
 
 @pytest.mark.parametrize("limit", [torch.inf, -torch.inf, torch.nan])
-def test_the_same_threshold_everywhere(find, engine, limit):
-    features, _ = whole_numbers(CASES[0], 200, 8)
+def test_the_same_threshold_everywhere(find, one_case, limit):
+    features, _ = whole_numbers(one_case, 200, 8)
     bits = find(features, torch.full((200,), limit, device=features.device))
     found = unpack_bits(bits.cpu(), 224)  # with the bits after the last column
     expected = torch.zeros(200, 224, dtype=torch.bool)

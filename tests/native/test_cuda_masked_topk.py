@@ -78,46 +78,46 @@ def test_strips_and_tiles(kernels, engine, case, k):
 
 @pytest.mark.parametrize("k", [1, 5, 16, 17])
 @pytest.mark.parametrize("parts", [1, 3, 5])
-def test_parts(kernels, engine, parts, k, monkeypatch):
+def test_parts(kernels, one_case, parts, k, monkeypatch):
     monkeypatch.setattr(kernels, "_parts", lambda queries, references: parts)
-    query, pool = whole_numbers(CASES[0], 70, 512 + 9, 8)  # in parts of one to five tiles
-    check(kernels, query, pool, k, *restrictions(70, 512 + 9, CASES[0].device))
+    query, pool = whole_numbers(one_case, 70, 512 + 9, 8)  # in parts of one to five tiles
+    check(kernels, query, pool, k, *restrictions(70, 512 + 9, one_case.device))
 
 
 @each_k
-def test_few_queries_and_many_references(kernels, engine, k):
-    query, pool = whole_numbers(CASES[0], 5, 1101, 8)
+def test_few_queries_and_many_references(kernels, one_case, k):
+    query, pool = whole_numbers(one_case, 5, 1101, 8)
     assert kernels._parts(5, 1101) > 1
     check(kernels, query, pool, k)
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_rows_too_long_for_a_strip_in_shared_memory(kernels, engine, k):
-    check(kernels, *whole_numbers(CASES[0], 3, 150, 520), k)
+def test_rows_too_long_for_a_strip_in_shared_memory(kernels, one_case, k):
+    check(kernels, *whole_numbers(one_case, 3, 150, 520), k)
 
 
 @each_k
-def test_ascending_values(kernels, engine, k):
+def test_ascending_values(kernels, one_case, k):
     """Each product is greater than all before: those of even queries, that is."""
-    references = torch.arange(601, device=CASES[0].device)
-    pool = torch.stack([references % 32, references // 32], dim=1).to(CASES[0].dtype)
+    references = torch.arange(601, device=one_case.device)
+    pool = torch.stack([references % 32, references // 32], dim=1).to(one_case.dtype)
     query = torch.tensor([[1, 32], [-1, -32]] * 35, dtype=pool.dtype, device=pool.device)
     _, indices = check(kernels, query, pool, k)
     assert torch.equal(indices[:2], torch.stack([references.flip(0)[:k], references[:k]]))
 
 
 @each_k
-def test_ties_go_to_the_lowest_index(kernels, engine, k):
+def test_ties_go_to_the_lowest_index(kernels, one_case, k):
     """All products are negative: less than 0, which is that of what lies beyond the last reference."""
-    pool = torch.ones(601, 8, dtype=CASES[0].dtype, device=CASES[0].device)
+    pool = torch.ones(601, 8, dtype=one_case.dtype, device=one_case.device)
     _, indices = check(kernels, -pool[:3], pool, k)
     assert torch.equal(indices, torch.arange(k, device=pool.device).expand(3, k))
 
 
 @pytest.mark.parametrize("layout", ["row for all", "column for all", "every second"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_layouts_of_the_mask(kernels, engine, layout, k):
-    query, pool = whole_numbers(CASES[0], 20, 150, 8)
+def test_layouts_of_the_mask(kernels, one_case, layout, k):
+    query, pool = whole_numbers(one_case, 20, 150, 8)
     mask = torch.rand(40, 300, generator=torch.Generator().manual_seed(0)) < 0.5
     mask = {
         "row for all": mask[:1, :150].expand(20, 150),
@@ -128,9 +128,9 @@ def test_layouts_of_the_mask(kernels, engine, layout, k):
 
 
 @each_k
-def test_infinity(kernels, engine, k):
+def test_infinity(kernels, one_case, k):
     """A product of -inf is no choice; one of inf is the greatest after NaN."""
-    query, pool = whole_numbers(CASES[0], 3, 300, 8)
+    query, pool = whole_numbers(one_case, 3, 300, 8)
     query[:, 0], pool[:, 0] = 1, 0
     pool[::2, 0] = -torch.inf
     pool[[133, 150], 0] = torch.inf
@@ -142,8 +142,8 @@ def test_infinity(kernels, engine, k):
 
 
 @each_k
-def test_nan(kernels, engine, k):
-    query, pool = whole_numbers(CASES[0], 5, 601, 8)
+def test_nan(kernels, one_case, k):
+    query, pool = whole_numbers(one_case, 5, 601, 8)
     query[3, 2] = torch.nan
     values, _ = check(kernels, query, pool, k)
     assert values[3].isnan().all() and not values[:3].isnan().any()

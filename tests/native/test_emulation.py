@@ -3,49 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 GROUP = torch.arange(32) // 4  # of a lane, and its place there, as the manual of PTX counts
 PLACE = torch.arange(32) % 4
-
-
-@pytest.fixture(scope="module")
-def exercises(repository, tmp_path_factory):
-    """emulation_exercises.cpp and the emulator."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"building the emulator needs {compiler[0]}, which is not on PATH")
-    roots = [*filter(None, [os.environ.get("CUDA_HOME")]), "/usr/local/cuda", "/usr"]
-    headers = [Path(root) / "include" for root in roots if (Path(root) / "include/crt/host_defines.h").exists()]
-    if not headers:
-        pytest.skip("building the emulator needs CUDA's headers, which are not in CUDA_HOME or /usr/local/cuda")
-    library = tmp_path_factory.mktemp("emulation") / "exercises.so"
-    sources = [repository / "csrc/emulation/cuda.cpp", Path(__file__).with_name("emulation_exercises.cpp")]
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DHPK_EMULATED", "-U_FORTIFY_SOURCE", "-xc++"]
-    includes = [f"-I{repository / 'csrc'}", "-isystem", headers[0]]
-    subprocess.run([*compiler, *options, *includes, *sources, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture
-def run(exercises):
-    """``run(name, *arguments)``: run an exercise; returns what the emulator says of it, "" if nothing."""
-
-    def run(name, *arguments):
-        exercise = getattr(exercises, name)
-        exercise.restype = ctypes.c_char_p
-        is_tensor = torch.is_tensor
-        said = exercise(*(ctypes.c_void_p(given.data_ptr()) if is_tensor(given) else given for given in arguments))
-        return said.decode()
-
-    return run
 
 
 @pytest.mark.parametrize("threads", [32, 64, 256])
@@ -96,8 +59,9 @@ DEADLOCK = "deadlock: the threads wait for one another"
         (2, "lanes of a warp come to different instructions"),
         (3, DEADLOCK),
         (4, "an instruction of a part of a warp"),
+        (5, "lanes of a warp come to different barriers"),
     ],
-    ids=["together", "ends", "votes", "waits", "partial"],
+    ids=["together", "ends", "votes", "waits", "partial", "barriers"],
 )
 def test_lanes_that_diverge(run, way, said):
     assert run("diverge", way).removeprefix("hpkernels, emulated CUDA: ") == said
@@ -120,10 +84,17 @@ def test_threads_that_have_ended_are_not_waited_for(run, ending):
 
 
 def test_launches_beyond_the_limits(run):
-    assert run("nothing", 2, 1024, 227 * 1024) == run("nothing", 0, 32, 0) == ""
-    assert "too much shared memory" in run("nothing", 1, 32, 227 * 1024 + 1)
+    assert run("nothing", 0, 32, 0) == ""
     for threads in (0, 33, 1056):
         assert "whole warps and at most 1024 threads" in run("nothing", 1, threads, 0)
+
+
+@pytest.mark.parametrize(("hopper", "kibibytes"), [("0", 99), ("1", 227)])
+def test_shared_memory_of_the_smallest_gpus_and_of_hopper(run, hopper, kibibytes, monkeypatch):
+    monkeypatch.setenv("HPKERNELS_SM90", hopper)
+    most = kibibytes * 1024
+    assert run("nothing", 2, 1024, most) == ""
+    assert f"too much shared memory: {most + 1} bytes of {most}" in run("nothing", 1, 32, most + 1)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

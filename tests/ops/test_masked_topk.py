@@ -432,8 +432,7 @@ def test_nan_shows_where_values_cannot_be_read(case):
 @pytest.mark.parametrize("restricted", [False, True], ids=["all", "restricted"])
 @pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
 def test_many_values(case, restricted, k, monkeypatch):
-    if case.backend == "triton":
-        monkeypatch.setattr("hpkernels.ops.masked_topk.triton._BLOCK_PRODUCTS", 3 * 140)  # blocks of three rows
+    monkeypatch.setattr("hpkernels.ops._blocks.WORKSPACE", 3 * 36 * 140)  # blocks of three rows
     query, pool = (value.mul(4).round().div(4) for value in inputs(7, 140, 5))  # exact products, and so ties
     options = restrictions(7, 140) if restricted else {}
     expected = oracle(query, pool, k, **options)

@@ -1,9 +1,15 @@
-"""Packing of boolean matrices into 32-bit words: column j is bit ``j % 32`` of word ``j // 32`` of its row."""
+"""Packing of boolean matrices into 32-bit words: column j is bit ``j % 32`` of word ``j // 32`` of its row.
+
+What goes over a whole matrix is a custom op, because a loop over blocks of rows would make N a constant of a compiled
+graph.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hpkernels.ops._blocks import row_blocks
 
 
 def words_per_row(columns: int) -> int:
@@ -11,8 +17,13 @@ def words_per_row(columns: int) -> int:
     return (columns + 31) // 32
 
 
+def words_of(columns: slice) -> slice:
+    """The words that hold `columns`, which start at a multiple of 32."""
+    return slice(columns.start // 32, words_per_row(columns.stop))
+
+
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a (R, C) bool matrix into (R, ceil(C / 32)) int32 words."""
+    """Pack a (R, C) bool matrix into (R, ceil(C / 32)) int32 words, which takes a copy of it."""
     rows, columns = mask.shape
     words = words_per_row(columns)
     bytes_of_bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, 32 * words - columns)).view(rows, 4 * words, 8)
@@ -22,15 +33,10 @@ def pack_bits(mask: Tensor) -> Tensor:
     return packed.view(torch.int32)
 
 
-def as_bits(mask: Tensor) -> Tensor:
-    """The words of a bool matrix, or `mask` itself if it is packed already."""
-    return mask if mask.dtype == torch.int32 else pack_bits(mask)
-
-
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """The (R, `columns`) bool matrix that `pack_bits` packed."""
     packed = bits.contiguous().view(torch.uint8)
-    return ((packed[..., None] & _bit_values(bits)) != 0).flatten(1)[:, :columns]
+    return (packed[..., None] & _bit_values(bits)).ne_(0).view(torch.bool).flatten(1)[:, :columns]
 
 
 def population_count(bits: Tensor) -> Tensor:
@@ -43,3 +49,76 @@ def population_count(bits: Tensor) -> Tensor:
 
 def _bit_values(like: Tensor) -> Tensor:
     return (1 << torch.arange(8, device=like.device)).to(torch.uint8)
+
+
+def as_bits(mask: Tensor) -> Tensor:
+    """The words of a bool matrix, or `mask` itself if it is packed already."""
+    packed: Tensor = mask if mask.dtype == torch.int32 else packed_mask(mask, True)
+    return packed
+
+
+@torch.library.custom_op(
+    "hpkernels::packed_mask", mutates_args=(), schema="(Tensor mask, bool with_diagonal) -> Tensor"
+)
+def packed_mask(mask: Tensor, with_diagonal: bool) -> Tensor:
+    """The bits (R, ceil(C / 32)) of a bool matrix (R, C), or of what is not on its diagonal."""
+    rows, columns = mask.shape
+    bits = mask.new_empty((rows, words_per_row(columns)), dtype=torch.int32)
+    for block in row_blocks(rows, 4 * columns):
+        part = mask[block].clone()
+        if not with_diagonal:
+            part.diagonal(block.start).fill_(False)
+        bits[block] = pack_bits(part)
+    return bits
+
+
+@packed_mask.register_fake
+def _(mask: Tensor, with_diagonal: bool) -> Tensor:
+    return mask.new_empty((mask.shape[0], words_per_row(mask.shape[1])), dtype=torch.int32)
+
+
+@torch.library.custom_op(
+    "hpkernels::equal_label_bits", mutates_args=(), schema="(Tensor labels, Tensor known) -> Tensor"
+)
+def equal_label_bits(labels: Tensor, known: Tensor) -> Tensor:
+    """The bits of the pairs with equal `labels` (N,), where they are `known` (N,)."""
+    anchors = len(labels)
+    bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
+    for block in row_blocks(anchors, 4 * anchors):
+        equal = (labels[block, None] == labels) & known[block, None]
+        equal.diagonal(block.start).fill_(False)
+        bits[block] = pack_bits(equal)
+    return bits
+
+
+@equal_label_bits.register_fake
+def _(labels: Tensor, known: Tensor) -> Tensor:
+    return labels.new_empty((labels.shape[0], words_per_row(labels.shape[0])), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::transposed_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
+def transposed_bits(bits: Tensor) -> Tensor:
+    """The bits (N, ceil(N / 32)) of the transpose."""
+    anchors = len(bits)
+    result = torch.empty_like(bits)
+    for block in row_blocks(anchors, 4 * anchors, multiple=32):
+        dense = unpack_bits(bits[:, words_of(block)], block.stop - block.start)
+        result[block] = pack_bits(dense.T)
+    return result
+
+
+@transposed_bits.register_fake
+def _(bits: Tensor) -> Tensor:
+    return torch.empty_like(bits)
+
+
+@torch.library.custom_op("hpkernels::counted_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
+def counted_bits(bits: Tensor) -> Tensor:
+    """The number of set bits in each row of (R, W) int32 words, as (R,) int64."""
+    blocks = row_blocks(len(bits), 48 * bits.shape[1])
+    return torch.cat([population_count(bits[block]) for block in blocks])
+
+
+@counted_bits.register_fake
+def _(bits: Tensor) -> Tensor:
+    return bits.new_empty(bits.shape[:1], dtype=torch.int64)

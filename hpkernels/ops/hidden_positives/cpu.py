@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
-from hpkernels.ops._coarse import CoarseProducts, blocks
+from hpkernels.ops._blocks import blocks
+from hpkernels.ops._coarse import CoarseProducts
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["forward", "supports"]

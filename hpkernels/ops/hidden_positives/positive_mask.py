@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives.bits import pack_bits, population_count, unpack_bits, words_per_row
-
-_ROWS = 1024  # of the mask that are dense at a time, a multiple of 32, so that no (N, N) tensor is built
+from hpkernels.ops.hidden_positives.bits import (
+    counted_bits,
+    equal_label_bits,
+    pack_bits,
+    packed_mask,
+    transposed_bits,
+    unpack_bits,
+    words_per_row,
+)
 
 
 class PositiveMask:
@@ -56,8 +62,8 @@ class PositiveMask:
         check.tensor("PositiveMask.from_dense", "mask", mask, ("N", "N"), check.BOOLEAN)
         anchors = mask.shape[0]
         check.tensor("PositiveMask.from_dense", "mask", mask, (anchors, anchors), check.BOOLEAN)
-        diagonal = torch.eye(anchors, dtype=torch.bool, device=mask.device)
-        return cls(pack_bits(mask & ~diagonal), anchors)
+        bits: Tensor = packed_mask(mask, False)
+        return cls(bits, anchors)
 
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int | Iterable[int] | None = None) -> PositiveMask:
@@ -93,7 +99,8 @@ class PositiveMask:
 
     def count(self) -> Tensor:
         """The number of positives of each anchor, (N,) int64."""
-        return population_count(self.bits)
+        counts: Tensor = counted_bits(self.bits)
+        return counts
 
     def to(self, device: torch.device | str) -> PositiveMask:
         """The mask on another device.
@@ -115,7 +122,7 @@ class PositiveMask:
         check.tensor("PositiveMask.ignoring", "ignored", ignored, (self.anchors,), check.BOOLEAN)
         check.same("PositiveMask.ignoring", "ignored", ignored, "bits", self.bits, dtype=False)
         ignored = ignored if self.ignored is None else ignored | self.ignored
-        bits = (self.bits & pack_bits(~ignored[None])).where(~ignored[:, None], 0)
+        bits = (self.bits & pack_bits(~ignored[None])).masked_fill_(ignored[:, None], 0)
         return PositiveMask(bits, self.anchors, symmetric=self.symmetric, ignored=ignored)
 
     @property
@@ -182,45 +189,6 @@ class PositiveMask:
 
     def __repr__(self) -> str:
         return f"PositiveMask({self.anchors} anchors, {self.nbytes} bytes, device='{self.device}')"
-
-
-# Custom ops, because their loops over blocks of rows would make N a constant of a compiled graph.
-
-
-@torch.library.custom_op(
-    "hpkernels::equal_label_bits", mutates_args=(), schema="(Tensor labels, Tensor known) -> Tensor"
-)
-def equal_label_bits(labels: Tensor, known: Tensor) -> Tensor:
-    """The bits of the pairs with equal `labels` (N,), where they are `known` (N,)."""
-    anchors = len(labels)
-    bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-    columns = torch.arange(anchors, device=labels.device)
-    for start in range(0, anchors, _ROWS):
-        rows = columns[start : start + _ROWS, None]
-        equal = (labels[rows] == labels) & known[rows] & (rows != columns)
-        bits[start : start + _ROWS] = pack_bits(equal)
-    return bits
-
-
-@equal_label_bits.register_fake
-def _(labels: Tensor, known: Tensor) -> Tensor:
-    return labels.new_empty((labels.shape[0], words_per_row(labels.shape[0])), dtype=torch.int32)
-
-
-@torch.library.custom_op("hpkernels::transposed_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
-def transposed_bits(bits: Tensor) -> Tensor:
-    """The bits (N, ceil(N / 32)) of the transpose."""
-    anchors = len(bits)
-    result = torch.empty_like(bits)
-    for start in range(0, anchors, _ROWS):
-        dense = unpack_bits(bits[:, start // 32 : (start + _ROWS) // 32], min(_ROWS, anchors - start))
-        result[start : start + _ROWS] = pack_bits(dense.T)
-    return result
-
-
-@transposed_bits.register_fake
-def _(bits: Tensor) -> Tensor:
-    return torch.empty_like(bits)
 
 
 def check_bits(bits: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Plain PyTorch specification of `hidden_positives`.
+"""Plain PyTorch specification of `hidden_positives`, and the same in blocks of rows.
 
 P_ij = i != j and <f_i, f_j> > min(r_i, r_j)
 """
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hpkernels.backends import Availability
-from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops._blocks import row_blocks
+from hpkernels.ops.hidden_positives.bits import pack_bits, words_of, words_per_row
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
@@ -18,7 +19,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
 
 
 def positives(features: Tensor, threshold: Tensor) -> Tensor:
-    """The relation as a (N, N) bool matrix."""
+    """The relation as a (N, N) bool matrix: dense, the specification."""
     features = features.to(threshold.dtype)
     # Only the products above the diagonal are used: a library may round <f_i, f_j> and <f_j, f_i> differently, and the
     # relation is symmetric by definition.
@@ -27,5 +28,16 @@ def positives(features: Tensor, threshold: Tensor) -> Tensor:
 
 
 def forward(features: Tensor, threshold: Tensor) -> Tensor:
-    """The relation bit-packed, (N, ceil(N / 32)) int32."""
-    return pack_bits(positives(features, threshold))
+    """The relation bit-packed, (N, ceil(N / 32)) int32, without any N x N tensor."""
+    features, anchors = features.to(threshold.dtype), len(features)
+    bits = threshold.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
+    # Each row is compared with itself and those below, so that every pair is decided once, and written twice.
+    for rows in row_blocks(anchors, (2 * threshold.element_size() + 4) * anchors, multiple=32):
+        below = slice(rows.start, anchors)
+        limit = torch.minimum(threshold[rows, None], threshold[below])
+        above = (features[rows] @ features[below].T > limit).triu(diagonal=1)
+        square, rest = above.tensor_split((rows.stop - rows.start,), dim=1)
+        square.copy_(square | square.T)
+        bits[rows, rows.start // 32 :] = pack_bits(above)
+        bits[rows.stop :, words_of(rows)] = pack_bits(rest.T)
+    return bits

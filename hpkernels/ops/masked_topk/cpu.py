@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
 from hpkernels.ops import _checks as check
-from hpkernels.ops._coarse import CoarseProducts, blocks
+from hpkernels.ops._blocks import blocks
+from hpkernels.ops._coarse import CoarseProducts
 from hpkernels.ops.masked_topk.reference import backward
 
 __all__ = ["backward", "forward", "supports"]

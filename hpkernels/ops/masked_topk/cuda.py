@@ -16,7 +16,6 @@ from hpkernels.ops.masked_topk import reference
 __all__ = ["backward", "forward", "supports"]
 
 MOST_KEPT = 128
-_BLOCK_PRODUCTS = 2**24  # held at a time where k > MOST_KEPT
 _MOST_OF_A_PASS = 16  # kMostTopk of csrc/masked_topk/masked_topk_cuda.h
 _BLOCKS = 1024  # of the gradient of the pool: a few for each multiprocessor of the largest GPUs
 _LEAST_ENTRIES = 256  # of such a block
@@ -34,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """values (N, k) and indices (N, k)."""
     if k > MOST_KEPT:
-        return reference.forward_by_blocks(query, pool, k, mask, query_group, pool_group, _BLOCK_PRODUCTS)
+        return reference.forward(query, pool, k, mask, query_group, pool_group)
     query, pool = aligned_rows(query), aligned_rows(pool)
     groups = (None if group is None else group.contiguous() for group in (query_group, pool_group))
     inputs = (query, pool, mask, *groups)

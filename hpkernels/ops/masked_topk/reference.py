@@ -1,4 +1,4 @@
-"""Plain PyTorch specification of `masked_topk`: the (N, M) products, masked, sorted.
+"""Plain PyTorch specification of `masked_topk`: the (N, M) products, masked, sorted; and the same in blocks of queries.
 
 values_i, indices_i = top-k over {m allowed} of <query_i, pool_m>
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hpkernels.backends import Availability
+from hpkernels.ops import _checks as check
+from hpkernels.ops._blocks import row_blocks
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
@@ -16,7 +18,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     return Availability(True, "plain PyTorch")
 
 
-def forward(
+def top_products(
     query: Tensor,
     pool: Tensor,
     k: int,
@@ -24,8 +26,8 @@ def forward(
     query_group: Tensor | None = None,
     pool_group: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """values (N, k) and indices (N, k); differentiable with respect to query and pool."""
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    """values (N, k) and indices (N, k): dense, the specification; differentiable with respect to query and pool."""
+    (accumulate,) = check.accumulation(query.dtype)
     products = query.to(accumulate) @ pool.to(accumulate).T
     excluded = torch.zeros_like(products, dtype=torch.bool) if mask is None else ~mask
     if query_group is not None:
@@ -39,33 +41,41 @@ def forward(
     return values.contiguous(), indices.masked_fill(values == -torch.inf, -1)
 
 
-def forward_by_blocks(
+def forward(
     query: Tensor,
     pool: Tensor,
     k: int,
-    mask: Tensor | None,
-    query_group: Tensor | None,
-    pool_group: Tensor | None,
-    products: int,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    pool_group: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, so many queries at a time that about `products` inner products are held, or one query."""
-    rows = max(1, products // len(pool))
-    found = []
-    for start in range(0, len(query), rows):
-        block = slice(start, start + rows)
-        of_mask, of_group = (None if given is None else given[block] for given in (mask, query_group))
-        found.append(forward(query[block], pool, k, of_mask, of_group, pool_group))
-    values, indices = zip(*found, strict=True)
-    return torch.cat(values), torch.cat(indices)
+    """values (N, k) and indices (N, k)."""
+    (accumulate,) = check.accumulation(query.dtype)
+    pool = pool.to(accumulate)  # once for all blocks
+    values = query.new_empty((len(query), k), dtype=accumulate)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    for rows in row_blocks(len(query), (4 * values.element_size() + 20) * len(pool)):
+        restrictions = (None if given is None else given[rows] for given in (mask, query_group))
+        values[rows], indices[rows] = top_products(query[rows], pool, k, *restrictions, pool_group)
+    return values, indices
 
 
 def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
-    chosen = indices >= 0
-    rows = indices.clamp(min=0)
-    weights = grad_values.masked_fill(~chosen, 0)[..., None]
-    grad_query = (weights * pool[rows]).sum(dim=1)
-    grad_pool = weights.new_zeros(pool.shape)
-    # index_put_ with accumulate sums in a fixed order on every device; index_add_ does not on CUDA.
-    grad_pool.index_put_((rows.flatten(),), (weights * query[:, None]).flatten(0, 1), accumulate=True)
-    return grad_query.to(query.dtype), grad_pool.to(pool.dtype)
+    grad_query = query.new_empty(query.shape)
+    grad_pool = grad_values.new_zeros(pool.shape)
+    for rows in row_blocks(len(query), 4 * grad_values.element_size() * indices.shape[1] * pool.shape[1]):
+        named = indices[rows].clamp(min=0)
+        weights = grad_values[rows].masked_fill(indices[rows] < 0, 0)[..., None]
+        grad_query[rows] = (weights * pool[named]).sum(dim=1).to(query.dtype)
+        _add(grad_pool, named.flatten(), (weights * query[rows, None]).flatten(0, 1))
+    return grad_query, grad_pool.to(pool.dtype)
+
+
+def _add(total: Tensor, rows: Tensor, summands: Tensor) -> None:
+    """Add each of `summands` to one of the `rows` of `total`, in a fixed order."""
+    # On CUDA only index_put_ has one; on the CPU only index_add_, as threads race in index_put_.
+    if total.device.type == "cpu":
+        total.index_add_(0, rows, summands)
+    else:
+        total.index_put_((rows,), summands, accumulate=True)

@@ -20,7 +20,6 @@ __all__ = ["backward", "forward", "supports"]
 MOST_KEPT = 128
 _PROGRAMS = 1024  # a few for each multiprocessor of the largest GPUs
 _LEAST_TILES = 2  # of a program: otherwise combining the parts takes longer than they do
-_BLOCK_PRODUCTS = 2**24  # held at a time where k > MOST_KEPT
 
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _LAST_INDEX = tl.constexpr(0x7FFFFFFF)
@@ -38,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """values (N, k) and indices (N, k)."""
     if k > MOST_KEPT:
-        return reference.forward_by_blocks(query, pool, k, mask, query_group, pool_group, _BLOCK_PRODUCTS)
+        return reference.forward(query, pool, k, mask, query_group, pool_group)
     query, pool = aligned_rows(query), aligned_rows(pool)
     kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
     config = {"PRECISION": _triton.comparable_precision(query)} | _triton.configuration(kernel, query)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hpkernels._native import supports_cpu as supports
 from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
-from hpkernels.ops._coarse import blocks
+from hpkernels.ops._blocks import blocks
 from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
 from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
 

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
-from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import as_bits, pack_bits
+from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
 
 Variant = Literal["joint", "separate"]
 """How the terms of A and S are put together."""
 
 VARIANTS: tuple[Variant, ...] = ("joint", "separate")
-
-_DRAWN_ROWS = 32  # of negatives drawn at a time in 64-bit words
 
 
 @dataclass
@@ -117,17 +115,9 @@ def without_ignored(options: ContrastiveOptions, ignored: Tensor) -> Contrastive
     """Checked `options` whose negatives leave out the anchors with `ignored` (N,) bool.
 
     Their columns of R are 0, and they have no positives: so they are in no denominator, and no anchors themselves. R is
-    bit-packed, G N / 8 bytes, and made a few rows at a time; the negatives that are left are those of the same seed.
+    bit-packed, G N / 8 bytes; the negatives that are left are those of the same seed.
     """
-    kept = ~ignored
     seed: Any = options.seed  # a tensor, as the options are checked
-    if options.negatives is not None:
-        return replace(options, negatives=as_bits(options.negatives) & pack_bits(kept[None]))
-    group, anchors = options.anchors_per_image, len(ignored)
-    if options.negative_rate == 1:
-        return replace(options, negatives=pack_bits(kept[None]).expand(group, -1).contiguous())
-    parts = []
-    for first in range(0, group, _DRAWN_ROWS):
-        rows = min(_DRAWN_ROWS, group - first)
-        parts.append(pack_bits(bernoulli(seed, rows, anchors, options.negative_rate, first) & kept))
-    return replace(options, negatives=torch.cat(parts))
+    shape = options.anchors_per_image, len(ignored)
+    bits = negative_bits(options.negatives, seed, *shape, options.negative_rate)
+    return replace(options, negatives=bits & pack_bits(~ignored[None]))

@@ -1,4 +1,4 @@
-"""Plain PyTorch specification of `multi_positive_contrastive`.
+"""Plain PyTorch specification of `multi_positive_contrastive`, and the same in blocks of rows.
 
     l_ij    = <z_i, z_j> / temperature
     Den_ij  = i != j and (A_ij or R[i % G, j])
@@ -15,19 +15,25 @@ and the four numbers (logDen, push, pull, pull_specific) of each anchor are all 
 
     g_ij  = d loss / d l_ij = push_i * Den_ij * exp(l_ij - logDen_i) - pull_i * A_ij - pull_specific_i * S_ij
     dL/dz = (g + g^T) z / temperature
+
+`contrastive_loss` is the specification, dense. `forward` and `backward` go through blocks of rows: those of g^T are made
+of the same logits with the statistics of the other anchor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpkernels.backends import Availability
-from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops import _checks as check
+from hpkernels.ops._blocks import row_blocks
+from hpkernels.ops.hidden_positives.bits import unpack_bits, words_of
+from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
@@ -49,8 +55,15 @@ def contrastive_loss(
     reweight: bool = False,
     keep_specific_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics, for dense bool masks (N, N) and (G, N); differentiable in z."""
-    logits, denominator = logits_and_denominator(z, positives, negatives, temperature)
+    """The loss and the (4, N) row statistics: dense, the specification; differentiable in z.
+
+    `positives` and `specific` are (N, N) bool, `negatives` (G, N).
+    """
+    anchors = len(z)
+    (accumulate,) = check.accumulation(z.dtype)
+    logits = z.to(accumulate) @ z.to(accumulate).T / temperature
+    own = torch.eye(anchors, dtype=torch.bool, device=z.device)
+    denominator = (positives | negatives.repeat(anchors // len(negatives), 1)) & ~own
     usable = denominator.any(dim=1)
     # An anchor with an empty denominator contributes nothing; filling its row keeps its gradient free of NaN.
     log_denominator = logits.masked_fill(~denominator & usable[:, None], -torch.inf).logsumexp(dim=1)
@@ -72,18 +85,7 @@ def contrastive_loss(
     pulls = pull[:, None] * agnostic + pull_specific[:, None] * task
     loss = (push * log_denominator).sum() - (pulls * logits).sum()
     loss = loss + (z.detach() * 0).sum(dtype=logits.dtype)  # 0, or NaN if z is not finite
-    return loss, torch.stack((log_denominator, push, pull, pull_specific))
-
-
-def logits_and_denominator(
-    z: Tensor, positives: Tensor, negatives: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The logits l (N, N) and the denominator set Den (N, N)."""
-    anchors = len(z)
-    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    own = torch.eye(anchors, dtype=torch.bool, device=z.device)
-    shared_by_images = negatives.repeat(anchors // len(negatives), 1)
-    return z @ z.T / temperature, (positives | shared_by_images) & ~own
+    return loss, torch.stack((log_denominator.where(usable, 0), push, pull, pull_specific))
 
 
 def loss_of_statistics(
@@ -166,33 +168,41 @@ def forward(
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
-    anchors = len(branches[0])
-    negatives = _dense_negatives(negatives, seed, anchors_per_image, anchors, negative_rate)
-    agnostic = unpack_bits(positives, anchors)
-    task = None if specific is None else unpack_bits(specific, anchors)
-    return stacked(
-        contrastive_loss(
-            z,
-            agnostic,
-            task,
-            specific_weight,
-            negatives,
-            anchors_per_image=anchors_per_image,
-            temperature=temperature,
-            scale=scale,
-            variant=variant,
-            reweight=reweight,
-            keep_specific_only=keep_specific_only,
-        )
-        for z in branches
+    (accumulate,) = check.accumulation(branches[0].dtype)
+    vectors = [z.detach().to(accumulate) for z in branches]
+    relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
+    counts = vectors[0].new_zeros((2, len(positives)))
+    usable = torch.empty_like(counts[0], dtype=torch.bool)
+    sums = vectors[0].new_zeros((len(branches), 3, len(positives)))
+    for rows in _row_blocks(vectors[0]):
+        agnostic, task, denominator = relations.of_rows(rows)
+        usable[rows] = denominator.any(dim=1)
+        for count, mask in zip(counts, (agnostic, task), strict=True):
+            if mask is not None:
+                count[rows] = mask.sum(dim=1)
+        for z, (log_denominator, *log_probabilities) in zip(vectors, sums, strict=True):
+            logits = (z[rows] @ z.T).div_(temperature)
+            log_denominator[rows] = logits.where(denominator, -torch.inf).logsumexp(dim=1).where(usable[rows], 0)
+            logits -= log_denominator[rows, None]
+            for total, mask in zip(log_probabilities, (agnostic, task), strict=True):
+                if mask is not None:
+                    total[rows] = logits.where(mask, 0).sum(dim=1)
+    push, pull, pull_specific = anchor_coefficients(
+        *counts,
+        usable,
+        specific_weight,
+        anchors_per_image=anchors_per_image,
+        scale=scale,
+        variant=variant,
+        reweight=reweight,
+        keep_specific_only=keep_specific_only,
     )
-
-
-def _dense_negatives(negatives: Tensor | None, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
-    """R (G, N) bool: drawn, or given as it is or bit-packed."""
-    if negatives is None:
-        return bernoulli(seed, rows, columns, rate)
-    return unpack_bits(negatives, columns) if negatives.dtype == torch.int32 else negatives
+    results = []
+    for z, (log_denominator, agnostic_log_p, specific_log_p) in zip(vectors, sums, strict=True):
+        loss = -(pull * agnostic_log_p + pull_specific * specific_log_p).sum()
+        loss = loss + (z * 0).sum()  # 0, or NaN if z is not finite
+        results.append((loss, torch.stack((log_denominator, push, pull, pull_specific))))
+    return stacked(results)
 
 
 def stacked(results: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -215,16 +225,87 @@ def backward(
     symmetric: bool,
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits and negatives are computed again."""
-    anchors = len(branches[0])
-    negatives = _dense_negatives(negatives, seed, anchors_per_image, anchors, negative_rate)
-    agnostic = unpack_bits(positives, anchors)
-    task = None if specific is None else unpack_bits(specific, anchors)
-    grads = []
-    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
-        log_denominator, push, pull, pull_specific = statistics[:, :, None]
-        logits, denominator = logits_and_denominator(z, agnostic, negatives, temperature)
-        grad = push * (logits - log_denominator).exp().where(denominator, 0) - pull * agnostic
-        if task is not None:
-            grad = grad - pull_specific * task
-        grads.append(((grad + grad.T) @ z.to(logits.dtype) * (grad_loss / temperature)).to(z.dtype))
-    return grads
+    vectors = [z.detach().to(rows.dtype) for z in branches]
+    relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
+    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in vectors]
+    for block in _row_blocks(vectors[0]):
+        of_rows = relations.of_rows(block)
+        of_columns = relations.of_columns(block, of_rows if symmetric else None)
+        for z, statistics, grad in zip(vectors, rows, grads, strict=True):
+            logits = (z[block] @ z.T).div_(temperature)
+            pairs = _gradient_of_logits(logits, statistics[:, block, None], *of_rows)
+            pairs += _gradient_of_logits(logits, statistics[:, None], *of_columns)
+            torch.mm(pairs, z, out=grad[block])
+    scales = grad_losses / temperature
+    return [grad.mul_(factor).to(z.dtype) for grad, factor, z in zip(grads, scales, branches, strict=True)]
+
+
+def _row_blocks(z: Tensor) -> list[slice]:
+    """Blocks of rows of all pairs of the anchors `z`: four numbers of its dtype and eight bools a pair fit."""
+    return row_blocks(len(z), (4 * z.element_size() + 8) * len(z), multiple=32)
+
+
+def _gradient_of_logits(
+    logits: Tensor, statistics: Tensor, agnostic: Tensor, task: Tensor | None, denominator: Tensor
+) -> Tensor:
+    """g of a block of pairs, from the statistics of the anchor that has the other as its positive or negative."""
+    log_denominator, push, pull, pull_specific = statistics
+    grad = (logits - log_denominator).exp_().mul_(push).masked_fill_(~denominator, 0)
+    grad -= pull.where(agnostic, 0)
+    if task is not None:
+        grad -= pull_specific.where(task, 0)
+    return grad
+
+
+@dataclass(frozen=True)
+class _Relations:
+    """A, S and R bit-packed, of which Den and dense blocks are made; R may be one row that stands for all."""
+
+    positives: Tensor
+    specific: Tensor | None
+    negatives: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        positives: Tensor,
+        specific: Tensor | None,
+        negatives: Tensor | None,
+        seed: Tensor,
+        anchors_per_image: int,
+        rate: float,
+    ) -> _Relations:
+        group = 1 if rate in (0, 1) else anchors_per_image
+        return cls(positives, specific, negative_bits(negatives, seed, group, len(positives), rate))
+
+    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A_ij, S_ij and Den_ij for i in `rows`, a block (rows, N) each."""
+        anchors = len(self.positives)
+        positions = torch.arange(rows.start, rows.stop, device=self.negatives.device) % len(self.negatives)
+        drawn = unpack_bits(self.negatives[positions], anchors)
+        agnostic = unpack_bits(self.positives[rows], anchors)
+        task = None if self.specific is None else unpack_bits(self.specific[rows], anchors)
+        return agnostic, task, _without_own(agnostic | drawn, rows)
+
+    def of_columns(
+        self, rows: slice, mirrored: tuple[Tensor, Tensor | None, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A_ji, S_ji and Den_ji for i in `rows`, (rows, N) each; symmetric A and S are those of the rows, `mirrored`."""
+        if mirrored is None:
+            agnostic = _columns(self.positives, rows)
+            task = None if self.specific is None else _columns(self.specific, rows)
+        else:
+            agnostic, task, _ = mirrored
+        drawn = _columns(self.negatives, rows).repeat(1, len(self.positives) // len(self.negatives))
+        return agnostic, task, _without_own(agnostic | drawn, rows)
+
+
+def _columns(bits: Tensor, columns: slice) -> Tensor:
+    """Some columns of a packed matrix, as rows: (columns, R) bool."""
+    return unpack_bits(bits[:, words_of(columns)], columns.stop - columns.start).T.contiguous()
+
+
+def _without_own(pairs: Tensor, rows: slice) -> Tensor:
+    """`pairs` (rows, N) without those of an anchor and itself."""
+    pairs.diagonal(rows.start).fill_(False)
+    return pairs
