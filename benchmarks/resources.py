@@ -107,7 +107,7 @@ def jobs(
             for target in targets:
                 with (
                     recorded(target) as launches,
-                    patch.object(_triton, "precision", lambda _, dtype=dtype: "tf32" if dtype == "tf32" else "ieee"),
+                    patch.object(_triton, "tf32_allowed", lambda dtype=dtype: dtype == "tf32"),
                 ):
                     for call in calls.values():
                         call()

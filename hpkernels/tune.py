@@ -9,11 +9,12 @@ docs/triton.md.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def _try(entry: Entry, configuration: Configuration, calls: Calls, expected: Exp
 
     changed = ", ".join(f"{k}={v}" for k, v in configuration.items() if v != entry.configuration[k])
     try:
-        taken = _measure(entry, configuration, calls, expected, time)
+        with redirect_stdout(io.StringIO()):  # to which Triton prints all of a program that the assembler refuses
+            taken = _measure(entry, configuration, calls, expected, time)
     except torch.AcceleratorError:  # the device is lost to this process
         raise
     except (TritonError, RuntimeError) as error:

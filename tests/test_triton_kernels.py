@@ -81,6 +81,8 @@ def test_own_table_comes_first(own_table):
 
 
 FOUND = "hidden_positives_fwd_kernel"
+LOSS = "multi_positive_contrastive"
+LOSS_KERNELS = {kernel for kernel in _triton.table() if kernel.startswith(("contrastive_", "sampled_"))}
 
 
 @pytest.mark.parametrize(
@@ -131,16 +133,65 @@ def test_resources_with_the_oldest_triton(repository, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("allowed", "dtype", "expected"),
-    [(False, torch.float32, "ieee"), (True, torch.float32, "tf32"), (True, torch.float16, "ieee")],
+    ("arch", "dtype", "allowed", "of_the_loss", "compared"),
+    [
+        ("sm_80", torch.float32, False, "ieee", "ieee"),
+        ("sm_90", torch.float32, False, "tf32x3", "tf32x3"),
+        ("sm_90", torch.float32, True, "tf32", "tf32x3"),
+        ("sm_90", torch.float16, True, "ieee", "ieee"),
+        ("sm_100", torch.float32, False, "tf32x3", "ieee"),
+        ("gfx942", torch.float32, False, "ieee", "ieee"),
+    ],
 )
-def test_tf32_is_used_where_it_is_allowed(allow_tf32, allowed, dtype, expected):
+def test_precision_of_products(allow_tf32, arch, dtype, allowed, of_the_loss, compared):
+    """TF32 alone is never used where products are compared, and elsewhere where PyTorch's setting allows it."""
     allow_tf32(allowed)
-    with recorded("sm_90") as launches:
-        for call in kernel_calls("multi_positive_contrastive", dtype, "meta").values():
-            call()
-    # Kernels of thresholds and comparisons have no such constant: they are always exact.
-    assert {launch.constants["PRECISION"] for launch in launches if "PRECISION" in launch.constants} == {expected}
+    for op, expected in (
+        ("multi_positive_contrastive", of_the_loss),
+        ("hidden_positives", compared),
+        ("masked_topk", compared),
+    ):
+        with recorded(arch) as launches:
+            for call in kernel_calls(op, dtype, "meta").values():
+                call()
+        launches = [launch for launch in launches if (launch.name in LOSS_KERNELS) == (op == LOSS)]
+        assert {launch.constants["PRECISION"] for launch in launches if "PRECISION" in launch.constants} == {expected}
+
+
+@pytest.fixture
+def three_products(monkeypatch):
+    """Ranking and discovery by three products of TF32, in the interpreter or on the GPU."""
+    monkeypatch.setattr(_triton, "comparable_precision", lambda like: "tf32x3")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_three_products_of_tf32_are_as_exact_as_float32(three_products):
+    topk = backends.implementation("masked_topk", "triton")
+    query, pool = (torch.randn(count, 100, generator=torch.Generator().manual_seed(count)) for count in (35, 50))
+    exact = query.double() @ pool.double().T
+    values, indices = topk.forward(query.to(three_products), pool.to(three_products), len(pool))
+    errors = values.cpu().double() - exact.gather(1, indices.cpu())
+    assert errors.abs().max() < 2**-22 * (query.abs() @ pool.abs().T).max()
+
+
+def test_three_products_of_tf32_do_not_depend_on_which_is_left(three_products):
+    topk = backends.implementation("masked_topk", "triton")
+    one, other = (torch.randn(64, 100, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def products(query, pool):
+        values, indices = topk.forward(query.to(three_products), pool.to(three_products), len(pool))
+        return torch.empty_like(values).scatter_(1, indices, values).cpu()
+
+    assert torch.equal(products(one, other), products(other, one).T)
+
+
+def test_three_products_of_tf32_of_what_is_not_finite(three_products):
+    topk = backends.implementation("masked_topk", "triton")
+    query = torch.tensor([[torch.inf, 1.3], [-torch.inf, 1.3], [torch.nan, 1.3], [0.7, 1.3]])
+    (plus,), (minus,), (nan,), (finite,) = topk.forward(
+        query.to(three_products), torch.tensor([[1.3, 0.7]]).to(three_products), 1
+    )[0].tolist()
+    assert plus == torch.inf and minus == -torch.inf and nan != nan and finite == pytest.approx(1.82)
 
 
 @pytest.mark.parametrize(
@@ -299,3 +350,100 @@ def test_rows_of_any_length_are_padded(op):
     rows = {tuple(a.shape)[1] for a in vectors if a.dtype == torch.float16}
     assert rows and rows <= {80, 96}
     assert not {90, 72} & {a for launch in launches for a in launch.arguments if isinstance(a, int)}
+
+
+def run_compiling(repository, tmp_path, program):
+    """Run a program where kernels are compiled and not interpreted."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-10000:]
+
+
+BATCHES = """
+from benchmarks.resources import jobs
+from hpkernels.testing.launches import Sizes
+
+def variants(images, grid):
+    ops = ["hidden_positives", "masked_topk", "multi_positive_contrastive"]
+    found = jobs(["float16"], ops, ["sm_90"], Sizes(images=images, grid=grid))
+    return {(job.row.kernel, job.source.hash(), str(job.options)) for job in found}
+
+assert len(variants(64, (28, 28))) > 30
+assert variants(5, (28, 28)) == variants(64, (28, 28))
+others = {kernel for kernel, *_ in variants(5, (14, 14)) - variants(64, (14, 14))}
+assert others == {"hidden_positives_fwd_kernel", "masked_topk_fwd_kernel", "masked_topk_top1_fwd_kernel"}, others
+"""
+
+
+def test_other_numbers_of_images_compile_nothing_new(repository, tmp_path):
+    """But for three kernels whose masks are vectors where N is a multiple of 16."""
+    run_compiling(repository, tmp_path, BATCHES)
+
+
+INSTRUCTIONS = """
+import re
+
+import triton
+
+from benchmarks.resources import jobs
+
+for target in ("sm_80", "sm_90", "sm_100"):
+    for dtype in ("float16", "float32"):
+        used = []
+        for op, kernel in (("hidden_positives", "hidden_positives_fwd"), ("masked_topk", "masked_topk_top1_fwd")):
+            job = next(job for job in jobs([dtype], [op], [target]) if job.row.kernel == f"{kernel}_kernel")
+            ptx = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
+            found = re.findall(r"(?:wgmma\\.mma_async|mma\\.sync|tcgen05\\.mma)\\S*", ptx)
+            used.append([re.sub(r"m\\d+n\\d+", "", instruction) for instruction in sorted(set(found))] or ["fma"] * ("fma.rn" in ptx))
+        assert used[0] == used[1] and len(used[0]) == 1, (target, dtype, used)
+"""
+
+
+@pytest.mark.deep
+def test_ranking_and_discovery_multiply_by_the_same_instructions(repository, tmp_path):
+    """In tiles of different sizes; they sum as many features at a time in the same order."""
+    run_compiling(repository, tmp_path, INSTRUCTIONS)
+
+
+COMPILE_AHEAD = """
+from contextlib import nullcontext
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from hpkernels.testing.launches import compile_ahead, kernel_calls, recorded
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+def compiled(launch):
+    return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
+
+triton.runtime.driver.set_active(Driver())
+torch.cuda.device = lambda device: nullcontext()
+with recorded("sm_90") as launches:
+    for call in kernel_calls("hidden_positives", torch.float16, "meta").values():
+        call()
+compile_ahead(launches, torch.device("cuda", 0))
+kernels = [compiled(launch) for launch in launches]
+launches[0].kernel.compile = None
+assert kernels == [compiled(launch) for launch in launches]
+assert all("wgmma" in kernel.asm["ptx"] for kernel in kernels)
+
+launches[0].constants["BLOCK_N"] = 64
+try:
+    compile_ahead(launches, torch.device("cuda", 0))
+except TypeError:
+    pass
+else:
+    raise SystemExit("what does not compile was not said")
+"""
+
+
+def test_compile_ahead(repository, tmp_path):
+    """What a launch needs is compiled before, and found again."""
+    run_compiling(repository, tmp_path, COMPILE_AHEAD)

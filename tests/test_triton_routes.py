@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from benchmarks import resources
 from hpkernels import PositiveMask, backends
 from hpkernels.ops import _triton
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import pack_bits, population_count, unpack_bits
 from hpkernels.ops.multi_positive_contrastive import lists, reference
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
-from hpkernels.testing.launches import recorded
+from hpkernels.testing.launches import Sizes, kernel_calls, recorded
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _triton.DTYPES) if case.backend == "triton"]
@@ -173,11 +176,26 @@ def test_lists_of_many_positions_are_staged_in_turn(kernels, route, monkeypatch)
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.deep), "sm_90"])
 @pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.deep), None])
 def test_configurations_of_gpus(kernels, route, monkeypatch, arch, density):
-    """Tiles as on a GPU, several of them."""
+    """Tiles as on a GPU, several of them; on a GPU only those that its shared memory has room for."""
+    if DEVICE == "cuda":
+        room = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+        if room < resources.SHARED_LIMIT[arch]:
+            pytest.skip(f"programs for {arch} may take more than the {room} bytes of shared memory of this GPU")
     monkeypatch.setattr(_triton, "architecture", lambda device: arch)
     route(density)
     loss = Loss(CASES[0], images=3, height=7, width=8, dim=72)
     loss.check(*loss.by(kernels))
+
+
+@pytest.mark.parametrize(("images", "grid"), [(25088, (1, 2)), (784, (8, 8)), (64, (28, 28))])
+def test_gradients_of_columns_are_split_over_enough_programs(images, grid):
+    """Also where there are few patch positions, each of which has a list and many images."""
+    with recorded("sm_90") as launches:
+        kernel_calls(OP, torch.float16, "meta", Sizes(images=images, grid=grid))["sampled"]()
+    grids = [launch.grid for launch in launches if launch.name == "sampled_columns_bwd_kernel"]
+    assert grids and all(math.prod(grid) >= 128 for grid in grids)
+    tiles = math.ceil(0.02 * images * math.prod(grid) / 32)
+    assert all(splits <= tiles for _, splits, _ in grids)
 
 
 def test_counts_of_all_bits(bits):

@@ -1,7 +1,8 @@
 // Products of a strip of 128 rows (or 64) with tiles of 128 columns, by mma.sync: any GPU from sm_80 on, any rows.
 //
 // Both operands stream through shared memory, 128 bytes of each row at a time, a few copies ahead of the products. A
-// tile's products never leave registers: the consumer is called with them.
+// tile's products never leave registers: the consumer is called with them. If kComparable, those of two rows have the
+// same bits whichever of them is left.
 #pragma once
 
 #include "common/schedule.h"
@@ -9,7 +10,7 @@
 
 namespace hpk {
 
-template <class T, class OfTile = Geometry80>
+template <class T, class OfTile = Geometry80, bool kComparable = false>
 struct StripSm80 {
   using Element = T;
   using Geometry = OfTile;
@@ -92,8 +93,8 @@ struct StripSm80 {
       __syncthreads();  // this stage is there for all, and all are done with the one before
       load();
       const char* const from = shared + stage * (kLeftBytes + kRightBytes);
-      add_products<T, kUnrolled>(products.values, from, first_row_of_warp<Geometry>(thread), from + kLeftBytes,
-                                 first_column_of_warp<Geometry>(thread));
+      add_products<T, kUnrolled, kComparable>(products.values, from, first_row_of_warp<Geometry>(thread),
+                                              from + kLeftBytes, first_column_of_warp<Geometry>(thread));
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (++block == blocks) {
         consumer(products, tile, team);

@@ -29,16 +29,17 @@ __device__ __forceinline__ void load_chunk(const Rows<T>& rows, int source, int 
   cp_async(tile + tile_offset(row, chunk), from, inside ? kChunkBytes : 0);
 }
 
-// sums += a times b, with float split into two numbers of TF32: what is left out is a product of rounding errors.
-template <class T>
+// sums += a times b, with float split into two numbers of TF32: what is left out is a product of rounding errors. If
+// kComparable, the products with the two rests are summed apart, so that b times a has the bits of a times b.
+template <class T, bool kComparable = false>
 struct Multiplier {
   __device__ static __forceinline__ void add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma<T>(sums, a, b0, b1);
   }
 };
 
-template <>
-struct Multiplier<float> {
+template <bool kComparable>
+struct Multiplier<float, kComparable> {
   __device__ static __forceinline__ uint32_t rest(uint32_t bits, uint32_t rounded) {
     return to_tf32(__uint_as_float(bits) - __uint_as_float(rounded));
   }
@@ -51,8 +52,16 @@ struct Multiplier<float> {
       small[i] = rest(a[i], large[i]);
     }
     const uint32_t large0 = to_tf32(__uint_as_float(b0)), large1 = to_tf32(__uint_as_float(b1));
-    mma<float>(sums, small, large0, large1);
-    mma<float>(sums, large, rest(b0, large0), rest(b1, large1));
+    if constexpr (kComparable) {
+      float of_a[4] = {}, of_b[4] = {};
+      mma<float>(of_a, small, large0, large1);
+      mma<float>(of_b, large, rest(b0, large0), rest(b1, large1));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] += of_a[i] + of_b[i];
+    } else {
+      mma<float>(sums, small, large0, large1);
+      mma<float>(sums, large, rest(b0, large0), rest(b1, large1));
+    }
     mma<float>(sums, large, large0, large1);
   }
 };
@@ -81,7 +90,7 @@ __device__ __forceinline__ int first_column_of_warp(int thread) {
 
 // Adds the products of kRowBlocks x 16 rows of `left` and kColumnBlocks x 8 rows of `right`, in 128 bytes of each, of
 // which kUnrolled of four steps are under way at a time.
-template <class T, int kUnrolled = 4, int kRowBlocks, int kColumnBlocks>
+template <class T, int kUnrolled = 4, bool kComparable = false, int kRowBlocks, int kColumnBlocks>
 __device__ __forceinline__ void add_products(float (&sums)[kRowBlocks][kColumnBlocks][4], const char* left, int row,
                                              const char* right, int column) {
 #pragma unroll kUnrolled
@@ -95,7 +104,7 @@ __device__ __forceinline__ void add_products(float (&sums)[kRowBlocks][kColumnBl
       load_left(a, left, row + 16 * m, step);
 #pragma unroll
       for (int n = 0; n < kColumnBlocks; ++n) {
-        Multiplier<T>::add(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+        Multiplier<T, kComparable>::add(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
       }
     }
   }

@@ -11,7 +11,7 @@ void hidden_positives_cuda(const Rows<T>& features, const float* threshold, uint
     if (runs_on_sm90(features)) return hidden_positives_sm90(features, threshold, bits, stream);
   }
 #endif
-  launch_hidden_positives<StripSm80<T>>({features, features}, {threshold, features.count, bits}, stream);
+  launch_hidden_positives<StripSm80<T, Geometry80, true>>({features, features}, {threshold, features.count, bits}, stream);
 }
 
 template void hidden_positives_cuda<float>(const Rows<float>&, const float*, uint32_t*, cudaStream_t);

@@ -106,7 +106,7 @@ void masked_topk_top1_cuda(const Rows<T>& query, const Rows<T>& pool, const Topk
     if (runs_on_sm90(query)) return masked_topk_top1_sm90(query, pool, arguments, parts, values, indices, stream);
   }
 #endif
-  launch_top1<StripSm80<T>>({query, pool}, arguments, parts, values, indices, stream);
+  launch_top1<StripSm80<T, Geometry80, true>>({query, pool}, arguments, parts, values, indices, stream);
 }
 
 template <typename T>
@@ -118,7 +118,7 @@ void masked_topk_cuda(const Rows<T>& query, const Rows<T>& pool, const TopkArgum
   }
 #endif
   // Half of the rows, so that products of 32 columns fit into shared memory as well.
-  launch_topk<StripSm80<T, WarpGeometry80<2>>>({query, pool}, arguments, parts, below, keys, stream);
+  launch_topk<StripSm80<T, WarpGeometry80<2>, true>>({query, pool}, arguments, parts, below, keys, stream);
 }
 
 template <typename T>

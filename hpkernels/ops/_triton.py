@@ -98,9 +98,29 @@ def configuration(kernel: Any, like: Tensor) -> dict[str, int]:
     return dict(_lookup(kernel.__name__, architecture(like.device), like.element_size()))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of `dtype` that need not be exact are computed: TF32 only where PyTorch's setting allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def precision(like: Tensor) -> str:
+    """How the loss multiplies: float32 as TF32 where PyTorch's setting allows it, else as three products of TF32."""
+    if like.dtype == torch.float32 and tf32_allowed():
+        return "tf32"
+    return _float32_precision(like, ("sm_90", "sm_100"))
+
+
+def comparable_precision(like: Tensor) -> str:
+    """How ranking and discovery multiply, whose products are compared: float32 never as one product of TF32."""
+    return _float32_precision(like, ("sm_90",))
+
+
+def _float32_precision(like: Tensor, of_tf32: tuple[str, ...]) -> str:
+    """Three products of TF32 on some architectures; elsewhere they take longer than float32 itself, or do not compile.
+
+    The GPUs of graphics cards, of the column sm_80, multiply TF32 no faster than float32.
+    """
+    return "tf32x3" if like.dtype == torch.float32 and architecture(like.device) in of_tf32 else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's setting allows TF32 where products need not be exact."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.cache
@@ -195,6 +215,45 @@ if triton is not None:
             b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
             sums = multiply(a, tl.trans(b), sums, PRECISION)
         return sums
+
+    @triton.jit
+    def comparable_products(
+        left, left_rows, left_stride, left_step, left_count,
+        right, right_rows, right_stride, right_step, right_count,
+        dim, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """`row_products` whose bits are those of the same two rows in any other tile, whichever of them is left.
+
+        Three products of TF32 are summed apart: Triton's own "tf32x3" adds the two small ones to one another in an
+        order that depends on which matrix is left.
+        """
+        if PRECISION == "tf32x3":
+            sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
+            of_left_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
+            of_right_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
+            for start in range(0, dim, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                a = load_rows(left, left_rows, left_stride, columns, left_step, left_count, dim)
+                b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
+                large_a, large_b = to_tf32(a), to_tf32(b)
+                of_left_rests = multiply(to_tf32(a - large_a), tl.trans(large_b), of_left_rests, "tf32")
+                of_right_rests = multiply(large_a, tl.trans(to_tf32(b - large_b)), of_right_rests, "tf32")
+                sums = multiply(large_a, tl.trans(large_b), sums, "tf32")
+            rests = of_left_rests + of_right_rests  # NaN where a factor is infinite
+            products = tl.where(tl.abs(sums) == float("inf"), sums, sums + rests)
+        else:
+            products = row_products(
+                left, left_rows, left_stride, left_step, left_count,
+                right, right_rows, right_stride, right_step, right_count, dim, PRECISION, BLOCK_D,
+            )  # fmt: skip
+        return products
+
+    @triton.jit
+    def to_tf32(x):
+        """The nearest number of TF32, which has 11 significant bits."""
+        if _INTERPRETED:  # which knows no assembly
+            return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
     def products_and_tile(

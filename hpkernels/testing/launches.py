@@ -7,7 +7,8 @@ recorded, and compiled, on a machine without a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -81,6 +82,24 @@ def recorded(architecture: str | None = None, *, run: bool = False) -> Iterator[
         patch.object(_triton, "architecture", lambda device: architecture or architecture_of(device)),
     ):
         yield launches
+
+
+def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compile all that `launches` need on a GPU, several kernels at a time, so that no launch waits for its own.
+
+    Each is specialised as when it is launched, by the arguments, which may be on the meta device. This process keeps
+    what is compiled, and so does Triton's cache on disk.
+
+    Raises:
+        Exception: that of the first kernel that does not compile.
+    """
+    with (
+        torch.cuda.device(device),
+        ThreadPoolExecutor(thread_name_prefix="compile") as threads,
+        _triton.triton.AsyncCompileMode(threads),
+    ):
+        for launch in launches:
+            launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,19 @@ def check(kernels, query, pool, k, *restricted):
     return values, indices
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_do_not_depend_on_which_row_is_the_query(kernels, case):
+    """So a feature that is in the pool ties with itself in `hidden_positives`, on whichever side it is there."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 128, 96, generator=generator).to(case.device, case.dtype)
+
+    def products(query, pool):
+        values, indices = kernels.forward(query, pool, 128)
+        return torch.empty_like(values).scatter_(1, indices, values)
+
+    assert torch.equal(products(*rows), products(*rows.flip(0)).T)
+
+
 @pytest.mark.parametrize("k", [1, 5, 20])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strips_and_tiles(kernels, engine, case, k):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, row_products, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["forward", "supports"]
@@ -22,14 +22,15 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     config = _triton.configuration(hidden_positives_fwd_kernel, features)
     tiles = triton.cdiv(anchors, config["BLOCK_N"])
     inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
-    _triton.launch(hidden_positives_fwd_kernel, (tiles * (tiles + 1) // 2,), *inputs, **config)
+    constants = {"PRECISION": _triton.comparable_precision(features)} | config
+    _triton.launch(hidden_positives_fwd_kernel, (tiles * (tiles + 1) // 2,), *inputs, **constants)
     return bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "tiles"])
 def hidden_positives_fwd_kernel(
     features, stride, step, threshold, bits, anchors, dim, words, tiles,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """bits[i, j // 32] bit j % 32 = i != j and <f_i, f_j> > min(r_i, r_j)
 
@@ -42,8 +43,8 @@ def hidden_positives_fwd_kernel(
     row = tl.where(unfolded, fold, tiles - 1 - fold)
     column = tl.where(unfolded, fold + at, at - 1)
     rows, columns = row * BLOCK_N + tl.arange(0, BLOCK_N), column * BLOCK_N + tl.arange(0, BLOCK_N)
-    products = row_products(
-        features, rows, stride, step, anchors, features, columns, stride, step, anchors, dim, "ieee", BLOCK_D
+    products = comparable_products(
+        features, rows, stride, step, anchors, features, columns, stride, step, anchors, dim, PRECISION, BLOCK_D
     )
     # No product is greater than NaN, the threshold of the padding.
     of_rows = tl.load(threshold + rows, mask=rows < anchors, other=float("nan"))[:, None]

@@ -123,7 +123,7 @@ def weights_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_row"])
 def logits_fwd_kernel(
     query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
     patches, heads, dim, scale, logits, first_tile, first_row,
@@ -145,7 +145,7 @@ def logits_fwd_kernel(
     tl.store(logits + at, values, mask=(rows < patches)[:, None] & (columns < patches)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def rows_fwd_kernel(
     logits, weights, first_row, last_row, height, width, sigma, low, low_next, low_part, high, high_next, high_part,
     WINDOW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, load_rows, row_products, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, load_rows, supports
 from hpkernels.ops.masked_topk import reference
 
 __all__ = ["backward", "forward", "supports"]
@@ -40,7 +40,7 @@ def forward(
         return reference.forward(query, pool, k, mask, query_group, pool_group)
     query, pool = aligned_rows(query), aligned_rows(pool)
     kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
-    config = _triton.configuration(kernel, query)
+    config = {"PRECISION": _triton.comparable_precision(query)} | _triton.configuration(kernel, query)
     queries, references = len(query), len(pool)
     parts, share = _split(references, config["BLOCK_M"], triton.cdiv(queries, config["BLOCK_N"]))
     grid = (triton.cdiv(queries, config["BLOCK_N"]), parts)
@@ -108,7 +108,7 @@ def masked_topk_top1_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
     values, indices,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """values[i, s], indices[i, s] = max, argmax over {m in part s of the pool, allowed} of <query_i, pool_m>
 
@@ -122,7 +122,7 @@ def masked_topk_top1_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_M)
         products = _allowed_products(
             query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
-            mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D,
+            mask, mask_stride, mask_step, query_group, pool_group, PRECISION, BLOCK_D,
         )  # fmt: skip
         greatest = tl.max(products, axis=1)  # which passes over NaN
         first = tl.min(tl.where(products == greatest[:, None], columns[None, :], _LAST_INDEX), axis=1)
@@ -141,7 +141,7 @@ def masked_topk_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
     keys, k,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """keys[i, s] = the k greatest, in any order, over {m in part s of the pool, allowed} of key(<query_i, pool_m>, m)
 
@@ -156,7 +156,7 @@ def masked_topk_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_M)
         products = _allowed_products(
             query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
-            mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D,
+            mask, mask_stride, mask_step, query_group, pool_group, PRECISION, BLOCK_D,
         )  # fmt: skip
         beats = ~(products <= _value(tl.min(best, axis=1))[:, None])  # NaN does; an equal value comes too late
         candidates = tl.where(beats, _keys(products, columns[None, :]), _LEAST_KEY)
@@ -173,12 +173,12 @@ def masked_topk_fwd_kernel(
 @triton.jit
 def _allowed_products(
     query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
-    mask, mask_stride, mask_step, query_group, pool_group, BLOCK_D: tl.constexpr,
+    mask, mask_stride, mask_step, query_group, pool_group, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """<query_i, pool_m> of a tile, float32; -inf where m may not be chosen."""
-    products = row_products(
+    products = comparable_products(
         query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references,
-        dim, "ieee", BLOCK_D,
+        dim, PRECISION, BLOCK_D,
     )  # fmt: skip
     allowed = (columns < references)[None, :]
     if mask is not None:
@@ -209,7 +209,7 @@ def _value(key):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "references"])
 def masked_topk_query_bwd_kernel(
     indices, grad_values, pool, pool_stride, pool_step, grad_query, queries, references, k, dim,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -231,7 +231,7 @@ def masked_topk_query_bwd_kernel(
     tl.store(at, sums.to(grad_query.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "references"])
 def masked_topk_pool_bwd_kernel(
     order, first, grad_values, query, query_stride, query_step, sums, queries, references, k, dim,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,

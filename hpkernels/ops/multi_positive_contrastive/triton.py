@@ -8,6 +8,8 @@ number on the device, from the counts of the bits, lets those of one do nothing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -36,8 +38,8 @@ from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
 
 __all__ = ["backward", "forward", "supports"]
 
-_PROGRAMS = 512  # that forward splits columns to reach where there are few rows
-_SPLITS = 4  # of each position's list in the gradients of its columns
+_PROGRAMS = 512  # that columns are split to reach where there are few rows or positions
+_SPLITS = 4  # at least, of each position's list in the gradients of its columns
 
 
 class _Pairs:
@@ -172,7 +174,7 @@ def _blocks_forward(pairs: _Pairs, z: Tensor, scale: float, within: bool) -> Ten
         (blocks, splits),
         *(z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         ENABLED_IF=int(within),
         WITHIN=within,
         **config,
@@ -190,7 +192,7 @@ def _blocks_backward(
         (blocks, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
         HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         ENABLED_IF=int(within),
         WITHIN=within,
         SYMMETRIC=symmetric,
@@ -208,7 +210,7 @@ def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
         *(z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, sampled, scale),
         *(pairs.anchors, pairs.dim, pairs.group),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         **config,
     )
     _triton.launch(
@@ -240,7 +242,7 @@ def _lists_backward(
         sampled_rows_bwd_kernel,
         (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
         *(*sampled, grad, scale, *sizes),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
         **config,
     )
@@ -257,11 +259,14 @@ def _sampled_columns_backward(
     gather = _triton.configuration(sampled_gather_bwd_kernel, grad)
     staged = grad.new_empty((stage.capacity, pairs.dim))
     words = stage.positions.shape[1]
+    features = triton.cdiv(pairs.dim, config["BLOCK_GRAD"])
+    tiles = triton.cdiv(math.ceil(pairs.rate * pairs.anchors), config["BLOCK_COLUMNS"])  # of a list, as expected
+    splits = min(max(tiles, 1), max(_SPLITS, triton.cdiv(_PROGRAMS, stage.count * features)))
     _triton.launch(
         sampled_columns_bwd_kernel,
-        (stage.count, _SPLITS, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
+        (stage.count, splits, features),
         *(*sampled, stage.positions, stage.slots, staged, scale, *sizes, words, stage.first_word, stage.capacity),
-        PRECISION=_triton.precision(z.dtype),
+        PRECISION=_triton.precision(z),
         WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
         **config,
     )

@@ -50,7 +50,7 @@ def low_bits(count):
     return ((tl.full((), 1, tl.int64) << kept) - 1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "words", "threshold"])
 def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl.constexpr):
     """Bit j of row i is set if word j % 4 of Philox(counter (j // 4, i, 0, 0), seed) < threshold, j < columns.
 
@@ -69,7 +69,7 @@ def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl
     tl.store(bits + row.to(tl.int64) * words + word, drawn, mask=word < words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "words", "words_transposed"])
 def transpose_bits_kernel(
     bits, transposed, rows, columns, words, words_transposed, BLOCK_COLUMNS: tl.constexpr, BLOCK_WORDS: tl.constexpr
 ):
@@ -103,7 +103,7 @@ def listed_words(first, second, row, word, words, group, HAS_SECOND: tl.constexp
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "group"])
 def count_bits_kernel(
     first, second, counts, words, group, HAS_SECOND: tl.constexpr, ACROSS: tl.constexpr, BLOCK_WORDS: tl.constexpr
 ):
@@ -116,7 +116,7 @@ def count_bits_kernel(
     tl.store(counts + row, tl.sum(counted, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "words", "group"])
 def list_bits_kernel(
     first, second, offsets, enabled, columns, capacity, words, group,
     HAS_SECOND: tl.constexpr, ACROSS: tl.constexpr, BLOCK_WORDS: tl.constexpr,

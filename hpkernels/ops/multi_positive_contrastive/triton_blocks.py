@@ -63,7 +63,7 @@ def log_sum_of(greatest, total):
     return tl.where(total > 0, greatest + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_blocks_fwd_kernel(
     z, positives, specific, negatives, enabled, parts, scale, anchors, dim, words, group,
     ENABLED_IF: tl.constexpr, WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -122,7 +122,7 @@ def load_numbers(numbers, anchors, rows):
     return log_denominator, push, pull, tl.load(at + 3 * anchors, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_blocks_bwd_kernel(
     z, positives, specific, negatives, enabled, numbers, grad, scale, anchors, dim, words, group,
     ENABLED_IF: tl.constexpr, WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SYMMETRIC: tl.constexpr,

@@ -22,7 +22,7 @@ def logits_of(z, row, columns, scale, dim, BLOCK_D: tl.constexpr):
     return scale * products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_pairs_fwd_kernel(
     z, positives, specific, negatives, columns, offsets, enabled, part, scale, anchors, dim, words, group,
     HAS_SPECIFIC: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -68,7 +68,7 @@ def contrastive_pairs_fwd_kernel(
     tl.store(part + 4 * anchors + row, specific_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_pairs_bwd_kernel(
     z, positives, specific, negatives, columns, offsets, enabled, numbers, grad, scale, anchors, dim, words, group,
     HAS_SPECIFIC: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -28,7 +28,7 @@ def are_across(first_of_image, columns, group):
     return (columns >= 0)[None, :] & (before | (columns[None, :] >= first_of_image[:, None] + group))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "group"])
 def sampled_rows_fwd_kernel(
     z, columns, offsets, enabled, log_sums, scale, anchors, dim, group,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -52,7 +52,7 @@ def sampled_rows_fwd_kernel(
     tl.store(log_sums + rows, log_sum_of(greatest, total), mask=rows >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "group"])
 def sampled_rows_bwd_kernel(
     z, columns, offsets, enabled, numbers, grad, scale, anchors, dim, group,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -94,7 +94,7 @@ def bits_below(bits, rows, words, first_word, position):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "group", "words", "first_word", "capacity"])
 def sampled_columns_bwd_kernel(
     z, columns, offsets, enabled, numbers, positions, slots, staged, scale, anchors, dim, group,
     words, first_word, capacity,
@@ -131,7 +131,7 @@ def sampled_columns_bwd_kernel(
         tl.store(staged + slot.to(tl.int64)[:, None] * dim + features[None, :], sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "capacity"])
 def sampled_gather_bwd_kernel(
     staged, slots, enabled, grad, anchors, dim, capacity, BLOCK_COLUMNS: tl.constexpr, BLOCK_GRAD: tl.constexpr
 ):
