@@ -32,7 +32,7 @@ from hpkernels import _native, backends
 from hpkernels._version import __version__
 from hpkernels.backends import Availability
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Inputs
+from hpkernels.testing.launches import Inputs, compile_ahead, recorded
 from hpkernels.testing.rows import row_errors
 
 VARIABLE = "HPKERNELS_SELF_CHECK"
@@ -162,6 +162,8 @@ def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
     given = {name: value.to(device) for name, value in inputs.items()}
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     started = time.monotonic()
+    if backend == "triton" and device.type == "cuda":
+        _compile_ahead(device, inputs, sizes or Sizes())
     with on_device:
         for (what, actual), (_, wanted) in zip(
             results(backend, backend, given, sizes or Sizes()), expected, strict=True
@@ -171,6 +173,14 @@ def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
                 return Availability(False, f"{what}: {wrong} of {len(wanted)} rows differ from the reference")
     seconds = time.monotonic() - started
     return Availability(True, f"checked on this device in {seconds:.1f} s, {datetime.now(timezone.utc):%Y-%m-%d}")
+
+
+def _compile_ahead(device: torch.device, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+    """Compile the kernels that the problem needs, several at a time."""
+    with recorded(_triton.architecture(device)) as launches:
+        for _ in results("triton", "triton", {name: value.to("meta") for name, value in inputs.items()}, sizes):
+            pass
+    compile_ahead(launches, device)
 
 
 def problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:

@@ -486,6 +486,22 @@ def test_the_problem_takes_both_routes_and_leaves_no_doubt(monkeypatch):
     assert cells[cells != 0].abs().min() > 1e-6
 
 
+def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
+    """All that the calls launch, as for the GPU at hand, before anything is launched."""
+    pytest.importorskip("triton")
+    monkeypatch.undo()
+    gpu, sizes = torch.device("cuda", 0), selfcheck.Sizes()
+    monkeypatch.setattr(_triton, "_architecture_at", lambda device: "sm_90")
+    compiled = []
+    monkeypatch.setattr(selfcheck, "compile_ahead", lambda launches, device: compiled.append((launches, device)))
+    selfcheck._compile_ahead(gpu, selfcheck.problem(torch.float16, sizes), sizes)
+    ((launches, device),) = compiled
+    names = {launch.name for launch in launches}
+    assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names
+    assert {"sampled_columns_bwd_kernel", "contrastive_pairs_bwd_kernel", "contrastive_blocks_bwd_kernel"} < names
+    assert {"weights_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
+
+
 # The command.
 
 

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,10 +317,20 @@ def test_a_launch_that_fails_while_a_graph_is_captured_says_what_to_do(capturing
         _triton.launch(Kernel(kernel), (2,), torch.empty(1))
 
 
-def test_recording_makes_no_launch(monkeypatch):
-    kernel, made = SimpleNamespace(__name__="hidden_positives_fwd_kernel"), []
-    monkeypatch.setattr(_triton, "launch", lambda *arguments, **constants: made.append((*arguments, constants)))
-    like = torch.empty((), dtype=torch.float16, device="meta")
+class Kernel:
+    """Collects the launches that are made of it."""
+
+    __name__ = "hidden_positives_fwd_kernel"
+
+    def __init__(self):
+        self.made = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.made.append((grid, *arguments, constants))
+
+
+def test_recording_makes_no_launch():
+    kernel, like = Kernel(), torch.empty((), dtype=torch.float16, device="meta")
 
     def call():
         _triton.launch(kernel, (2,), like, **_triton.configuration(kernel, like))
@@ -328,7 +338,7 @@ def test_recording_makes_no_launch(monkeypatch):
     with recorded("sm_90") as launches:
         assert _triton.architecture(like.device) == "sm_90"
         call()
-    assert not made
+    assert not kernel.made
     (launch,) = launches
     configuration = _triton.table()["hidden_positives_fwd_kernel"]["sm_90"]["2"]
     assert launch == Launch(kernel, (2,), (like,), configuration, "2")
@@ -336,7 +346,17 @@ def test_recording_makes_no_launch(monkeypatch):
     with recorded("sm_90", run=True) as launches:
         call()
     assert launches == [launch]
-    assert made == 2 * [(kernel, (2,), like, configuration)]
+    assert kernel.made == 2 * [((2,), like, configuration)]
+
+
+def test_recording_is_of_one_thread():
+    """What other threads launch meanwhile is launched."""
+    kernel, like = Kernel(), torch.empty((), dtype=torch.float16)
+    thread = threading.Thread(target=_triton.launch, args=(kernel, (2,), like))
+    with recorded() as launches:
+        thread.start()
+        thread.join()
+    assert not launches and len(kernel.made) == 1
 
 
 @pytest.mark.parametrize("op", ["hidden_positives", "masked_topk", "multi_positive_contrastive"])
@@ -395,7 +415,8 @@ for target in ("sm_80", "sm_90", "sm_100"):
             job = next(job for job in jobs([dtype], [op], [target]) if job.row.kernel == f"{kernel}_kernel")
             ptx = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
             found = re.findall(r"(?:wgmma\\.mma_async|mma\\.sync|tcgen05\\.mma)\\S*", ptx)
-            used.append([re.sub(r"m\\d+n\\d+", "", instruction) for instruction in sorted(set(found))] or ["fma"] * ("fma.rn" in ptx))
+            kinds = [re.sub(r"m\\d+n\\d+", "", instruction) for instruction in sorted(set(found))]
+            used.append(kinds or ["fma"] * ("fma.rn" in ptx))
         assert used[0] == used[1] and len(used[0]) == 1, (target, dtype, used)
 """
 

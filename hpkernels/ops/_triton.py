@@ -13,9 +13,10 @@ import importlib
 import json
 import os
 from contextlib import nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,8 +71,32 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     return Availability(False, f"the Triton kernels take tensors on a GPU, not on {device.type}")
 
 
+class Recorder(Protocol):
+    """What sees the launches of a context; `hpkernels.testing.launches.recorded` makes one."""
+
+    architecture: str | None
+    """The column to configure for; None: that of the device."""
+    run: bool
+    """Whether launches are made as well."""
+
+    def configured(self, kernel: Any, like: Tensor) -> None:
+        """See what a kernel is configured for."""
+
+    def launched(self, kernel: Any, grid: tuple[int, ...], arguments: Any, constants: dict[str, Any]) -> None:
+        """See a launch."""
+
+
+recorder: ContextVar[Recorder | None] = ContextVar("hpkernels_triton_recorder", default=None)
+"""That of this thread, if there is one."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of its first argument, a tensor, once for each point of `grid`."""
+    recording = recorder.get()
+    if recording is not None:
+        recording.launched(kernel, grid, arguments, constants)
+        if not recording.run:
+            return
     on = arguments[0].device
     with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
         try:
@@ -95,6 +120,8 @@ def aligned_rows(matrix: Tensor) -> Tensor:
 
 def configuration(kernel: Any, like: Tensor) -> dict[str, int]:
     """The tile sizes, ``num_warps`` and ``num_stages`` of `kernel` for elements and the device of `like`."""
+    if (recording := recorder.get()) is not None:
+        recording.configured(kernel, like)
     return dict(_lookup(kernel.__name__, architecture(like.device), like.element_size()))
 
 
@@ -123,9 +150,14 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
-    """The column of the table that a device uses."""
+    """The column of the table that a device uses, or that a recorder asks for."""
+    recording = recorder.get()
+    return (recording and recording.architecture) or _architecture_at(device)
+
+
+@functools.cache
+def _architecture_at(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -55,33 +54,35 @@ class Launch:
 
 @contextmanager
 def recorded(architecture: str | None = None, *, run: bool = False) -> Iterator[list[Launch]]:
-    """Collect the launches inside the ``with`` block; they are made only with `run`.
+    """Collect the launches that this thread makes inside the ``with`` block; they are made only with `run`.
 
     Args:
         architecture: the column of the configuration tables to launch with; None: that of each tensor's device.
         run: make the launches as well.
     """
-    launches: list[Launch] = []
-    sizes: dict[str, str] = {}
-    launch, configuration, architecture_of = _triton.launch, _triton.configuration, _triton.architecture
+    recorder = _Recorder(architecture, run)
+    token = _triton.recorder.set(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _triton.recorder.reset(token)
 
-    def configure(kernel: Any, like: Tensor) -> dict[str, int]:
+
+class _Recorder:
+    """Collects launches, for `recorded`."""
+
+    def __init__(self, architecture: str | None, run: bool):
+        self.architecture, self.run = architecture, run
+        self.launches: list[Launch] = []
+        self._sizes: dict[str, str] = {}
+
+    def configured(self, kernel: Any, like: Tensor) -> None:
         size = str(like.element_size())
         known = _triton.table()[kernel.__name__][_triton.architecture(like.device)]
-        sizes[kernel.__name__] = size if size in known else "any"
-        return configuration(kernel, like)
+        self._sizes[kernel.__name__] = size if size in known else "any"
 
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        launches.append(Launch(kernel, tuple(grid), arguments, constants, sizes[kernel.__name__]))
-        if run:
-            launch(kernel, grid, *arguments, **constants)
-
-    with (
-        patch.object(_triton, "launch", record),
-        patch.object(_triton, "configuration", configure),
-        patch.object(_triton, "architecture", lambda device: architecture or architecture_of(device)),
-    ):
-        yield launches
+    def launched(self, kernel: Any, grid: tuple[int, ...], arguments: Any, constants: dict[str, Any]) -> None:
+        self.launches.append(Launch(kernel, tuple(grid), arguments, constants, self._sizes[kernel.__name__]))
 
 
 def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
