@@ -154,9 +154,13 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
                      stride_bytes[0] % 16 == 0 && stride_bytes[0] < kMostStride && box[1] >= 1 && box[1] <= 256;
   if (!emulated) return CUDA_ERROR_NOT_SUPPORTED;
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
-  const TensorMap said{static_cast<const char*>(base),       static_cast<int64_t>(sizes[0]),
-                       static_cast<int64_t>(sizes[1]),       static_cast<int64_t>(stride_bytes[0]),
-                       static_cast<uint32_t>(box[1]),        kToken};
+  TensorMap said{};
+  said.base = static_cast<const char*>(base);
+  said.dim = static_cast<int64_t>(sizes[0]);
+  said.count = static_cast<int64_t>(sizes[1]);
+  said.stride_bytes = static_cast<int64_t>(stride_bytes[0]);
+  said.rows = box[1];
+  said.token = kToken;
   std::memcpy(map, &said, sizeof said);
   return CUDA_SUCCESS;
 }
