@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 import hpkernels
@@ -14,6 +15,7 @@ from hpkernels.ops import _blocks
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives import reference as discovery
 from hpkernels.ops.hidden_positives.bits import as_bits, unpack_bits
+from hpkernels.ops.local_propagation import reference as propagation
 from hpkernels.ops.masked_topk import reference as ranking
 from hpkernels.ops.multi_positive_contrastive import reference as contrastive
 from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
@@ -199,6 +201,38 @@ def ghp_gradients(problem):
         anchors_per_image=problem.anchors_per_image, backend="reference",
     )  # fmt: skip
     return loss.detach(), *torch.autograd.grad(loss, (z, z_mixed))
+
+
+def test_no_value_is_read(monkeypatch):
+    """On fake tensors, which have none: reading one would raise, and so would a tensor made on the CPU."""
+    monkeypatch.setattr(_blocks, "WORKSPACE", 32 * 24 * N)
+    with FakeTensorMode():
+        z, scalar = torch.empty(N, 5, device="cuda"), torch.empty((), device="cuda")
+        values, indices = ranking.forward(z, z[:9], 3)
+        assert [grad.shape for grad in ranking.backward(values, indices, z, z[:9])] == [(N, 5), (9, 5)]
+        bits = discovery.forward(z, values[:, 0])
+        assert bits.shape == (N, 3) and bits.device.type == "cuda"
+        draw = None, scalar.long(), PATCHES
+        losses, rows = contrastive.forward([z], bits, bits, scalar, *draw, 0.3, 1.0, 0.2, "separate", True, True)
+        (grad,) = contrastive.backward(losses, [z], bits, bits, *draw[:2], rows, PATCHES, 0.3, 0.2, symmetric=False)
+        assert grad.shape == z.shape and grad.device.type == "cuda"
+        query, code = torch.empty(1, 2, 30, 4, device="cuda"), torch.empty(1, 5, 5, 6, device="cuda")
+        weights = propagation.weights_forward(query, query, 5, 6, 28.0, 0.1, 0.9, 3, 0)
+        assert propagation.apply_backward(propagation.apply_forward(code, weights), weights).shape == code.shape
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("packed_mask", (torch.zeros(40, 40, dtype=torch.bool), False)),
+        ("equal_label_bits", (torch.arange(40) % 3, torch.arange(40) > 3)),
+        ("transposed_bits", (torch.ones(40, 2, dtype=torch.int32),)),
+        ("counted_bits", (torch.ones(40, 2, dtype=torch.int32),)),
+        ("drawn_negatives", (torch.tensor(0), 7, 40, 0.5)),
+    ],
+)
+def test_opcheck(op, arguments):
+    torch.library.opcheck(getattr(torch.ops.hpkernels, op).default, arguments)
 
 
 ANCHORS = 1600
