@@ -3,7 +3,8 @@
 Needs no network, and of packages PyTorch and NumPy; Triton for its backend; CMake, Ninja and nvcc to build. A wheel of
 nvidia-cutlass that HPKERNELS_CUTLASS names is built with. The tests are left out where pytest or hypothesis is missing:
 what is measured is verified anyway. Each step runs in a process of its own with its own limit, and leaves its output in
-a log; a step that fails keeps none of the others from running but those whose results would mean nothing.
+a log; a step that fails keeps none of the others from running but those whose results would mean nothing. Steps that
+measure no time are taken some at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -65,56 +67,76 @@ class Outcome:
     result: str
     seconds: float
 
+    @property
+    def good(self) -> bool:
+        """Whether nothing speaks against the kernels."""
+        return self.result == "passed" or bool(self.step.missing) or self.step.only_told
+
     def __str__(self) -> str:
         return f"{self.step.name:16} {self.result:12} {self.seconds:6.0f} s"
 
 
-def steps(output: Path) -> list[Step]:
+Plan = list[tuple[Step, ...]]
+"""Steps that are taken one after another, some of them several at once."""
+
+
+def steps(output: Path) -> Plan:
     """What is done, in this order: whoever is cut off misses what matters least."""
     python = sys.executable
     own = (python, "-m", "benchmarks.gpu_check")
     tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-v", "-p", "no:cacheprovider")
     lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    places = os.pathsep.join((os.environ.get("PATH", ""), str(toolkit)))
+    sanitizer = shutil.which("compute-sanitizer", path=places) or ""
 
     def sanitize(tool: str, backend: str, engine: str = "", needs: str | None = None) -> Step:
-        command = (sanitizer, "--tool", tool, "--error-exitcode", "9", *own, "exercise", backend, *engine)
+        # What PyTorch asks of the driver in vain, to see what there is, is no error.
+        under = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
+        command = (*under, *own, "exercise", backend, *engine)
         # Barriers in shared memory that TMA completes are not modelled in full.
         only_told = (tool, engine) == ("racecheck", "1")
         missing = "" if engine in ("", *_engines(backend, "cuda")) else "this GPU has no such engine"
+        missing = missing if sanitizer else "no compute-sanitizer"
         name = "-".join(filter(None, (tool, backend, engine)))
-        return Step(name, command, 40, needs, missing, only_told=only_told)
+        return Step(name, command, 70, needs, missing, only_told=only_told)
 
-    def measure(name: str, seconds: float, ops: Iterable[str], others: Iterable[str], *options: str) -> Step:
+    def measure(name: str, seconds: float, ops: Iterable[str], others: Iterable[str], *options: str) -> tuple[Step]:
         chosen = [word for op in ops for word in ("--op", op)] + [word for p in others for word in ("--provider", p)]
         run = (python, "-m", "benchmarks", "run", "--keep-going", "--output", str(output / "results"))
         # Kernels that crash take with them what is measured after them in the process.
         ours = {f"exercise-{backend}": ("--provider", backend) for backend in KERNELS}
-        return Step(name, (*run, *chosen, *options), seconds, words=ours)
+        return (Step(name, (*run, *chosen, *options), seconds, words=ours),)
 
     loss, parts = ["ghp_contrastive"], [op for op in OPS if op != "ghp_contrastive"]
     paper, small = ("--images", "16", "--images", "64"), ("--images", "1", "--images", "4")
+
+    def of_both(task: str, seconds: float, *command: str) -> list[Step]:
+        return [Step(f"{task}-{backend}", (*command, backend), seconds) for backend in KERNELS]
+
+    compiling = Step("compile", (*own, "compile"), 75, missing=resources.reason_to_skip() or "")
+    checking = Step("self-check", (python, "-m", "hpkernels", "check", "--device", "cuda:0", "--limit", "60"), 85)
+    testing = Step("tests", (python, "-m", "pytest", *tests), 70, missing=f"needs {lacking[0]}" if lacking else "")
     return [
         # For this GPU alone, which takes a third of the time.
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, environment=_for_this_gpu()),
-        Step("report", (*own, "report"), 15),
-        Step("compile", (*own, "compile"), 45, missing=resources.reason_to_skip() or ""),
-        Step("self-check", (python, "-m", "hpkernels", "check", "--device", "cuda:0", "--limit", "20"), 60),
-        *(Step(f"exercise-{backend}", (*own, "exercise", backend), 25) for backend in KERNELS),
-        *(Step(f"prove-{backend}", (python, "-m", "benchmarks.prove", backend), 40) for backend in KERNELS),
-        *(Step(f"verify-{backend}", (*own, "verify", backend), 25) for backend in KERNELS),
-        sanitize("memcheck", "cuda"),  # all the more where kernels have crashed
+        (Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, environment=_for_this_gpu()),),
+        (Step("report", (*own, "report"), 20), compiling),
+        (checking, *of_both("exercise", 30, *own, "exercise")),
+        (*of_both("prove", 60, python, "-m", "benchmarks.prove"), *of_both("verify", 50, *own, "verify")),
         measure("loss", 60, loss, FASTEST_KNOWN, *paper),
-        Step("tests", (python, "-m", "pytest", *tests), 60, missing=" and ".join(lacking) and f"needs {lacking[0]}"),
+        (
+            sanitize("memcheck", "cuda"),  # all the more where kernels have crashed
+            sanitize("initcheck", "cuda", "", "exercise-cuda"),
+            sanitize("racecheck", "cuda", "0", "exercise-cuda"),
+            sanitize("racecheck", "cuda", "1", "exercise-cuda"),
+            sanitize("memcheck", "triton", "", "exercise-triton"),
+            testing,
+        ),
         measure("ops", 70, parts, FASTEST_KNOWN, *paper),
-        sanitize("racecheck", "cuda", "0", "exercise-cuda"),
-        sanitize("initcheck", "cuda", "", "exercise-cuda"),
         measure("small", 30, loss, ["published"], *small),
-        sanitize("racecheck", "cuda", "1", "exercise-cuda"),
         measure("bfloat16", 60, OPS, ["published"], "--images", "16", "--dtype", "bfloat16"),
         measure("float32", 60, OPS, ["published"], "--images", "16", "--dtype", "float32"),
-        sanitize("memcheck", "triton", "", "exercise-triton"),
-        sanitize("synccheck", "cuda", "", "exercise-cuda"),
+        (sanitize("synccheck", "cuda", "", "exercise-cuda"),),
     ]
 
 
@@ -126,29 +148,32 @@ def _for_this_gpu() -> dict[str, str]:
 
 
 def check(
-    output: Path, minutes: float, plan: Callable[[Path], list[Step]] = steps, report: Callable[[str], None] = print
+    output: Path, minutes: float, plan: Callable[[Path], Plan] = steps, report: Callable[[str], None] = print
 ) -> bool:
     """Take all steps that the time allows, write their logs into `output`, and report; whether all passed."""
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     outcomes: dict[str, Outcome] = {}
-    for step in plan(output):
+
+    def take(step: Step) -> Outcome:
         left = deadline - time.monotonic()
         if step.missing:
-            outcomes[step.name] = Outcome(step, f"left out: {step.missing}", 0)
-        elif left <= 0 or (step.needs is not None and outcomes[step.needs].result != "passed"):
-            outcomes[step.name] = Outcome(step, "left out", 0)
-        else:
-            words = [word for name, own in step.words.items() if outcomes[name].result == "passed" for word in own]
-            step = replace(step, command=(*step.command, *words))
-            outcomes[step.name] = _take(step, min(step.seconds, left), output / f"{step.name}.log")
-        report(str(outcomes[step.name]))
+            return Outcome(step, f"left out: {step.missing}", 0)
+        if left <= 0 or (step.needs is not None and outcomes[step.needs].result != "passed"):
+            return Outcome(step, "left out", 0)
+        words = [word for name, own in step.words.items() if outcomes[name].result == "passed" for word in own]
+        step = replace(step, command=(*step.command, *words))
+        return _take(step, min(step.seconds, left), output / f"{step.name}.log")
+
+    for together in plan(output):
+        with ThreadPoolExecutor(len(together)) as threads:
+            for outcome in threads.map(take, together):
+                outcomes[outcome.step.name] = outcome
+                report(str(outcome))
     for line in summary(read_folder(output / "results")):
         report(line)
-    return all(
-        outcome.result == "passed" or outcome.step.missing or outcome.step.only_told for outcome in outcomes.values()
-    )
+    return all(outcome.good for outcome in outcomes.values())
 
 
 def _take(step: Step, limit: float, log: Path) -> Outcome:

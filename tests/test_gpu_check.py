@@ -30,7 +30,7 @@ def python(name, code, seconds=60.0, needs=None):
 
 def run(tmp_path, *planned, minutes=1.0):
     lines = []
-    passed = gpu_check.check(tmp_path, minutes, lambda output: list(planned), lines.append)
+    passed = gpu_check.check(tmp_path, minutes, lambda output: [(step,) for step in planned], lines.append)
     return passed, [line.split()[:2] for line in lines]
 
 
@@ -93,15 +93,29 @@ def test_a_step_that_is_cut_off_leaves_no_process(tmp_path):
 def test_a_step_that_cannot_be_taken_says_why(tmp_path):
     step = Step("one", ("no-such-program",), 5, missing="needs pytest")
     lines = []
-    assert gpu_check.check(tmp_path, 1.0, lambda output: [step], lines.append)
+    assert gpu_check.check(tmp_path, 1.0, lambda output: [(step,)], lines.append)
     assert lines[0].split(maxsplit=1)[1].startswith("left out: needs pytest")
 
 
 def test_a_step_that_is_only_told_counts_for_nothing(tmp_path):
     step = replace(python("one", "exit(1)"), only_told=True)
     assert run(tmp_path, step) == (True, [["one", "failed"]])
-    told = {step.name for step in gpu_check.steps(tmp_path) if step.only_told}
+    told = {step.name for together in gpu_check.steps(tmp_path) for step in together if step.only_told}
     assert told == {"racecheck-cuda-1"}  # which does not know TMA's barriers; that of the other engine counts
+
+
+def test_steps_of_a_group_are_taken_at_once(tmp_path):
+    """Each waits for a file that the other writes."""
+    wait = """import time, pathlib
+pathlib.Path({own!r}).touch()
+while not pathlib.Path({other!r}).exists():
+    time.sleep(0.05)
+"""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    together = python("one", wait.format(own=one, other=two)), python("two", wait.format(own=two, other=one))
+    lines = []
+    assert gpu_check.check(tmp_path, 1.0, lambda output: [together], lines.append)
+    assert [line.split()[:2] for line in lines] == [["one", "passed"], ["two", "passed"]]
 
 
 def test_words_of_steps_that_succeeded(tmp_path):
@@ -121,16 +135,16 @@ def test_variables_of_a_step(tmp_path, monkeypatch):
 
 
 def test_what_matters_most_fits_into_the_time(tmp_path):
-    names = [step.name for step in gpu_check.steps(tmp_path)]
-    most = gpu_check.steps(tmp_path)[: names.index("loss") + 1]
+    plan = gpu_check.steps(tmp_path)
+    most = plan[: next(place for place, together in enumerate(plan) if together[0].name == "ops") + 1]
     right = {f"{kind}-{backend}" for kind in ("exercise", "prove", "verify") for backend in ("cuda", "triton")}
-    assert right | {"build", "self-check", "memcheck-cuda"} < {step.name for step in most}
-    assert sum(step.seconds for step in most) <= 9 * 60
+    assert right | {"build", "self-check", "memcheck-cuda"} < {step.name for together in most for step in together}
+    assert sum(max(step.seconds for step in together) for together in most) <= 9 * 60
 
 
 def test_what_is_measured(tmp_path, monkeypatch):
     """Every op over N, dtype, k, density and rate, with both kinds of kernels and what they are compared with."""
-    measured, planned = set(), gpu_check.steps(tmp_path)
+    measured, planned = set(), [step for together in gpu_check.steps(tmp_path) for step in together]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "run", lambda cases, *rest: [measured.add((case, *rest[0])) for case in cases][:0])
     monkeypatch.setattr(command.results, "environment", lambda *_: {})
@@ -165,7 +179,7 @@ def test_verification_tells_right_from_wrong(monkeypatch):
 
 
 def test_steps_name_real_things(tmp_path, repository):
-    for step in gpu_check.steps(tmp_path):
+    for step in (step for together in gpu_check.steps(tmp_path) for step in together):
         for word in step.command:
             if word.startswith("tests/") or word.endswith(".py"):
                 assert (repository / word).exists(), word
