@@ -233,7 +233,11 @@ def compile_ahead() -> list[str]:
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if target not in resources.TARGETS:  # the column that this GPU takes is of another, and compiled for that
         return []
-    jobs = [job for sizes in (None, SMALL) for job in resources.jobs(resources.DTYPES[:3], None, [target], sizes)]
+    jobs = [
+        job
+        for sizes in (None, Sizes(images=2), SMALL)
+        for job in resources.jobs(resources.DTYPES[:3], None, [target], sizes)
+    ]
     return resources.compile_all(jobs, lambda line: None)[1]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hpkernels import PositiveMask, backends, ghp_contrastive, multi_positive_contrastive, selfcheck
+from hpkernels import PositiveMask, _native, backends, ghp_contrastive, multi_positive_contrastive, selfcheck
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import unpack_bits
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
@@ -79,6 +79,8 @@ def engines(backend: str, device: torch.device, anchors: int = 8192, engine: str
     if backend != "cuda":
         return []
     wrong = []
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        wrong += ["the library is built without wgmma"] * ("without wgmma" in _native.LIBRARIES["_C_cuda"].reason)
     for dtype in DTYPES[:2]:
         for dim in _DIMENSIONS[:4]:
             make = Inputs(dtype, torch.device("cpu"))
