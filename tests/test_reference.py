@@ -56,12 +56,14 @@ def mask_of(density, generator):
         (100, (4, 1000), [1] * 4),  # a row at least
         (100, (4, 1), [4]),
         (100, (70, 1, 32), [70]),
+        (2**28, (70, 2**20), [32, 32, 6]),  # on the CPU
         (70, (70, 1, 32), [64, 6]),
         (1, (70, 1, 32), [32, 32, 6]),  # or a word of them
     ],
 )
 def test_blocks_fit_the_workspace(workspace, arguments, expected):
-    found = _blocks.row_blocks(*arguments)
+    rows, *others = arguments
+    found = _blocks.row_blocks(torch.empty(rows), *others)
     assert [block.stop - block.start for block in found] == expected
     edges = [0, *itertools.accumulate(expected)]
     assert [(block.start, block.stop) for block in found] == list(itertools.pairwise(edges))

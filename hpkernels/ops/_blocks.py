@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 WORKSPACE = 2**28
 """Bytes, 256 MiB: what the temporaries of a call in plain PyTorch take, besides what has no more than a few numbers an
 anchor or one bit a pair. Rows come by the 32 where their pairs are packed into words: that many are always allowed."""
+
+CPU_WORKSPACE = 2**25
+"""The same on the CPU, where blocks that stay in its caches take less time. A GPU needs larger ones to be busy."""
 
 
 def blocks(whole: slice, size: int) -> list[slice]:
@@ -12,6 +17,7 @@ def blocks(whole: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
 
 
-def row_blocks(rows: int, bytes_per_row: int, multiple: int = 1) -> list[slice]:
-    """Slices of `rows` whose temporaries, `bytes_per_row` each, fit `WORKSPACE`, at multiples of `multiple` rows."""
-    return blocks(slice(0, rows), max(1, WORKSPACE // bytes_per_row // multiple) * multiple)
+def row_blocks(tensor: Tensor, bytes_per_row: int, multiple: int = 1) -> list[slice]:
+    """Slices of the rows of `tensor` whose temporaries, `bytes_per_row` each, fit; at multiples of `multiple` rows."""
+    workspace = min(WORKSPACE, CPU_WORKSPACE) if tensor.device.type == "cpu" else WORKSPACE
+    return blocks(slice(0, len(tensor)), max(1, workspace // bytes_per_row // multiple) * multiple)

@@ -64,7 +64,7 @@ def packed_mask(mask: Tensor, with_diagonal: bool) -> Tensor:
     """The bits (R, ceil(C / 32)) of a bool matrix (R, C), or of what is not on its diagonal."""
     rows, columns = mask.shape
     bits = mask.new_empty((rows, words_per_row(columns)), dtype=torch.int32)
-    for block in row_blocks(rows, 4 * columns):
+    for block in row_blocks(mask, 4 * columns):
         part = mask[block].clone()
         if not with_diagonal:
             part.diagonal(block.start).fill_(False)
@@ -84,7 +84,7 @@ def equal_label_bits(labels: Tensor, known: Tensor) -> Tensor:
     """The bits of the pairs with equal `labels` (N,), where they are `known` (N,)."""
     anchors = len(labels)
     bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-    for block in row_blocks(anchors, 4 * anchors):
+    for block in row_blocks(labels, 4 * anchors):
         equal = (labels[block, None] == labels) & known[block, None]
         equal.diagonal(block.start).fill_(False)
         bits[block] = pack_bits(equal)
@@ -101,7 +101,7 @@ def transposed_bits(bits: Tensor) -> Tensor:
     """The bits (N, ceil(N / 32)) of the transpose."""
     anchors = len(bits)
     result = torch.empty_like(bits)
-    for block in row_blocks(anchors, 4 * anchors, multiple=32):
+    for block in row_blocks(bits, 4 * anchors, multiple=32):
         dense = unpack_bits(bits[:, words_of(block)], block.stop - block.start)
         result[block] = pack_bits(dense.T)
     return result
@@ -115,7 +115,7 @@ def _(bits: Tensor) -> Tensor:
 @torch.library.custom_op("hpkernels::counted_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
 def counted_bits(bits: Tensor) -> Tensor:
     """The number of set bits in each row of (R, W) int32 words, as (R,) int64."""
-    blocks = row_blocks(len(bits), 48 * bits.shape[1])
+    blocks = row_blocks(bits, 48 * bits.shape[1])
     return torch.cat([population_count(bits[block]) for block in blocks])
 
 

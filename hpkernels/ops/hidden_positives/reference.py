@@ -32,7 +32,7 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     features, anchors = features.to(threshold.dtype), len(features)
     bits = threshold.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
     # Each row is compared with itself and those below, so that every pair is decided once, and written twice.
-    for rows in row_blocks(anchors, (2 * threshold.element_size() + 4) * anchors, multiple=32):
+    for rows in row_blocks(features, (2 * threshold.element_size() + 4) * anchors, multiple=32):
         below = slice(rows.start, anchors)
         limit = torch.minimum(threshold[rows, None], threshold[below])
         above = (features[rows] @ features[below].T > limit).triu(diagonal=1)

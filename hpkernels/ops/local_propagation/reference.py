@@ -43,7 +43,7 @@ def weights_forward(
     weights = query.new_empty((len(query), window * window, patches), dtype=accumulate)
     for of_image, image_query, image_key in zip(weights, query, key, strict=True):
         q, k = (tokens[:, prefix_tokens:].to(accumulate) for tokens in (image_query, image_key))
-        for rows in row_blocks(patches, ((heads + 5) * weights.element_size() + 16) * patches):
+        for rows in row_blocks(cells, ((heads + 5) * weights.element_size() + 16) * patches):
             attention = _attention(q[:, rows], k, sigma, low, high).gather(1, cells[rows]).where(inside[rows], 0)
             of_image[:, rows] = (attention / inside[rows].sum(dim=1, keepdim=True)).T
     return weights.view(len(query), window * window, height, width)
@@ -107,8 +107,8 @@ def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
 
 
 def _image_blocks(code: Tensor, radius: int) -> list[slice]:
-    batch, dim, height, width = code.shape
-    return row_blocks(batch, 4 * max(4, code.element_size()) * dim * (height + 2 * radius) * (width + 2 * radius))
+    _, dim, height, width = code.shape
+    return row_blocks(code, 4 * max(4, code.element_size()) * dim * (height + 2 * radius) * (width + 2 * radius))
 
 
 def _shifted(padded: Tensor, radius: int) -> list[Tensor]:

@@ -54,7 +54,7 @@ def forward(
     pool = pool.to(accumulate)  # once for all blocks
     values = query.new_empty((len(query), k), dtype=accumulate)
     indices = torch.empty_like(values, dtype=torch.int64)
-    for rows in row_blocks(len(query), (4 * values.element_size() + 20) * len(pool)):
+    for rows in row_blocks(query, (4 * values.element_size() + 20) * len(pool)):
         own_mask, own_group = (None if given is None else given[rows] for given in (mask, query_group))
         values[rows], indices[rows] = top_products(query[rows], pool, k, own_mask, own_group, pool_group)
     return values, indices
@@ -64,7 +64,7 @@ def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) 
     """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
     grad_query = query.new_empty(query.shape)
     grad_pool = grad_values.new_zeros(pool.shape)
-    for rows in row_blocks(len(query), 4 * grad_values.element_size() * indices.shape[1] * pool.shape[1]):
+    for rows in row_blocks(query, 4 * grad_values.element_size() * indices.shape[1] * pool.shape[1]):
         named = indices[rows].clamp(min=0)
         weights = grad_values[rows].masked_fill(indices[rows] < 0, 0)[..., None]
         grad_query[rows] = (weights * pool[named]).sum(dim=1).to(query.dtype)

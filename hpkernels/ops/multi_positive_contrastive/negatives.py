@@ -28,7 +28,7 @@ def drawn_negatives(seed: Tensor, rows: int, columns: int, rate: float) -> Tenso
         alike = torch.full((1, columns), rate == 1, dtype=torch.bool, device=seed.device)
         return pack_bits(alike).expand(rows, -1).contiguous()
     bits = seed.new_empty((rows, words_per_row(columns)), dtype=torch.int32)
-    for block in row_blocks(rows, 32 * columns):
+    for block in row_blocks(bits, 32 * columns):
         bits[block] = pack_bits(bernoulli(seed, block.stop - block.start, columns, rate, block.start))
     return bits
 

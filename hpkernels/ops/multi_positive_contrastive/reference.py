@@ -243,7 +243,7 @@ def backward(
 
 def _row_blocks(z: Tensor) -> list[slice]:
     """Blocks of rows of all pairs of the anchors `z`: four numbers of its dtype and eight bools a pair fit."""
-    return row_blocks(len(z), (4 * z.element_size() + 8) * len(z), multiple=32)
+    return row_blocks(z, (4 * z.element_size() + 8) * len(z), multiple=32)
 
 
 def _gradient_of_logits(
