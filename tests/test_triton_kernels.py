@@ -415,7 +415,7 @@ for target in ("sm_80", "sm_90", "sm_100"):
             job = next(job for job in jobs([dtype], [op], [target]) if job.row.kernel == f"{kernel}_kernel")
             ptx = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
             found = re.findall(r"(?:wgmma\\.mma_async|mma\\.sync|tcgen05\\.mma)\\S*", ptx)
-            kinds = [re.sub(r"m\\d+n\\d+", "", instruction) for instruction in sorted(set(found))]
+            kinds = sorted({re.sub(r"m\\d+n\\d+", "", instruction) for instruction in found})
             used.append(kinds or ["fma"] * ("fma.rn" in ptx))
         assert used[0] == used[1] and len(used[0]) == 1, (target, dtype, used)
 """

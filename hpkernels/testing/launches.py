@@ -97,7 +97,7 @@ def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
     with (
         torch.cuda.device(device),
         ThreadPoolExecutor(thread_name_prefix="compile") as threads,
-        _triton.triton.AsyncCompileMode(threads),  # type: ignore[attr-defined]
+        _triton.triton.AsyncCompileMode(threads),  # type: ignore[attr-defined]  # None where there is no Triton
     ):
         for launch in launches:
             launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
