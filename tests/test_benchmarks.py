@@ -147,6 +147,16 @@ def test_others_are_timed_where_one_is_wrong(error, monkeypatch):
         list(runner.run([SMALL], None, ENVIRONMENT, lambda row: None))
 
 
+@pytest.mark.parametrize("all_sizes", [False, True])
+def test_nobody_is_left_out_of_all_sizes(all_sizes, monkeypatch):
+    patience = []
+    monkeypatch.setattr(runner, "providers", lambda case: [replace(provider(SMALL, "reference"), most_anchors=1)])
+    monkeypatch.setattr(measure, "peak_memory", lambda *arguments: patience.append(arguments[-1]) or measure.Memory())
+    (row,) = runner.run([SMALL], None, ENVIRONMENT, lambda row: None, all_sizes=all_sizes)
+    assert row.note == ("" if all_sizes else "left out above 1 anchors: it computes all pairs")
+    assert patience == ([None] if all_sizes else [])
+
+
 def test_negatives_and_density_vary():
     case = Case("multi_positive_contrastive", "rate=0.2", images=2)
     inputs = small(case).inputs()
