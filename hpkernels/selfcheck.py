@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -107,29 +109,53 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> Availabilit
     """
     device = _with_index(device)
     record = _record(backend, device, dtype)
-    with _said_if_slow(f"{backend}, {_name(dtype)} on {record.identity['device']}") as say, record.locked():
+    with (
+        _said_if_slow(f"{backend}, {_name(dtype)} on {record.identity['device']}") as say,
+        record.locked(LIMIT_S + 60) as alone,
+    ):
         verdict = record.read()
         if verdict is None:
-            died = None if mode() == "again" else record.read_marker()
-            if died is not None:
-                verdict = Availability(
-                    False,
-                    f"an earlier check did not end: process {died.get('process')} of {died.get('when')} crashed, hung"
-                    " or was stopped; `python -m hpkernels check` tries again",
-                )
-            else:
-                record.mark()
-                verdict = _in_a_thread(lambda: examine(backend, device, dtype), LIMIT_S)
-            record.write(verdict)
+            verdict = _new_verdict(record, backend, device, dtype) if alone else _OTHER_HANGS
         say(f"passed: {verdict.reason}" if verdict.ok else f"failed: {verdict.reason}")
     _verdicts[backend, device, dtype] = verdict
     # Where a kernel hangs, so does whatever follows it.
-    if not (verdict.ok or _in_a_thread(lambda: _computes(device), 10).ok):
+    if not (verdict.ok or _still_computes(device)):
         raise RuntimeError(
             f"hpkernels: the self-check of backend '{backend}' left {device} unusable for this process"
             f" ({verdict.reason}); start again: the verdict is kept, and the check is not repeated"
         )
     return verdict
+
+
+_OTHER_HANGS = Availability(False, "another process is checking, and does not end")
+
+
+def _new_verdict(record: _Record, backend: str, device: torch.device, dtype: torch.dtype) -> Availability:
+    """Make the check, and keep what it finds unless the next may find otherwise."""
+    died = None if mode() == "again" else record.read_marker()
+    if died is not None:
+        verdict = Availability(
+            False,
+            f"an earlier check did not end: process {died.get('process')} of {died.get('when')} crashed, hung or was"
+            " stopped; `python -m hpkernels check` tries again",
+        )
+        record.write(verdict)
+        return verdict
+    record.mark()
+    try:
+        verdict = _in_a_thread(lambda: examine(backend, device, dtype), LIMIT_S)
+    except (MemoryError, OSError, torch.OutOfMemoryError) as error:  # the memory or the disk of this moment
+        record.unmark()
+        return Availability(False, f"it could not be checked now: {_first_line(error)}")
+    except Exception as error:  # whatever it is, the backend is not to be used
+        verdict = Availability(False, _first_line(error))
+    record.write(verdict)
+    return verdict
+
+
+def _first_line(error: Exception) -> str:
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 # The problem.
@@ -287,20 +313,22 @@ def _in_a_thread(examination: Callable[[], Availability], limit_s: float) -> Ava
 
     Inference mode, autocast, default devices and modes that record or fake calls belong to a thread, and stay out.
     """
-    found: list[Availability] = []
+    found: Future[Availability] = Future()
 
     def run() -> None:
         try:
-            found.append(examination())
-        except BaseException as error:  # whatever it is, the backend is not to be used
-            first_line = str(error).partition("\n")[0]
-            found.append(Availability(False, f"{type(error).__name__}: {first_line}"))
+            found.set_result(examination())
+        except Exception as error:
+            found.set_exception(error)
 
-    thread = threading.Thread(target=run, name="hpkernels self-check", daemon=True)
     with _deterministic_algorithms_off():
-        thread.start()
-        thread.join(limit_s)
-    return found[0] if found else Availability(False, f"it did not end within {limit_s:g} s")
+        threading.Thread(target=run, name="hpkernels self-check", daemon=True).start()
+        try:
+            return found.result(limit_s)
+        except FutureTimeout:
+            if found.done():  # on Python 3.11 and later an examination may raise the same
+                raise
+            return Availability(False, f"it did not end within {limit_s:g} s")
 
 
 @contextmanager
@@ -315,8 +343,15 @@ def _deterministic_algorithms_off() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=only_warn)
 
 
+def _still_computes(device: torch.device) -> bool:
+    """Whether the device computes: after an illegal address it does nothing more for this process."""
+    try:
+        return _in_a_thread(lambda: _computes(device), 10).ok
+    except RuntimeError:
+        return False
+
+
 def _computes(device: torch.device) -> Availability:
-    """Whether the device still computes: after an illegal address it does nothing more for this process."""
     return Availability(bool((torch.ones(1, device=device) + 1).item() == 2), "")
 
 
@@ -370,9 +405,7 @@ class _Record:
     def write(self, verdict: Availability) -> None:
         """Keep a verdict; the check has ended."""
         _write(self._verdict, verdict._asdict() | {"time": time.time(), "of": self.identity})
-        if self._marker is not None:
-            with suppress(OSError):
-                self._marker.unlink(missing_ok=True)
+        self.unmark()
 
     def read_marker(self) -> dict[str, Any] | None:
         """Who began a check that has not ended."""
@@ -382,24 +415,30 @@ class _Record:
         """Begin a check."""
         _write(self._marker, {"process": os.getpid(), "when": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"})
 
+    def unmark(self) -> None:
+        """End a check."""
+        if self._marker is not None:
+            with suppress(OSError):
+                self._marker.unlink(missing_ok=True)
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock, which the system gives back when a process ends, however it does."""
-        lock = None
+    def locked(self, limit_s: float) -> Iterator[bool]:
+        """Hold the lock, which the system gives back when a process ends, however it does; False if another keeps it.
+
+        Where there can be no lock, as in a folder that nobody may write to, each process is alone.
+        """
+        lock, alone = None, True
         if self._lock is not None:
             try:
                 self._lock.parent.mkdir(parents=True, exist_ok=True)
                 lock = FileLock(self._lock)
-                lock.acquire(timeout=LIMIT_S + 60)
+                lock.acquire(timeout=limit_s)
             except Timeout:
-                raise RuntimeError(
-                    f"hpkernels: another process has held {self._lock} for {LIMIT_S + 60:g} s, and its check has not"
-                    f" ended; {VARIABLE}=never leaves the kernels out"
-                ) from None
-            except (OSError, NotImplementedError):  # a folder that nobody may write to, or without locks
+                lock, alone = None, False
+            except (OSError, NotImplementedError):
                 lock = None
         try:
-            yield
+            yield alone
         finally:
             if lock is not None:
                 lock.release()

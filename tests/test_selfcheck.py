@@ -168,6 +168,30 @@ def test_a_check_that_hangs_is_given_up_and_not_made_again(pretend, monkeypatch)
     assert backends.automatic("masked_topk", "cuda") == (False, "it did not end within 0.5 s")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device"), TimeoutError("slow")],
+)
+def test_what_may_be_better_next_time_is_not_kept(error, pretend, tmp_path):
+    def fail(correct, *arguments):
+        raise error
+
+    pretend("cuda", masked_topk_forward=fail)
+    assert taken() == "cpu"
+    assert backends.automatic("masked_topk", "cuda").reason.startswith("it could not be checked now: ")
+    forget()  # in the next process there is room
+    pretend("cuda")
+    assert taken() == "cuda"
+
+
+def test_another_process_that_hangs_is_not_waited_for_forever(pretend, monkeypatch):
+    pretend("cuda")
+    monkeypatch.setattr(selfcheck, "LIMIT_S", -59.5)
+    with selfcheck._record("cuda", CPU, torch.float32).locked(1) as alone:
+        assert alone and taken() == "cpu"
+    assert backends.automatic("masked_topk", "cuda").reason == "another process is checking, and does not end"
+
+
 SCRIPT = """
 import os, signal, sys, time
 from types import SimpleNamespace
