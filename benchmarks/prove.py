@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hpkernels import PositiveMask, _native, backends, ghp_contrastive, multi_positive_contrastive, selfcheck
+from hpkernels import PositiveMask, _native, backends, ghp_contrastive, multi_positive_contrastive
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import unpack_bits
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
-from hpkernels.selfcheck import Sizes
-from hpkernels.testing import row_errors
+from hpkernels.testing import examination, row_errors
+from hpkernels.testing.examination import Sizes
 from hpkernels.testing.launches import Inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,15 +37,15 @@ def threads(backend: str, device: torch.device, sizes: Sizes = _FEW) -> list[str
     """Each call in a thread of its own, which has not used CUDA before: it has no current context."""
     wrong = []
     for dtype in (torch.float16, torch.float32):
-        given = {name: value.to(device) for name, value in selfcheck.problem(dtype, sizes).items()}
-        expected = selfcheck.results("reference", backend, _exact(given), sizes)
-        results = selfcheck.results(backend, backend, given, sizes)
+        given = {name: value.to(device) for name, value in examination.problem(dtype, sizes).items()}
+        expected = examination.results("reference", backend, _exact(given), sizes)
+        results = examination.results(backend, backend, given, sizes)
         for what, wanted in expected:
             found: list[Tensor] = []
             thread = threading.Thread(target=_next, args=(results, found))
             thread.start()
             thread.join()
-            if not found or selfcheck.wrong_rows(found[0].cpu(), wanted, dtype):
+            if not found or examination.wrong_rows(found[0].cpu(), wanted, dtype):
                 wrong.append(f"{what}, {dtype}, in a fresh thread")
                 break
     return wrong
@@ -69,7 +69,7 @@ def dimensions(backend: str, device: torch.device, sizes: Sizes = _FEW) -> list[
     wrong = []
     for dim in _DIMENSIONS:
         for dtype in DTYPES:
-            ok, reason = selfcheck.examine(backend, device, dtype, replace(sizes, dim=dim, feature_dim=dim))
+            ok, reason = examination.examine(backend, device, dtype, replace(sizes, dim=dim, feature_dim=dim))
             wrong += [] if ok else [f"D = {dim}, {dtype}: {reason}"]
     return wrong
 
@@ -209,7 +209,7 @@ def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...]
 
 def graphs(backend: str, device: torch.device, sizes: Sizes = _FEW, capture: Replay = captured) -> list[str]:
     """The loss, forward and backward, captured once and replayed with other data, of which other pairs are positive."""
-    given = {name: value.to(device) for name, value in selfcheck.problem(torch.float16, sizes).items()}
+    given = {name: value.to(device) for name, value in examination.problem(torch.float16, sizes).items()}
     leaves = [given[name].detach().requires_grad_() for name in ("z", "z_mixed")]
     wrong = []
     for rate in (0.02, 1.0):

@@ -20,8 +20,9 @@ from benchmarks.cases import DTYPES, OPS, Case
 from benchmarks.gpu_check import Sizes, Step
 from benchmarks.providers import provider
 from benchmarks.results import Row
-from hpkernels import _native, backends, selfcheck
+from hpkernels import _native, backends
 from hpkernels.ops import _triton
+from hpkernels.testing import examination
 
 
 def python(name, code, seconds=60.0, needs=None):
@@ -225,7 +226,7 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "PyTorch sees none" in capsys.readouterr().err
 
 
-SIZES = selfcheck.Sizes(images=3, grid=(3, 4), dim=24, feature_dim=40, pool_size=32, attention=(1, 4, 5, 2, 8))
+SIZES = examination.Sizes(images=3, grid=(3, 4), dim=24, feature_dim=40, pool_size=32, attention=(1, 4, 5, 2, 8))
 CPU = torch.device("cpu")
 PROVEN = {
     "threads": lambda backend: prove.threads(backend, CPU, SIZES),

@@ -19,10 +19,11 @@ from hpkernels import _native, backends, selfcheck
 from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation.reference import _window_cells
 from hpkernels.ops.multi_positive_contrastive import lists
+from hpkernels.testing import examination
 
 CPU = torch.device("cpu")
 SMALL = functools.partial(
-    selfcheck.Sizes, images=3, grid=(3, 4), dim=24, feature_dim=40, pool_size=32, attention=(1, 4, 5, 2, 8)
+    examination.Sizes, images=3, grid=(3, 4), dim=24, feature_dim=40, pool_size=32, attention=(1, 4, 5, 2, 8)
 )
 FUNCTIONS = [
     ("masked_topk", "forward"),
@@ -50,7 +51,7 @@ def apart(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(selfcheck.VARIABLE, raising=False)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(selfcheck, "Sizes", SMALL)
+    monkeypatch.setattr(examination, "Sizes", SMALL)
     monkeypatch.setattr(backends, "_modules", dict(backends._modules))
     monkeypatch.setattr(backends, "_automatic", dict(backends._automatic))
     forget()
@@ -466,7 +467,7 @@ def test_the_cpu_kernels_pass_in_full_size(dtype, monkeypatch):
     if not _native.LIBRARIES["_C"].ok:
         pytest.skip("this installation has no _C library")
     monkeypatch.undo()
-    assert selfcheck.examine("cpu", CPU, dtype).ok
+    assert examination.examine("cpu", CPU, dtype).ok
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -475,7 +476,7 @@ def test_the_simulated_kernels_pass(backend, dtype):
     ok, reason = backends.availability("masked_topk", backend, "cpu", dtype)
     if not ok:
         pytest.skip(reason)
-    assert selfcheck.examine(backend, CPU, dtype).ok
+    assert examination.examine(backend, CPU, dtype).ok
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -487,17 +488,17 @@ def test_the_kernels_pass_on_this_gpu(backend, dtype, monkeypatch):
     ok, reason = backends.availability("masked_topk", backend, "cuda", dtype)
     if not ok:
         pytest.skip(reason)
-    verdict = selfcheck.examine(backend, torch.device("cuda", 0), dtype)
+    verdict = examination.examine(backend, torch.device("cuda", 0), dtype)
     assert verdict.ok, verdict.reason
 
 
 def test_the_problem_takes_both_routes_and_leaves_no_doubt(monkeypatch):
     """Lists fit in one of the calls; no weight of the attention is so near its threshold that rounding decides."""
     monkeypatch.undo()
-    sizes = selfcheck.Sizes()
-    given = selfcheck.problem(torch.float32, sizes)
+    sizes = examination.Sizes()
+    given = examination.problem(torch.float32, sizes)
     exact = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    results = dict(selfcheck.results("reference", "reference", exact, sizes))
+    results = dict(examination.results("reference", "reference", exact, sizes))
     bits, anchors, group = results["hidden_positives of features"], len(given["features"]), 8 * 24
     mask = hpkernels.PositiveMask(bits, anchors).to_dense()
     across = int(mask.sum()) - sum(int(mask[i : i + group, i : i + group].sum()) for i in range(0, anchors, group))
@@ -514,11 +515,11 @@ def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
     """All that the calls launch, as for the GPU at hand, before anything is launched."""
     pytest.importorskip("triton")
     monkeypatch.undo()
-    gpu, sizes = torch.device("cuda", 0), selfcheck.Sizes()
+    gpu, sizes = torch.device("cuda", 0), examination.Sizes()
     monkeypatch.setattr(_triton, "_architecture_at", lambda device: "sm_90")
     compiled = []
-    monkeypatch.setattr(selfcheck, "compile_ahead", lambda launches, device: compiled.append((launches, device)))
-    selfcheck._compile_ahead(gpu, selfcheck.problem(torch.float16, sizes), sizes)
+    monkeypatch.setattr(examination, "compile_ahead", lambda launches, device: compiled.append((launches, device)))
+    examination._compile_ahead(gpu, examination.problem(torch.float16, sizes), sizes)
     ((launches, device),) = compiled
     names = {launch.name for launch in launches}
     assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names

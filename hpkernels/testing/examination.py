@@ -1,0 +1,163 @@
+"""A small problem through all ops of a backend, forward and backward, against the reference in float64 on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.backends import Availability
+from hpkernels.ops import _triton
+from hpkernels.testing.launches import Inputs, compile_ahead, recorded
+from hpkernels.testing.rows import row_errors
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B, (H, W), D, Df and M of the problem; images, (H, W), heads and features of a head of the attention.
+
+    All that Triton compiles for, being a multiple of 16 or not, is as in the paper's sizes, so that what is compiled
+    here is what calls of such sizes run.
+    """
+
+    images: int = 8
+    grid: tuple[int, int] = (8, 24)
+    dim: int = 512
+    feature_dim: int = 384
+    pool_size: int = 1024
+    attention: tuple[int, int, int, int, int] = (2, 28, 28, 6, 64)
+
+
+def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Availability:
+    """Compare all ops of `backend` with the reference in float64 on the CPU.
+
+    Inner products of the features are exact, in whatever order summed, so that packed bits and indices must be equal.
+    """
+    inputs = problem(dtype, sizes or Sizes())
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    expected = results("reference", backend, exact, sizes or Sizes())
+    given = {name: value.to(device) for name, value in inputs.items()}
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    started = time.monotonic()
+    if backend == "triton" and device.type == "cuda":
+        _compile_ahead(device, inputs, sizes or Sizes())
+    with on_device:
+        for (what, actual), (_, wanted) in zip(
+            results(backend, backend, given, sizes or Sizes()), expected, strict=True
+        ):
+            wrong = wrong_rows(actual.detach().to("cpu"), wanted, dtype)
+            if wrong:
+                return Availability(False, f"{what}: {wrong} of {len(wanted)} rows differ from the reference")
+    seconds = time.monotonic() - started
+    return Availability(True, f"checked on this device in {seconds:.1f} s, {datetime.now(timezone.utc):%Y-%m-%d}")
+
+
+def _compile_ahead(device: torch.device, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+    """Compile the kernels that the problem needs, several at a time."""
+    with recorded(_triton.architecture(device)) as launches:
+        for _ in results("triton", "triton", {name: value.to("meta") for name, value in inputs.items()}, sizes):
+            pass
+    compile_ahead(launches, device)
+
+
+def problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
+    """The inputs on the CPU."""
+    make = Inputs(dtype, torch.device("cpu"))
+    anchors = sizes.images * sizes.grid[0] * sizes.grid[1]
+    images, height, width, heads, head_dim = sizes.attention
+    group = torch.arange(anchors, device="cpu") // (anchors // sizes.images)
+    rows = {name: make.unit_rows(anchors, sizes.dim) for name in ("specific", "z", "z_mixed")}
+    return rows | {
+        "features": make.unit_rows(anchors, sizes.feature_dim),
+        "pool": make.unit_rows(sizes.pool_size, sizes.feature_dim),
+        "specific_pool": make.unit_rows(sizes.pool_size, sizes.dim),
+        "group": group,
+        "pool_group": make.integers(sizes.images, sizes.pool_size),
+        "grad_values": make.normal(anchors, 8).float(),
+        "weight": make.scalar(0.5),
+        # So large that float16 gradients, of a mean over all anchors, are normal numbers.
+        "grad_losses": torch.tensor([256.0, 128.0], device="cpu"),
+        "seed": make.scalar(0, torch.int64),
+        "query": make.normal(images, heads, 1 + height * width, head_dim),
+        "key": make.normal(images, heads, 1 + height * width, head_dim),
+        "code": make.normal(images, sizes.dim, height, width),
+    }
+
+
+def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
+    """What the ops of `backend` give, by what it is, for the ops that `checked` has.
+
+    The functions of the backend are called, not the public ops: no autograd, whose threads may be those that wait.
+    """
+
+    def has(op: str) -> bool:
+        return (op, checked) in backends._modules
+
+    def of(op: str) -> Any:
+        return backends.implementation(op, backend)
+
+    bits = {}
+    if has("masked_topk"):
+        topk = of("masked_topk")
+        for features, pool in (("features", "pool"), ("specific", "specific_pool")):
+            top, indices = topk.forward(given[features], given[pool], 1, None, None, None)
+            yield f"masked_topk of {features}, values", top
+            yield f"masked_topk of {features}, indices", indices
+            if has("hidden_positives"):
+                bits[features] = of("hidden_positives").forward(given[features], top[:, 0])
+                yield f"hidden_positives of {features}", bits[features]
+        groups = given["group"], given["pool_group"]
+        top, indices = topk.forward(given["features"], given["pool"], 8, None, *groups)
+        yield "masked_topk with groups, values", top
+        yield "masked_topk with groups, indices", indices
+        gradients = topk.backward(given["grad_values"].to(top.dtype), indices, given["features"], given["pool"])
+        yield from zip(("gradient of masked_topk, query", "gradient of masked_topk, pool"), gradients, strict=True)
+    if has("multi_positive_contrastive") and bits:
+        contrastive, branches = of("multi_positive_contrastive"), [given["z"], given["z_mixed"]]
+        group = sizes.grid[0] * sizes.grid[1]
+        for rate, specific in ((0.02, None), (0.02, bits["specific"]), (1.0, bits["specific"])):
+            what = f"of the loss, rate {rate:g}{', specific' if specific is not None else ''}"
+            relations = bits["features"], specific
+            weight = given["weight"] * (specific is not None)
+            losses, rows = contrastive.forward(
+                branches, *relations, weight, None, given["seed"], group, 0.6, 1.0, rate, "joint", True, False
+            )
+            yield f"value {what}", losses
+            gradients = contrastive.backward(
+                given["grad_losses"].to(losses.dtype),
+                branches, *relations, None, given["seed"], rows, group, 0.6, rate, True,
+            )  # fmt: skip
+            yield from ((f"gradient {what}", gradient) for gradient in gradients)
+    if has("local_propagation"):
+        local, (_, height, width, *_) = of("local_propagation"), sizes.attention
+        weights = local.weights_forward(given["query"], given["key"], height, width, 28.0, 0.1, 0.9, 3, 1)
+        yield "local_propagation, weights", weights
+        yield "local_propagation", local.apply_forward(given["code"], weights)
+        yield "gradient of local_propagation", local.apply_backward(given["code"], weights)
+
+
+def wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:
+    """How many rows differ by more than rounding; whole numbers must be equal, and so must values of exact products."""
+    if actual.shape != expected.shape:
+        return len(expected)
+    if not expected.is_floating_point():
+        return int((actual != expected).flatten(1).any(dim=1).sum())
+    norms = row_errors(expected, torch.zeros_like(expected))
+    errors = row_errors(actual, expected)
+    return int((~(errors <= _tolerance(dtype) * (norms + 0.01 * norms.max()))).sum())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of a row, relative: some roundings to `dtype`, or, where PyTorch's setting allows TF32, to that."""
+    if dtype == torch.float64:
+        return 1e-9
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return 1e-4
+    return 8 * max(torch.finfo(dtype).eps, 2.0**-10)
