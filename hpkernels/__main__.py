@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,43 +209,58 @@ def _asked(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report, or check; returns the exit status."""
+    """Print the report, check or explain; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hpkernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.set_defaults(command=_report)
+    commands = parser.add_subparsers(metavar="COMMAND")
     checking = commands.add_parser("check", help="compare the kernels with the reference on each device, and keep it")
-    checking.add_argument("--json", action="store_true", help="print JSON")
-    devices = ["cpu", *_gpus()]
-    checking.add_argument("--device", action="append", choices=devices, help="only this one; may be repeated")
+    checking.add_argument("--device", action="append", choices=["cpu", *_gpus()], help="only this; may be repeated")
     checking.add_argument(
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
     )
     checking.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    checking.set_defaults(command=_check)
     explaining = commands.add_parser("explain", help="which backend, engine and route a call takes, and why")
-    explaining.add_argument("--json", action="store_true", help="print JSON")
     explaining.add_argument("op")
     explaining.add_argument("sizes", nargs="*", metavar="NAME=VALUE", help="device, dtype, or a size as N=50176")
+    explaining.set_defaults(command=_explain)
+    for command in (checking, explaining):  # before the command or after it
+        command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
-    status, text = 0, ""
-    if options.command == "check" and options.one:
+    try:
+        told, text, status = options.command(options)
+    except ValueError as error:  # of an argument or a variable, in a sentence
+        sys.exit(str(error))
+    _print(json.dumps(told, indent=2) if options.json else text)
+    return int(status)
+
+
+_Told = tuple[Any, str, int]
+"""What a command tells as plain values and for people, and its exit status."""
+
+
+def _report(options: argparse.Namespace) -> _Told:
+    selfcheck.mode()  # a wrong one is said here, and not by each line
+    told = report()
+    return told, "\n".join(lines(told)), 0
+
+
+def _check(options: argparse.Namespace) -> _Told:
+    if options.one:
         backend, device, dtype = options.one
-        text = json.dumps(selfcheck.check(backend, torch.device(device), getattr(torch, dtype))._asdict())
-    elif options.command == "check":
-        found = check(options.device or devices, options.limit, (lambda line: None) if options.json else _print)
-        status = 0 if all(entry["ok"] for entry in found) else 1
-        text = json.dumps(found, indent=2) if options.json else "" if found else "no kernels can run here"
-    elif options.command == "explain":
-        try:
-            explanation = hpkernels.explain(**{"op": options.op} | dict(map(_assignment, options.sizes)))
-        except ValueError as error:
-            sys.exit(str(error))
-        text = json.dumps(dataclasses.asdict(explanation), indent=2) if options.json else str(explanation)
-    else:
-        told = report()
-        text = json.dumps(told, indent=2) if options.json else "\n".join(lines(told))
-    if text:
-        _print(text)
-    return status
+        told: Any = selfcheck.check(backend, torch.device(device), getattr(torch, dtype))._asdict()
+        return told, json.dumps(told), 0
+    silent = options.json
+    found = check(options.device or ["cpu", *_gpus()], options.limit, (lambda line: None) if silent else _print)
+    failed = [entry for entry in found if not entry["ok"]]
+    text = f"{len(found) - len(failed)} of {len(found)} are right" if found else "no kernels can run here"
+    return found, text, 1 if failed else 0
+
+
+def _explain(options: argparse.Namespace) -> _Told:
+    explanation = hpkernels.explain(**{"op": options.op} | dict(map(_assignment, options.sizes)))
+    return dataclasses.asdict(explanation), str(explanation), 0
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -260,10 +276,10 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
 
 
 def _print(text: str) -> None:

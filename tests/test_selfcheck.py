@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -567,10 +568,21 @@ def test_the_command(capsys, monkeypatch):
     verdicts = {"cpu": backends.Availability(True, "checked on this device")}
     monkeypatch.setattr(program, "_in_a_process", lambda backend, *of: verdicts[backend])
     assert program.main(["check"]) == 0
-    assert " ".join(capsys.readouterr().out.split()) == "cpu on cpu float32 right checked on this device"
+    expected = "cpu on cpu float32 right checked on this device 1 of 1 are right"
+    assert " ".join(capsys.readouterr().out.split()) == expected
+    for arguments in (["check", "--json"], ["--json", "check"]):
+        assert program.main(arguments) == 0
+        (told,) = json.loads(capsys.readouterr().out)
+        assert told == {"backend": "cpu", "device": "cpu", "dtype": "float32"} | verdicts["cpu"]._asdict()
     verdicts["cpu"] = backends.Availability(False, "loss: 1 of 36 rows")
     assert program.main(["check"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_wrong_mode_is_a_sentence(monkeypatch):
+    monkeypatch.setenv(selfcheck.VARIABLE, "no")
+    with pytest.raises(SystemExit, match=r"^HPKERNELS_SELF_CHECK must be one of auto, .* got 'no'$"):
+        program.main([])
 
 
 def test_the_command_in_processes_of_its_own(monkeypatch, capsys):
