@@ -162,7 +162,7 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 
 def _verdict_line(entry: dict[str, Any]) -> str:
-    state = "right" if entry["ok"] else "unknown" if entry["reason"] == selfcheck.UNKNOWN.reason else "WRONG"
+    state = "right" if entry["ok"] else "unknown" if entry["reason"] == selfcheck.UNKNOWN.reason else "FAILED"
     return f"{entry['backend']:10} on {entry['device']:7} {entry['dtype']:10} {state:8} {entry['reason']}"
 
 
@@ -183,29 +183,28 @@ def check(devices: list[str], limit_s: float, show: Callable[[str], None]) -> li
 
 
 def _in_a_process(backend: str, device: str, dtype: str, limit_s: float) -> backends.Availability:
-    """The verdict of a new check. If its process ends without one, another finds the marker and keeps that verdict."""
-    verdict, ended = _asked("again", backend, device, dtype, limit_s)
-    if verdict is not None:
-        return verdict
-    _asked("auto", backend, device, dtype, 60.0)
+    """The verdict of a new check. If its process ends without one, another makes a verdict of the marker it left."""
+    done = _child("--one", backend, device, dtype, limit_s)
+    if done is None:
+        ended = f"did not end within {limit_s:g} s"
+    else:
+        try:
+            return backends.Availability(**json.loads(done.stdout))
+        except (TypeError, ValueError):
+            last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            ended = f"ended with status {done.returncode} and said: {last_line}"
+    _child("--settle", backend, device, dtype, 60.0)
     return backends.Availability(False, f"its process {ended}")
 
 
-def _asked(
-    mode: str, backend: str, device: str, dtype: str, limit_s: float
-) -> tuple[backends.Availability | None, str]:
-    """What a process that checks prints, and how it ended."""
-    command = [sys.executable, "-m", "hpkernels", "check", "--one", backend, device, dtype]
-    environment = os.environ | {selfcheck.VARIABLE: mode}
+def _child(task: str, backend: str, device: str, dtype: str, limit_s: float) -> subprocess.CompletedProcess[str] | None:
+    """What a process of this command did; None if it took longer."""
+    command = [sys.executable, "-m", "hpkernels", "check", task, backend, device, dtype]
+    environment = os.environ | {selfcheck.VARIABLE: "again"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return None, f"did not end within {limit_s:g} s"
-    try:
-        return backends.Availability(**json.loads(done.stdout)), ""
-    except (TypeError, ValueError):
-        last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return None, f"ended with status {done.returncode} and said: {last_line}"
+        return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -219,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     checking.add_argument(
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
     )
-    checking.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    for task in ("--one", "--settle"):  # of the processes that it starts
+        checking.add_argument(task, nargs=3, help=argparse.SUPPRESS)
     checking.set_defaults(command=_check)
     explaining = commands.add_parser("explain", help="which backend, engine and route a call takes, and why")
     explaining.add_argument("op")
@@ -247,9 +247,13 @@ def _report(options: argparse.Namespace) -> _Told:
 
 
 def _check(options: argparse.Namespace) -> _Told:
-    if options.one:
-        backend, device, dtype = options.one
-        told: Any = selfcheck.check(backend, torch.device(device), getattr(torch, dtype))._asdict()
+    if options.one or options.settle:
+        backend, device, dtype = options.one or options.settle
+        of = backend, torch.device(device), getattr(torch, dtype)
+        if options.settle:
+            selfcheck.settle(*of)
+            return None, "", 0
+        told = selfcheck.check(*of)._asdict()
         return told, json.dumps(told), 0
     silent = options.json
     found = check(options.device or ["cpu", *_gpus()], options.limit, (lambda line: None) if silent else _print)
@@ -269,7 +273,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"explain: sizes must be NAME=VALUE, got {text!r}")
     try:
-        known = json.loads(value)
+        known = json.loads(value.lower() if value in ("True", "False") else value)
     except ValueError:
         known = value
     return name, known if isinstance(known, int | float) else value

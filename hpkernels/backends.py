@@ -169,7 +169,7 @@ _meant = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """The backends that are made for tensors of a type of device."""
 _hints = {
     "cpu": "with HPKERNELS_BUILD=cpu the installation fails and says what is missing",
-    "cuda": "it needs more memory as well; `python -m hpkernels` says more",
+    "cuda": "`python -m hpkernels check` tries again, `python -m hpkernels` says more",
 }
 
 

@@ -190,7 +190,8 @@ def estimate(
     _check(op, dtype, device, negative_rate=negative_rate, density=density, within_image_share=within_image_share)
     if N is None:
         N = (64 if images is None else images) * anchors_per_image
-    for name, value in (("N", N), ("D", D), ("M", M), ("k", k), ("anchors_per_image", anchors_per_image)):
+    sizes = {"N": N, "D": D, "features_dim": features_dim, "M": M, "k": k, "anchors_per_image": anchors_per_image}
+    for name, value in (sizes | {"heads_dim": heads_dim, "window": window, "branches": branches}).items():
         if value < 1:
             raise ValueError(f"estimate: `{name}` must be at least 1, got {value}")
     if N % anchors_per_image:

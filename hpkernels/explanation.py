@@ -100,6 +100,8 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
         'cuda comes first'
     """
     _check_sizes(sizes)
+    if device is not None and not isinstance(device, str):
+        raise ValueError(f"explain: `device` must be one of {', '.join(DEVICES)}, got {device!r}")
     try:
         estimate = cost.estimate(op, dtype=dtype, device=device or "CPU", **sizes)
     except ValueError as error:
@@ -159,9 +161,14 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
     first = "masked_topk" if op == "ghp_contrastive" else op
     on = place.device or torch.device("cpu" if place.capability is None else "cuda")
     taken, reasons = "", dict[str, str]()
+    asked = "auto" if place.device is None else backends.requested("auto", "explain")
     for backend in backends.BACKENDS:
+        if asked not in ("auto", backend):
+            reasons[backend] = f"{asked} is asked for"
+            continue
         if place.device is not None:
-            ok, reason = backends.automatic(first, backend, on, dtype)
+            ask = backends.automatic if asked == "auto" else backends.availability
+            ok, reason = ask(first, backend, on, dtype)
         else:
             ok, reason = _able_there(backend, on, dtype)
         if taken:
@@ -170,6 +177,8 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
             taken = backend
         else:
             reasons[backend] = reason
+    if not taken:
+        raise ValueError(f"explain: backend '{asked}' is not available: {reasons[asked]}")
     return taken, reasons
 
 

@@ -119,7 +119,7 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> Availabilit
     if not (verdict.ok or _still_computes(device)):
         raise RuntimeError(
             f"hpkernels: the self-check of backend '{backend}' left {device} unusable for this process"
-            f" ({verdict.reason}); start again: the verdict is kept, and the check is not repeated"
+            f" ({verdict.reason}); start again, or with {VARIABLE}=never if that happens again"
         )
     return verdict
 
@@ -128,31 +128,38 @@ _OTHER_HANGS = Availability(False, "another process is checking, and does not en
 
 
 def _new_verdict(record: _Record, backend: str, device: torch.device, dtype: torch.dtype) -> Availability:
-    """Make the check, and keep what it finds unless the next may find otherwise."""
-    died = None if mode() == "again" else record.read_marker()
-    if died is not None:
-        verdict = Availability(
-            False,
-            f"an earlier check did not end: process {died.get('process')} of {died.get('when')} crashed, hung or was"
-            " stopped; `python -m hpkernels check` tries again",
-        )
-        record.write(verdict)
-        return verdict
+    """Make the check. Kept is what tells of the kernels: wrong rows, a hang, a device that computes no more.
+
+    Any other error may be one of this moment or this environment: no memory, no compiler, a full disk.
+    """
+    if mode() != "again" and (died := record.verdict_of_marker()) is not None:
+        record.write(died)
+        return died
     record.mark()
     try:
         verdict = _in_a_thread(lambda: examine(backend, device, dtype), LIMIT_S)
-    except (MemoryError, OSError, torch.OutOfMemoryError) as error:  # the memory or the disk of this moment
-        record.unmark()
-        return Availability(False, f"it could not be checked now: {_first_line(error)}")
-    except Exception as error:  # whatever it is, the backend is not to be used
+    except Exception as error:
         verdict = Availability(False, _first_line(error))
+        if _still_computes(device):
+            record.unmark()
+            return verdict
+    except KeyboardInterrupt:  # somebody lost patience
+        record.unmark()
+        raise
     record.write(verdict)
     return verdict
 
 
+def settle(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Keep the verdict of a check whose process ended without one."""
+    record = _record(backend, _with_index(device), dtype)
+    with record.locked(10) as alone:
+        if alone and (died := record.verdict_of_marker()) is not None:
+            record.write(died)
+
+
 def _first_line(error: Exception) -> str:
-    first_line = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: " + str(error).partition("\n")[0]
 
 
 # A thread of its own.
@@ -184,20 +191,22 @@ def _in_a_thread(examination: Callable[[], Availability], limit_s: float) -> Ava
 @contextmanager
 def _deterministic_algorithms_off() -> Iterator[None]:
     """PyTorch's setting, which is of the whole process, fills every empty tensor."""
-    enabled = torch.are_deterministic_algorithms_enabled()
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=only_warn)
+        torch.use_deterministic_algorithms(True, warn_only=only_warn)
 
 
 def _still_computes(device: torch.device) -> bool:
     """Whether the device computes: after an illegal address it does nothing more for this process."""
     try:
         return _in_a_thread(lambda: _computes(device), 10).ok
-    except RuntimeError:
+    except Exception:  # there is more than one type of it
         return False
 
 
@@ -212,7 +221,7 @@ def _said_if_slow(what: str) -> Iterator[Callable[[str], None]]:
 
     def begin() -> None:
         said.set()
-        print(f"hpkernels: checking {what}, once; the verdict is kept ...", file=sys.stderr, flush=True)
+        print(f"hpkernels: checking {what}, once (or waiting for a process that does) ...", file=sys.stderr, flush=True)
 
     def end(verdict: str) -> None:
         timer.cancel()
@@ -248,7 +257,8 @@ class _Record:
         kept = _read(self._verdict)
         if kept is None or not isinstance(kept.get("ok"), bool) or not isinstance(kept.get("reason"), str):
             return None
-        if mode() == "again" and not float(kept.get("time", 0)) >= _started:
+        time_of_it = kept.get("time")
+        if mode() == "again" and not (isinstance(time_of_it, float) and time_of_it >= _started):
             return None
         return Availability(kept["ok"], kept["reason"])
 
@@ -257,12 +267,22 @@ class _Record:
         _write(self._verdict, verdict._asdict() | {"time": time.time(), "of": self.identity})
         self.unmark()
 
-    def read_marker(self) -> dict[str, Any] | None:
-        """Who began a check that has not ended."""
-        return _read(self._marker)
+    def verdict_of_marker(self) -> Availability | None:
+        """What the marker of a check that nobody makes any more tells."""
+        begun = _read(self._marker)
+        if begun is None:
+            return None
+        return Availability(
+            False,
+            f"an earlier check did not end: process {begun.get('process')} of {begun.get('when')} crashed, hung or was"
+            " stopped; `python -m hpkernels check` tries again",
+        )
 
     def mark(self) -> None:
-        """Begin a check."""
+        """Begin a check; what was found before counts no more."""
+        if self._verdict is not None:
+            with suppress(OSError):
+                self._verdict.unlink(missing_ok=True)
         _write(self._marker, {"process": os.getpid(), "when": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"})
 
     def unmark(self) -> None:
@@ -275,7 +295,8 @@ class _Record:
     def locked(self, limit_s: float) -> Iterator[bool]:
         """Hold the lock, which the system gives back when a process ends, however it does; False if another keeps it.
 
-        Where there can be no lock, as in a folder that nobody may write to, each process is alone.
+        Where there can be no lock, as in a folder that nobody may write to, each process is alone, and keeps nothing:
+        it could not tell the marker of another that checks from that of one that crashed.
         """
         lock, alone = None, True
         if self._lock is not None:
@@ -286,7 +307,7 @@ class _Record:
             except Timeout:
                 lock, alone = None, False
             except (OSError, NotImplementedError):
-                lock = None
+                lock = self._verdict = self._marker = self._lock = None
         try:
             yield alone
         finally:
@@ -294,25 +315,33 @@ class _Record:
                 lock.release()
 
 
-@cache
 def _record(backend: str, device: torch.device, dtype: torch.dtype) -> _Record:
-    return _Record({"backend": backend, "dtype": _name(dtype)} | _identity(device))
+    # Where PyTorch's setting allows TF32 the kernels for float32 are others, and the tolerance is.
+    precision = torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else ""
+    return _record_of(backend, device, dtype, precision)
+
+
+@cache
+def _record_of(backend: str, device: torch.device, dtype: torch.dtype, precision: str) -> _Record:
+    return _Record({"backend": backend, "dtype": _name(dtype), "precision": precision} | _identity(device))
 
 
 def _folder() -> Path | None:
     """Where verdicts are kept; None without a home."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(base) / "hpkernels" / "selfcheck"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # as the standard has it
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "hpkernels" / "selfcheck"
 
 
 def _read(file: Path | None) -> dict[str, Any] | None:
     """A JSON object, or None if there is none that can be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8")) if file is not None else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -327,7 +356,8 @@ def _write(file: Path | None, value: dict[str, Any]) -> None:
         half.write_text(json.dumps(value, indent=1), encoding="utf-8")
         half.replace(file)
     except OSError:
-        return
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
 
 
 @cache
@@ -342,14 +372,14 @@ def _identity(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,  # a slice of a GPU has fewer
         }
     table = os.environ.get(_triton.TABLE_VARIABLE)
-    ptxas = os.environ.get("TRITON_PTXAS_PATH")
+    ptxas = [os.environ[name] for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH") if os.environ.get(name)]
     return found | {
         "driver": _driver(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": getattr(_triton.triton, "__version__", None),  # type: ignore[attr-defined]  # None where there is none
-        "ptxas": [ptxas, _digest([Path(ptxas)]) if ptxas else None],
+        "ptxas": [*ptxas, _digest(list(map(Path, ptxas)))],
         "table": _digest([Path(table)]) if table else None,
         "engine": os.environ.get("HPKERNELS_SM90"),
         "hpkernels": [__version__, _digest(_own_files())],

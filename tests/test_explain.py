@@ -124,9 +124,25 @@ def test_a_gpu_of_this_machine(gpu, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_backend_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    told = explain("masked_topk")
+    assert told.backend == "reference" and told.not_taken["cpu"] == "reference is asked for"
+    assert explain("masked_topk", device="H100").backend == "cuda"  # on another machine
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "gpu")
+    with pytest.raises(ValueError, match="HPKERNELS_BACKEND must be one of auto, .* got 'gpu'"):
+        explain("masked_topk")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="^explain: backend 'cuda' is not available: "):
+        explain("masked_topk", dtype="float64")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"branches": -2}, "`branches` must be at least 1, got -2"),
+        ({"features_dim": 0}, "`features_dim` must be at least 1, got 0"),
+        ({"device": 3}, "`device` must be one of H200, .* got 3"),
         ({"op": "topk"}, "`op` must be one of masked_topk, .* got 'topk'"),
         ({"device": "GPU"}, "`device` must be one of H200, .* got 'GPU'"),
         ({"dtype": "float8"}, "`dtype` must be one of float16, .* got 'float8'"),

@@ -41,7 +41,7 @@ FUNCTIONS = [
 def forget():
     """As in a new process."""
     selfcheck._verdicts.clear()
-    selfcheck._record.cache_clear()
+    selfcheck._record_of.cache_clear()
     selfcheck._identity.cache_clear()
     backends._warned.clear()
 
@@ -180,10 +180,56 @@ def test_what_may_be_better_next_time_is_not_kept(error, pretend, tmp_path):
 
     pretend("cuda", masked_topk_forward=fail)
     assert taken() == "cpu"
-    assert backends.automatic("masked_topk", "cuda").reason.startswith("it could not be checked now: ")
+    assert backends.automatic("masked_topk", "cuda").reason.startswith(type(error).__name__)
     forget()  # in the next process there is room
     pretend("cuda")
     assert taken() == "cuda"
+
+
+def test_an_error_that_leaves_the_device_unusable_is_kept(pretend, monkeypatch):
+    pretend("cuda", masked_topk_forward=lambda *arguments: 1 / 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "_computes", functools.partial(raise_, RuntimeError("illegal address")))
+        with pytest.raises(RuntimeError, match="start again, or with HPKERNELS_SELF_CHECK=never"):
+            taken()
+    forget()
+    called = pretend("cuda")
+    assert taken() == "cpu" and not called
+
+
+def test_a_check_that_dies_leaves_no_older_verdict(pretend, process, tmp_path):
+    """As when the driver changed under a name that is still the same."""
+    assert output(process())[1].startswith("cuda checked on this device")
+    assert output(process("os.kill(os.getpid(), signal.SIGKILL)", HPKERNELS_SELF_CHECK="again"))[0] == -9
+    assert output(process())[1].startswith("cpu an earlier check did not end: process ")
+
+
+def test_a_marker_is_settled_without_a_check(pretend):
+    called = pretend("cuda")
+    selfcheck._record("cuda", CPU, torch.float32).mark()
+    selfcheck.settle("cuda", CPU, torch.float32)
+    ok, reason = backends.automatic("masked_topk", "cuda")
+    assert not ok and "did not end" in reason and not called
+
+
+def test_without_locks_nothing_is_kept(pretend, monkeypatch, tmp_path):
+    """A marker of another process would look like that of one that crashed."""
+    monkeypatch.setattr(selfcheck.FileLock, "acquire", functools.partial(raise_, NotImplementedError("no locks here")))
+    called = pretend("cuda")
+    assert taken() == "cuda" and not list((tmp_path / "cache").rglob("*.json"))
+    once = len(called)
+    forget()
+    assert taken() == "cuda" and len(called) == 2 * once
+
+
+def test_a_verdict_with_tf32_is_another(pretend, monkeypatch):
+    called = pretend("cuda")
+    assert taken() == "cuda"
+    once = len(called)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert taken() == "cuda" and len(called) == once  # in a process the first verdict holds
+    forget()
+    assert taken() == "cuda" and len(called) == 2 * once
 
 
 def test_another_process_that_hangs_is_not_waited_for_forever(pretend, monkeypatch):
@@ -282,7 +328,7 @@ def test_of_many_ranks_one_checks(process, tmp_path):
 def test_a_slow_check_says_so(process, pretend, capsys):
     _, _, error = output(process("time.sleep(1)"))
     begun, ended = error.strip().splitlines()
-    assert begun == "hpkernels: checking cuda, float32 on CPU, once; the verdict is kept ..."
+    assert begun == "hpkernels: checking cuda, float32 on CPU, once (or waiting for a process that does) ..."
     assert ended.startswith("hpkernels: cuda, float32 on CPU passed: checked on this device in ")
     pretend("cuda")
     assert taken() == "cuda" and capsys.readouterr().err == ""  # a quick one does not
@@ -457,7 +503,7 @@ def test_a_device_that_computes_no_more_is_said(pretend, monkeypatch):
     monkeypatch.setattr(selfcheck, "_computes", functools.partial(raise_, RuntimeError("illegal address")))
     with pytest.raises(RuntimeError, match=r"'cuda' left cpu unusable for this process \(ZeroDivisionError: .*start"):
         taken()
-    assert taken() == "cpu"  # what the next process sees
+    assert taken() == "cpu"
 
 
 # The problem itself.
@@ -553,14 +599,14 @@ VERDICT = """{"ok": true, "reason": "checked"}"""
         (f"echo '{VERDICT}'", (True, "checked")),
         ("kill -9 $$", (False, "its process ended with status -9 and said: nothing")),
         ("echo 'CUDA error: lost' >&2; exit 3", (False, "its process ended with status 3 and said: CUDA error: lost")),
-        ("[ $HPKERNELS_SELF_CHECK = auto ] || exec sleep 600", (False, "its process did not end within 1 s")),
+        ("[ $4 = --settle ] || exec sleep 600", (False, "its process did not end within 1 s")),
     ],
 )
 def test_a_process_of_the_command(script, expected, executable, tmp_path):
-    """Where the first gives no verdict, a second one finds its marker, and keeps that."""
-    executable(f"echo $HPKERNELS_SELF_CHECK >> {tmp_path}/modes; {script}")
+    """Where the first gives no verdict, a second makes one of its marker, and checks nothing."""
+    executable(f"echo $4 >> {tmp_path}/tasks; {script}")
     assert program._in_a_process("cuda", "cuda:0", "float16", 1.0) == expected
-    assert (tmp_path / "modes").read_text().split() == (["again"] if expected[0] else ["again", "auto"])
+    assert (tmp_path / "tasks").read_text().split() == (["--one"] if expected[0] else ["--one", "--settle"])
 
 
 def test_the_command(capsys, monkeypatch):
@@ -576,7 +622,7 @@ def test_the_command(capsys, monkeypatch):
         assert told == {"backend": "cpu", "device": "cpu", "dtype": "float32"} | verdicts["cpu"]._asdict()
     verdicts["cpu"] = backends.Availability(False, "loss: 1 of 36 rows")
     assert program.main(["check"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_a_wrong_mode_is_a_sentence(monkeypatch):
@@ -608,4 +654,4 @@ def test_the_report_shows_verdicts(pretend, monkeypatch):
     assert {row["float32"] for row in told["auto"]} == {"cuda"}
     text = "\n".join(program.lines(told))
     assert "cuda       on cpu     float32    right    checked on" in text
-    assert "triton     on cpu     float32    WRONG    masked_topk of features, values: 1 of 36 rows" in text
+    assert "triton     on cpu     float32    FAILED   masked_topk of features, values: 1 of 36 rows" in text

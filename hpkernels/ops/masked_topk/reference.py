@@ -54,7 +54,8 @@ def forward(
     pool = pool.to(accumulate)  # once for all blocks
     values = query.new_empty((len(query), k), dtype=accumulate)
     indices = torch.empty_like(values, dtype=torch.int64)
-    for rows in row_blocks(query, (4 * values.element_size() + 20) * len(pool)):
+    of_query = values.element_size() * query.shape[1]  # a copy in that dtype
+    for rows in row_blocks(query, (4 * values.element_size() + 20) * len(pool) + of_query):
         own_mask, own_group = (None if given is None else given[rows] for given in (mask, query_group))
         values[rows], indices[rows] = top_products(query[rows], pool, k, own_mask, own_group, pool_group)
     return values, indices
