@@ -103,7 +103,7 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
     if device is not None and not isinstance(device, str):
         raise ValueError(f"explain: `device` must be one of {', '.join(DEVICES)}, got {device!r}")
     try:
-        estimate = cost.estimate(op, dtype=dtype, device=device or "CPU", **sizes)
+        cost.estimate(op, dtype=dtype, device=device or "CPU", **sizes)  # which checks them
     except ValueError as error:
         raise ValueError(str(error).replace("estimate:", "explain:", 1)) from None
     place = _Place.named(device) if device else _Place.here()

@@ -566,7 +566,7 @@ def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
     monkeypatch.setattr(_triton, "_architecture_at", lambda device: "sm_90")
     compiled = []
     monkeypatch.setattr(examination, "compile_ahead", lambda launches, device: compiled.append((launches, device)))
-    examination._compile_ahead(gpu, examination.problem(torch.float16, sizes), sizes)
+    examination._compile_ahead(gpu, torch.float16, sizes)
     ((launches, device),) = compiled
     names = {launch.name for launch in launches}
     assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names

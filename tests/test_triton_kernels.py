@@ -401,6 +401,32 @@ def test_other_numbers_of_images_compile_nothing_new(repository, tmp_path):
     run_compiling(repository, tmp_path, BATCHES)
 
 
+CHECKED = """
+import torch
+
+from benchmarks.resources import _job
+from hpkernels.testing.examination import Sizes, problem, results
+from hpkernels.testing.launches import recorded
+
+def variants(dtype, sizes):
+    with recorded("sm_90") as launches:
+        for _ in results("triton", "triton", problem(dtype, sizes, torch.device("meta")), sizes):
+            pass
+    found = [(launch.name, _job(launch, "sm_90", str(dtype))) for launch in launches]
+    return {(name, job.source.hash(), str(job.options)) for name, job in found}
+
+paper = Sizes(images=64, grid=(28, 28), pool_size=2048, attention=(64, 28, 28, 6, 64))
+for dtype in (torch.float16, torch.float32):
+    assert len(variants(dtype, paper)) > 30
+    assert variants(dtype, paper) == variants(dtype, Sizes())
+"""
+
+
+def test_the_self_check_compiles_what_calls_of_the_papers_sizes_run(repository, tmp_path):
+    """The very binaries: so what was checked is what runs, and nothing is compiled twice."""
+    run_compiling(repository, tmp_path, CHECKED)
+
+
 INSTRUCTIONS = """
 import re
 

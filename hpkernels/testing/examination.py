@@ -40,18 +40,16 @@ def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
 
     Inner products of the features are exact, in whatever order summed, so that packed bits and indices must be equal.
     """
-    inputs = problem(dtype, sizes or Sizes())
+    sizes = sizes or Sizes()
+    inputs = problem(dtype, sizes)
     exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    expected = results("reference", backend, exact, sizes or Sizes())
     given = {name: value.to(device) for name, value in inputs.items()}
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     started = time.monotonic()
     if backend == "triton" and device.type == "cuda":
-        _compile_ahead(device, inputs, sizes or Sizes())
-    with on_device:
-        for (what, actual), (_, wanted) in zip(
-            results(backend, backend, given, sizes or Sizes()), expected, strict=True
-        ):
+        _compile_ahead(device, dtype, sizes)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        found = zip(results(backend, backend, given, sizes), results("reference", backend, exact, sizes), strict=True)
+        for (what, actual), (_, wanted) in found:
             wrong = wrong_rows(actual.detach().to("cpu"), wanted, dtype)
             if wrong:
                 return Availability(False, f"{what}: {wrong} of {len(wanted)} rows differ from the reference")
@@ -59,20 +57,20 @@ def examine(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
     return Availability(True, f"checked on this device in {seconds:.1f} s, {datetime.now(timezone.utc):%Y-%m-%d}")
 
 
-def _compile_ahead(device: torch.device, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+def _compile_ahead(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> None:
     """Compile the kernels that the problem needs, several at a time."""
     with recorded(_triton.architecture(device)) as launches:
-        for _ in results("triton", "triton", {name: value.to("meta") for name, value in inputs.items()}, sizes):
+        for _ in results("triton", "triton", problem(dtype, sizes, torch.device("meta")), sizes):
             pass
     compile_ahead(launches, device)
 
 
-def problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
-    """The inputs on the CPU."""
-    make = Inputs(dtype, torch.device("cpu"))
+def problem(dtype: torch.dtype, sizes: Sizes, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The inputs; on the CPU, if `device` is None, the same each time."""
+    make = Inputs(dtype, device or torch.device("cpu"))
     anchors = sizes.images * sizes.grid[0] * sizes.grid[1]
     images, height, width, heads, head_dim = sizes.attention
-    group = torch.arange(anchors, device="cpu") // (anchors // sizes.images)
+    group = torch.arange(anchors, device=make.device) // (anchors // sizes.images)
     rows = {name: make.unit_rows(anchors, sizes.dim) for name in ("specific", "z", "z_mixed")}
     return rows | {
         "features": make.unit_rows(anchors, sizes.feature_dim),
@@ -83,7 +81,7 @@ def problem(dtype: torch.dtype, sizes: Sizes) -> dict[str, Tensor]:
         "grad_values": make.normal(anchors, 8).float(),
         "weight": make.scalar(0.5),
         # So large that float16 gradients, of a mean over all anchors, are normal numbers.
-        "grad_losses": torch.tensor([256.0, 128.0], device="cpu"),
+        "grad_losses": torch.tensor([256.0, 128.0], device=make.device),
         "seed": make.scalar(0, torch.int64),
         "query": make.normal(images, heads, 1 + height * width, head_dim),
         "key": make.normal(images, heads, 1 + height * width, head_dim),

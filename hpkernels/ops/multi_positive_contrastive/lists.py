@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
 
-_MOST_LISTED = 2**31 - 1  # positives across images, at the 15 in 1000 of the pairs that bound them before: N = 378 000
+_MOST_LISTED = 2**31 - 1  # positives across images; up to N = 378 000 their density is what bounds them
 _STAGED_BYTES = 2**28  # of gradients of sampled columns at a time
 _GREATEST_G = 2.0**14  # of the 65504 of float16
 
