@@ -1,0 +1,352 @@
+"""What the GPU backends of `multi_positive_contrastive` share: two routes, and the order of their kernels.
+
+Both routes give the same result. "blocks": tiles of all pairs. "lists": tiles of the pairs of each image, which hold
+most positives; across images the sampled negatives of each patch position, which its anchors share, and the listed
+positives. The host rules lists out where they cannot pay. Where they may, the kernels of both routes are launched, and
+a number on the device lets those of one do nothing: whether all that had to be listed fits. So no call waits for the
+device.
+
+`prepare` finds all that does not depend on z, once for both branches and for backward. `Kernels` says what a backend
+has; `forward` and `backward` call it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
+from hpkernels.ops.hidden_positives.bits import as_bits
+
+_MOST_LISTED = 2**31 - 1  # positives across images; up to N = 378 000 their density is what bounds them
+_STAGED_BYTES = 2**31  # of gradients of sampled columns at a time
+_STAGED_IMAGES = 64  # that one row of them may be the sum over
+GREATEST_G = 2.0**14
+"""What ``g_ij + g_ji`` may be, of the 65504 of float16: see `Kernels.scale_rows`."""
+MOST_APART = 40.0
+"""Of log-denominators that share a shift: exp of it is far from the ends of float32. See `Kernels.scale_rows`."""
+
+
+class Lists(NamedTuple):
+    """Pairs across images: positives by their first anchor, sampled negatives by patch position.
+
+    Rows are listed in whatever order they come, each ascending: row i is ``columns[ranges[i, 0] : ranges[i, 1]]``. The
+    gradients of sampled columns are staged, `stage_columns` columns at a time. Column j has the places
+    ``slot_ranges[j, 0]`` to ``slot_ranges[j, 1] - 1`` of its stage, in the order of the positions that have drawn it:
+    entry e of `sampled_columns` has ``slots[e]``.
+    """
+
+    ranges: Tensor  # (N, 2) int64
+    columns: Tensor  # (capacity,) int32
+    sampled_ranges: Tensor  # (G, 2) int64
+    sampled_columns: Tensor  # (sampled capacity,) int32
+    slots: Tensor  # (sampled capacity,) int32
+    slot_ranges: Tensor  # (N, 2) int64
+
+
+class Pairs(NamedTuple):
+    """What is known of the pairs before any logit.
+
+    Attributes:
+        positives, specific: A and S bit-packed, (N, words) int32; S or None.
+        negatives: R, (G, words), or None if every other anchor is a negative.
+        group: G.
+        weights: (N, 4) float32, of each anchor the numbers of A_i and of S_i, and what a pair in A and one in S counts
+            in the loss of an image, before the mean over images; 0 for what is not kept.
+        state: (5 + stages,) int64: 1 if something did not fit into the lists; images with a kept anchor, for A, and for
+            S; how much is listed of positives; of sampled negatives; and how many places of each stage are taken.
+        lists: None where only blocks are computed.
+    """
+
+    positives: Tensor
+    specific: Tensor | None
+    negatives: Tensor | None
+    group: int
+    weights: Tensor
+    state: Tensor
+    lists: Lists | None
+
+    @property
+    def stages(self) -> int:
+        """How many times some of the sampled columns are staged."""
+        return len(self.state) - 5
+
+    @property
+    def stage_columns(self) -> int:
+        """How many columns are staged at a time."""
+        return math.ceil(len(self.weights) / self.stages)
+
+    def stage_capacity(self, rate: float) -> int:
+        """The places of a stage."""
+        return sampled_capacity(self.group, self.stage_columns, rate)
+
+
+class Kernels(Protocol):
+    """What a backend has. All tensors are contiguous; rows of z start at multiples of 16 bytes, padded by zeros.
+
+    Kernels of lists do nothing if ``pairs.state[0]``; of those of blocks of all pairs only then, if there are lists.
+    """
+
+    def aligned_rows(self, matrix: Tensor) -> Tensor:
+        """A matrix as the kernels read it."""
+
+    def draw(self, seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
+        """The drawn negatives R bit-packed, (rows, words) int32."""
+
+    def list_sampled(self, pairs: Pairs, slot_capacity: int) -> None:
+        """List the set bits of R, with their slots."""
+
+    def count_and_list(self, pairs: Pairs, counts: Tensor) -> None:
+        """The numbers of A_i, S_i and Den_i, counts (N, 3) int32; if there are lists, those of A or S across images."""
+
+    def weigh(
+        self,
+        pairs: Pairs,
+        counts: Tensor,
+        specific_weight: Tensor,
+        variant: str,
+        reweight: bool,
+        keep_specific_only: bool,
+    ) -> None:
+        """Fill ``pairs.weights`` and count the images in ``pairs.state``: see ``reference.anchor_coefficients``."""
+
+    def greatest_square(self, z: Tensor) -> Tensor:
+        """The greatest |z_i|^2, 0-d float32: the greatest finite number if it is above that, NaN if z is not finite."""
+
+    def blocks_parts(self, z: Tensor, group: int, within: bool) -> int:
+        """In how many parts `blocks_forward` cuts the columns."""
+
+    def blocks_forward(
+        self, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor
+    ) -> None:
+        """parts (parts, 3, N) float32, over tiles of all pairs, or of those of each image.
+
+        log sum over Den_i of exp l, l = scale <z_i, z_j>; the sums of l over A_i and over S_i. No l is above
+        ``scale * square``.
+        """
+
+    def sampled_forward(self, z: Tensor, pairs: Pairs, scale: float, log_sums: Tensor) -> None:
+        """log_sums (N,): log sum of exp l over the sampled negatives in other images."""
+
+    def rows_forward(
+        self,
+        z: Tensor,
+        pairs: Pairs,
+        scale: float,
+        loss_scale: float,
+        square: Tensor,
+        parts: Tensor,
+        within: Tensor | None,
+        log_sums: Tensor | None,
+        rows: Tensor,
+    ) -> Tensor:
+        """Add the listed positives to the parts of the route that is taken, and combine them.
+
+        rows (N, 4): log-denominator, 0 if Den is empty; push, pull and specific pull, which are those of ``weights``
+        times ``loss_scale / max(images, 1)``. Returns parts of the loss, float32, of which one is NaN if `square` is.
+        """
+
+    def scale_rows(self, rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (branches, N, 4) as backward takes them: numbers (branches, N, 4), shifts and factors (branches,).
+
+        The kernels round ``g_ij + g_ji`` to the dtype of z and multiply it with z. In float16 the coefficients of a
+        large batch, or of an image with many anchors beside one with few, would be too small for that. So they are
+        divided by the greatest of all over GREATEST_G / 4: each of the two is a push times a probability less at most
+        two pulls. A gradient is multiplied by its factor in the end: that divisor times grad_loss / temperature.
+
+        ``push_i exp(l - logDen_i)`` is ``f_i exp(l - r_i)``: numbers are (r_i, f_i, pull_i, specific_i). Where the
+        log-denominators of a branch are within MOST_APART of one another, r_i is the greatest of them for all i, the
+        shift: then g_ij and g_ji take one exponential. Else r_i is logDen_i, and the shift NaN.
+        """
+
+    def blocks_backward(
+        self,
+        z: Tensor,
+        pairs: Pairs,
+        within: bool,
+        symmetric: bool,
+        scale: float,
+        numbers: Tensor,
+        shift: Tensor,
+        factor: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images (N, D) float32.
+
+        Of all pairs times `factor`, in the dtype of z, of as many features as `sums` has.
+        """
+
+    def staged_rows(self, z: Tensor, group: int) -> int:
+        """How many rows `sampled_backward` stages at each place."""
+
+    def sampled_backward(
+        self, z: Tensor, pairs: Pairs, stage: int, scale: float, numbers: Tensor, sums: Tensor, staged: Tensor
+    ) -> None:
+        """Of the sampled negatives in other images that are columns of a stage: sums_i += sum of g_ij z_j.
+
+        The gradients of the columns, sums of g_ij z_i, go to `staged` (places, rows, D) in the dtype of z.
+        """
+
+    def rows_backward(
+        self,
+        z: Tensor,
+        pairs: Pairs,
+        stage: int | None,
+        scale: float,
+        numbers: Tensor,
+        sums: Tensor,
+        staged: Tensor | None,
+        factor: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Add what is staged to the sums of the columns of a stage.
+
+        With `factor` also the listed positives, and `out` gets the sums times it, in the dtype of z, of as many features
+        as it has; else `out` is `sums`. Without a stage these are all anchors, and nothing is staged.
+        """
+
+
+def empty(
+    positives: Tensor, negatives: Tensor | None, group: int, rate: float, symmetric: bool, row_bytes: int
+) -> list[Tensor]:
+    """The tensors that `prepare` fills, for rows of z that have `row_bytes`."""
+    anchors, words = positives.shape
+    drawn = group if negatives is None and rate < 1 else 0
+    found = [positives.new_empty((drawn, words)), positives.new_empty((anchors, 4), dtype=torch.float32)]
+    if not (symmetric and negatives is None and lists_may_pay(anchors, group, rate)):
+        return [*found, positives.new_empty(5, dtype=torch.int64)]
+    sampled = sampled_capacity(group, anchors, rate)
+    stages = math.ceil(sampled * row_bytes * math.ceil(anchors / group / _STAGED_IMAGES) / _STAGED_BYTES)
+    lists = Lists(
+        ranges=positives.new_empty((anchors, 2), dtype=torch.int64),
+        columns=positives.new_empty(capacity(anchors)),
+        sampled_ranges=positives.new_empty((group, 2), dtype=torch.int64),
+        sampled_columns=positives.new_empty(sampled),
+        slots=positives.new_empty(sampled),
+        slot_ranges=positives.new_empty((anchors, 2), dtype=torch.int64),
+    )
+    return [*found, positives.new_empty(5 + stages, dtype=torch.int64), *lists]
+
+
+def capacity(anchors: int) -> int:
+    """How many positives across images are listed: half of the bytes of a packed mask."""
+    return min(math.ceil(MOST_LISTED_DENSITY * anchors**2), _MOST_LISTED)
+
+
+def sampled_capacity(positions: int, anchors: int, rate: float) -> int:
+    """What the negatives drawn at some positions take, ten standard deviations above their expected number."""
+    expected = rate * positions * anchors
+    return math.ceil(min(expected + 10 * math.sqrt(expected) + 64, positions * anchors))
+
+
+def prepare(
+    kernels: Kernels,
+    positives: Tensor,
+    specific: Tensor | None,
+    specific_weight: Tensor,
+    negatives: Tensor | None,
+    seed: Tensor,
+    group: int,
+    rate: float,
+    variant: str,
+    reweight: bool,
+    keep_specific_only: bool,
+    symmetric: bool,
+    row_bytes: int,
+) -> list[Tensor]:
+    """All that does not depend on z, which has rows of `row_bytes`: what `_pairs` takes."""
+    prepared = empty(positives, negatives, group, rate, symmetric, row_bytes)
+    if len(prepared[0]):
+        prepared[0] = kernels.draw(seed, group, len(positives), rate)
+    pairs = _pairs(prepared, positives, specific, negatives, group)
+    pairs.state.zero_()
+    if pairs.lists is not None:
+        kernels.list_sampled(pairs, pairs.stage_capacity(rate))
+    counts = positives.new_empty((len(positives), 3))
+    kernels.count_and_list(pairs, counts)
+    kernels.weigh(pairs, counts, specific_weight, variant, reweight, keep_specific_only)
+    return prepared
+
+
+def _pairs(
+    prepared: list[Tensor], positives: Tensor, specific: Tensor | None, negatives: Tensor | None, group: int
+) -> Pairs:
+    drawn, weights, state, *lists = prepared
+    negatives = as_bits(negatives) if negatives is not None else drawn if len(drawn) else None
+    specific = None if specific is None else specific.contiguous()
+    return Pairs(positives.contiguous(), specific, negatives, group, weights, state, Lists(*lists) if lists else None)
+
+
+def forward(
+    kernels: Kernels,
+    branches: list[Tensor],
+    positives: Tensor,
+    specific: Tensor | None,
+    negatives: Tensor | None,
+    prepared: list[Tensor],
+    group: int,
+    temperature: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
+    pairs = _pairs(prepared, positives, specific, negatives, group)
+    rows = pairs.weights.new_empty((len(branches), *pairs.weights.shape))
+    losses = []
+    for branch, statistics in zip(branches, rows, strict=True):
+        z = kernels.aligned_rows(branch)
+        square = kernels.greatest_square(z)
+        parts = _blocks_forward(kernels, z, pairs, False, 1 / temperature, square)
+        within = log_sums = None
+        if pairs.lists is not None:
+            within = _blocks_forward(kernels, z, pairs, True, 1 / temperature, square)
+            log_sums = parts.new_empty(len(z))
+            kernels.sampled_forward(z, pairs, 1 / temperature, log_sums)
+        of_route = (parts, within, log_sums)
+        losses.append(kernels.rows_forward(z, pairs, 1 / temperature, scale, square, *of_route, statistics))
+    return torch.stack(losses).sum(dim=1), rows
+
+
+def _blocks_forward(kernels: Kernels, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor) -> Tensor:
+    parts = z.new_empty((kernels.blocks_parts(z, pairs.group, within), 3, len(z)), dtype=torch.float32)
+    kernels.blocks_forward(z, pairs, within, scale, square, parts)
+    return parts
+
+
+def backward(
+    kernels: Kernels,
+    grad_losses: Tensor,
+    branches: list[Tensor],
+    positives: Tensor,
+    specific: Tensor | None,
+    negatives: Tensor | None,
+    prepared: list[Tensor],
+    rows: Tensor,
+    group: int,
+    temperature: float,
+    rate: float,
+    symmetric: bool,
+) -> list[Tensor]:
+    """The gradients of the branches from their row statistics; logits are computed again."""
+    pairs = _pairs(prepared, positives, specific, negatives, group)
+    grads = []
+    of_branches = zip(branches, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
+    for branch, numbers, shift, factor in of_branches:
+        z, grad = kernels.aligned_rows(branch), torch.empty_like(branch, memory_format=torch.contiguous_format)
+        scale = 1 / temperature
+        kernels.blocks_backward(z, pairs, False, symmetric, scale, numbers, shift, factor, grad)
+        if pairs.lists is not None:
+            sums = torch.empty_like(z, dtype=torch.float32)
+            kernels.blocks_backward(z, pairs, True, symmetric, scale, numbers, shift, factor, sums)
+            staged = z.new_empty((pairs.stage_capacity(rate), kernels.staged_rows(z, group), z.shape[1]))
+            for stage in range(pairs.stages):
+                kernels.sampled_backward(z, pairs, stage, scale, numbers, sums, staged)
+                only = pairs.stages == 1  # then the sums are complete, and all is done in one
+                last = (factor, grad) if only else (None, sums)
+                kernels.rows_backward(z, pairs, stage, scale, numbers, sums, staged, *last)
+            if pairs.stages > 1:
+                kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
+        grads.append(grad)
+    return grads
