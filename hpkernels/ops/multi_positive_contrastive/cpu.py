@@ -18,9 +18,9 @@ from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops._blocks import blocks
 from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
-from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, prepare, stacked
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "prepare", "supports"]
 
 _SIDE = 1024  # anchors of a block at the most: whole images, or a part of one
 

@@ -152,6 +152,11 @@ def mean_coefficients(mass: Tensor, kept: Tensor, anchors_per_image: int, reweig
     return (1 / (divisor.where(kept, 1) * images)).where(kept, 0).flatten()
 
 
+def prepare(*_: Any) -> list[Tensor]:
+    """Nothing: the relations are read where they are needed."""
+    return []
+
+
 def forward(
     branches: list[Tensor],
     positives: Tensor,
