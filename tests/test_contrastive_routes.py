@@ -114,11 +114,22 @@ def test_counts_and_lists(case, allow_lists, images, group, specific):
     assert pairs.state.tolist()[:1] + pairs.state.tolist()[3:] == [0, of_all, of_sampled, of_sampled]
 
 
-@pytest.mark.parametrize("row_bytes", [1, 2**31 // 400])
-def test_slots(case, allow_lists, row_bytes):
+# Rows of one word, of less and more than a block draws at a time.
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 128), (2, 8300)])
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.9999, 1.0])
+def test_draw(case, shape, rate):
+    for seed in (2**40 + 7, 2**63 - 1, -5):
+        seed = torch.tensor(seed, device=case.device)
+        drawn = backends.implementation(OP, case.backend).draw(seed, *shape, rate)
+        assert torch.equal(drawn, pack_bits(bernoulli(seed, *shape, rate)))
+
+
+# Less and more than a tile of the transpose of R; columns staged at once, and some at a time.
+@pytest.mark.parametrize(("images", "group", "row_bytes"), [(4, 45, 1), (2, 290, 1), (4, 45, 2**31 // 400)])
+def test_slots(case, allow_lists, images, group, row_bytes):
     """Each column has as many places as positions have drawn it, which follow one another, in the positions' order."""
     allow_lists(1.0)
-    relations = Relations(case.device, images=4, group=45, rate=0.2)
+    relations = Relations(case.device, images, group, rate=0.2 if group < 100 else 0.02)
     pairs = relations.prepare(case.backend, row_bytes=row_bytes)
     assert (pairs.stages > 1) == (row_bytes > 1)
     slots = listed(pairs.lists.sampled_ranges, pairs.lists.slots)

@@ -275,6 +275,14 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(uint32_t bits) { return bits == 0 ? 32 : __builtin_clz(bits); }

@@ -67,28 +67,56 @@ struct ScaledRows {
 };
 void scale_rows_cuda(const ScaledRows& rows, cudaStream_t stream);
 
-// Listed pairs of anchors: each is in A, in S or in both.
+// Listed pairs of anchors: each is in A, in S or in both. Row i of the lists is columns[ranges[2 i]] and so on, before
+// ranges[2 i + 1], ascending. They count where state[0] is 0; without lists `ranges` is null.
 template <typename T>
 struct ListedPairs {
   Rows<T> z;
   const uint32_t *positives, *specific, *negatives;  // A, S or null, R (group, words)
   int64_t group;
+  const int64_t* state;
+  const int64_t* ranges;
   const int32_t* columns;
-  const int64_t* offsets;
-  const int32_t* enabled;
   float scale;  // of logits
 };
 
-// part (5, N): of each anchor log sum exp of the logits in A but not in R, the numbers of pairs in A and in S, and the
-// sums of their logits.
-template <typename T>
-void contrastive_pairs_forward_cuda(const ListedPairs<T>& pairs, float* part, cudaStream_t stream);
+// What the other kernels of forward have found, and what is made of it. Parts (count, 3, N): log sum over Den of exp of
+// the logits, and their sums over A and over S: of the blocks of all pairs, or, where the lists count, of those within
+// the images; then log_sums (N) are of the sampled negatives.
+struct RowParts {
+  const float* weights;  // (N, 4): numbers of A_i and S_i, what a pair in A and one in S counts in the loss of an image
+  float loss_scale;      // over max(state[1], 1) images for A, state[2] for S, of all losses of images
+  const float* square;   // NaN if z is not finite
+  const float* blocks;
+  int64_t blocks_count;
+  const float* within;
+  int64_t within_count;
+  const float* log_sums;
+  float* rows;           // (N, 4) statistics
+  float* losses;         // (contrastive_rows_parts) parts of the loss, of which one is NaN if square is
+};
 
-// grad_i += sum of (g_ij + g_ji) z_j over the listed pairs, of Den only what is in A but not in R. A and S are symmetric.
-// `numbers` (4, N) are log-denominator, push, pull and specific pull; rows of grad have `dim` numbers, `stride` apart.
+int64_t contrastive_rows_parts(int64_t anchors);
+
 template <typename T>
-void contrastive_pairs_backward_cuda(const ListedPairs<T>& pairs, const float* numbers, float* grad, int64_t dim,
-                                     int64_t stride, cudaStream_t stream);
+void contrastive_rows_forward_cuda(const ListedPairs<T>& pairs, const RowParts& parts, cudaStream_t stream);
+
+// The columns [first, last), and what is staged for them: of column j the places slot_ranges[2 j] and so on, before
+// slot_ranges[2 j + 1], of_place rows each, which have the length of those of z. Null rows: nothing is.
+template <typename T>
+struct StagedColumns {
+  const int64_t* slot_ranges;
+  int64_t first, last, of_place;
+  T* rows;
+};
+
+// sums_i (N, dim of z) += the staged rows of i, for the columns of a stage. If `factor` is not null also += the sum over
+// the listed pairs of (g_ij + g_ji) z_j, of Den only what is in A but not in R, and out_i = factor sums_i, of which
+// there are out_dim numbers. A and S are symmetric. `numbers` (N, 4) are r, f, pull and specific pull, with
+// f_i exp(l - r_i) = push_i exp(l - logDen_i).
+template <typename T>
+void contrastive_rows_backward_cuda(const ListedPairs<T>& pairs, const StagedColumns<T>& staged, const float* numbers,
+                                    float* sums, const float* factor, T* out, int out_dim, cudaStream_t stream);
 
 // Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed.
 struct ContrastiveMasks {
@@ -125,14 +153,15 @@ template <typename T>
 void contrastive_blocks_backward_sm90(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
                                       int dim, cudaStream_t stream);
 
-// The negatives of each patch position in other images, which the anchors there share: columns[offsets[p]] and so on.
+// The negatives of each patch position, which the anchors there share; those of their own images do not count. Lists as
+// above, a row a position.
 template <typename T>
 struct SampledPairs {
   Rows<T> z;
   int64_t group;
+  const int64_t* state;
+  const int64_t* ranges;
   const int32_t* columns;
-  const int64_t* offsets;
-  const int32_t* enabled;
   float scale;  // of logits
 };
 
@@ -140,27 +169,14 @@ struct SampledPairs {
 template <typename T>
 void contrastive_sampled_forward_cuda(const SampledPairs<T>& pairs, float* log_sums, cudaStream_t stream);
 
-// grad_i += sum over the sampled negatives j of push_i exp(l_ij - logDen_i) z_j.
+// The sampled negatives j in [staged.first, staged.last): sums_i (N, dim of z) += sum of g_ij z_j, g_ij = f_i exp(l_ij -
+// r_i), with `numbers` as above. Entry e of the lists has the place slots[e] of `staged`, which gets the sums over the
+// anchors i at that position of g_ij z_i: in of_place = contrastive_staged_rows_cuda() rows, each of some of the images.
 template <typename T>
-void contrastive_sampled_rows_backward_cuda(const SampledPairs<T>& pairs, const float* numbers, float* grad, int dim,
-                                            cudaStream_t stream);
+void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
+                                       float* sums, const StagedColumns<T>& staged, cudaStream_t stream);
 
-// The same sums for the other factor: staged[slot of (j, p)] = sum over the anchors i at position p, in other images than
-// j, of push_i exp(l_ij - logDen_i) z_i, for the positions [32 first_word, 32 first_word + count). The slots of column j
-// follow one another from slots[j] on in the order of positions, which are the set bits of positions[j] (N, words).
-struct StagedGradients {
-  const uint32_t* positions;
-  const int64_t* slots;
-  int64_t words, first_word, count, capacity;
-  float* rows;  // (capacity, dim)
-  int dim;
-};
 template <typename T>
-void contrastive_sampled_columns_backward_cuda(const SampledPairs<T>& pairs, const float* numbers,
-                                               const StagedGradients& staged, cudaStream_t stream);
-
-// grad_j += sum of the staged rows of column j.
-void contrastive_sampled_gather_cuda(const StagedGradients& staged, const int32_t* enabled, int64_t anchors, float* grad,
-                                     cudaStream_t stream);
+int64_t contrastive_staged_rows_cuda(const Rows<T>& z, int64_t group);
 
 }  // namespace hpk
