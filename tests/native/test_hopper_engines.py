@@ -60,11 +60,13 @@ def differentiated(dim, anchors=315):
     bits = PositiveMask.from_dense(mask).bits
     kernels = backends.implementation("multi_positive_contrastive", "cuda")
     seed, no_weight = torch.tensor(0), torch.tensor(0.0)
-    losses, rows = kernels.forward([z], bits, None, no_weight, None, seed, 105, 0.3, 1.0, 1.0, "joint", False, False)
+    weighting = ("joint", False, False)
+    pairs = kernels.prepare(bits, None, no_weight, None, seed, 105, 1.0, *weighting, True, 2 * dim)
+    losses, rows = kernels.forward([z], bits, None, no_weight, None, seed, pairs, 105, 0.3, 1.0, 1.0, *weighting)
     grad = torch.ones_like(losses)
 
     def backward():
-        return kernels.backward(grad, [z], bits, None, None, seed, rows, 105, 0.3, 1.0, True)[0]
+        return kernels.backward(grad, [z], bits, None, None, seed, pairs, rows, 105, 0.3, 1.0, True)[0]
 
     first = backward()
     leaf = z.double().requires_grad_()

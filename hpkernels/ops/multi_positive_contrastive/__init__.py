@@ -129,22 +129,32 @@ def mean_loss(
     backend: str,
 ) -> Tensor:
     """The mean loss of one branch or two, which share their relations, for arguments that have been checked."""
+    masks = (positives.bits, None if specific is None else specific.bits, options.specific_weight)
+    drawn = (options.negatives, options.seed)
+    weighting = (options.variant, options.reweight, options.keep_specific_only)
+    symmetric = positives.symmetric and (specific is None or specific.symmetric)
+    pairs = registration.contrastive_pairs(
+        *masks,
+        *drawn,
+        options.anchors_per_image,
+        options.negative_rate,
+        *weighting,
+        symmetric,
+        z.shape[1] * z.element_size(),
+        backend,
+    )
     losses, _ = registration.multi_positive_contrastive(
         z,
         z_mixed,
-        positives.bits,
-        None if specific is None else specific.bits,
-        options.specific_weight,
-        options.negatives,
-        options.seed,
+        *masks,
+        *drawn,
+        pairs,
         options.anchors_per_image,
         options.temperature,
         options.scale,
         options.negative_rate,
-        options.variant,
-        options.reweight,
-        options.keep_specific_only,
-        positives.symmetric and (specific is None or specific.symmetric),
+        *weighting,
+        symmetric,
         backend,
     )
     mean: Tensor = losses.mean()
