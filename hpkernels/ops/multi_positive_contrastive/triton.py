@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from typing import Any
 
@@ -40,25 +42,9 @@ from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
     sampled_rows_fwd_kernel,
 )
 
-__all__ = ["backward", "forward", "prepare", "supports"]
+__all__ = ["aligned_rows", "backward", "forward", "prepare", "supports"]
 
-_PROGRAMS = 512  # that columns are split to reach where there are few rows or positions
-_SPLITS = 4  # at least, of each position's list in the gradients of its columns
-
-
-def prepare(*arguments: Any) -> list[Tensor]:
-    """See ``routes.prepare``."""
-    return routes.prepare(sys.modules[__name__], *arguments)
-
-
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """See ``routes.forward``."""
-    return routes.forward(sys.modules[__name__], *arguments)
-
-
-def backward(*arguments: Any) -> list[Tensor]:
-    """See ``routes.backward``."""
-    return routes.backward(sys.modules[__name__], *arguments)
+_PROGRAMS = 512  # that columns are split to reach where there are few rows
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:
@@ -93,7 +79,7 @@ def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
         list_negatives_kernel,
         (positions,),
         *(negatives, *transposed, lists.slot_ranges, lists.sampled_ranges, lists.sampled_columns, lists.slots),
-        *(pairs.state, words, transposed.shape[2], len(lists.slots)),
+        *(pairs.state, words, transposed.shape[2], len(lists.slots), _longest_list(pairs)),
         **_triton.configuration(list_negatives_kernel, negatives),
     )
 
@@ -207,6 +193,7 @@ def scale_rows(rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[T
         (triton.cdiv(anchors, config["BLOCK_ANCHORS"]), branches),
         *(rows, least, greatest, grad_losses, numbers, shifts, factors, anchors, 1 / temperature),
         *(routes.MOST_APART, routes.GREATEST_G / 4),
+        BRANCHES=branches,
         **config,
     )
     return numbers, shifts, factors
@@ -248,7 +235,7 @@ def sampled_backward(
     """Add the gradients of the anchors to `sums`, and stage those of the sampled columns."""
     lists = pairs.lists
     images = len(z) // pairs.group
-    piece = (*_sizes(z), pairs.group, stage * pairs.stage_columns, (stage + 1) * pairs.stage_columns)
+    piece = (*_sizes(z), pairs.group, *pairs.columns_of(stage))
     constants = {"PIECE": pairs.stages > 1, "PRECISION": _triton.precision(z)}
     config = _products(sampled_rows_bwd_kernel, z)
     _triton.launch(
@@ -259,12 +246,10 @@ def sampled_backward(
         **config,
     )
     config = _products(sampled_columns_bwd_kernel, z)
-    features = triton.cdiv(z.shape[1], config["BLOCK_GRAD"])
-    tiles = triton.cdiv(len(staged), pairs.group * config["BLOCK_COLUMNS"])  # of a list, about
-    splits = min(tiles, max(_SPLITS, triton.cdiv(_PROGRAMS, pairs.group * features)))
+    longest = min(_longest_list(pairs), pairs.stage_columns)
     _triton.launch(
         sampled_columns_bwd_kernel,
-        (pairs.group, splits, features),
+        (pairs.group, triton.cdiv(longest, config["BLOCK_COLUMNS"]), triton.cdiv(z.shape[1], config["BLOCK_GRAD"])),
         *(z, lists.sampled_columns, lists.slots, lists.sampled_ranges, pairs.state, numbers, staged, scale, *piece),
         **constants,
         **config,
@@ -283,19 +268,24 @@ def rows_backward(
     out: Tensor,
 ) -> None:
     """Add what is staged; with `factor` the listed positives as well, and write `out`."""
-    lists, (anchors, dim) = pairs.lists, z.shape
-    first = 0 if stage is None else stage * pairs.stage_columns
+    lists, (first, last) = pairs.lists, pairs.columns_of(stage)
     given = (sums if staged is None else staged, sums if factor is None else factor)
     _triton.launch(
         contrastive_rows_bwd_kernel,
-        (anchors if stage is None else min(pairs.stage_columns, anchors - first),),
+        (last - first,),
         *(z, *_masks(pairs), lists.columns, lists.ranges, lists.slot_ranges, pairs.state, numbers, *given, sums, out),
-        *(scale, dim, out.shape[1], pairs.positives.shape[1], pairs.group, first),
+        *(scale, z.shape[1], out.shape[1], pairs.positives.shape[1], pairs.group, first),
         GATHERED=staged is not None,
         LAST=factor is not None,
         HAS_SPECIFIC=pairs.specific is not None,
         **_whole_rows(contrastive_rows_bwd_kernel, z),
     )
+
+
+def _longest_list(pairs: Pairs) -> int:
+    """Of a position, above what is expected of it as in ``routes.sampled_capacity``."""
+    expected = len(pairs.lists.slots) / pairs.group
+    return math.ceil(expected + 10 * math.sqrt(expected) + 64)
 
 
 def _masks(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,3 +327,9 @@ def _whole_rows(kernel: Any, z: Tensor) -> dict[str, Any]:
     features = triton.next_power_of_2(z.shape[1])
     warps = max(1, min(16, features // config.pop("WARP_D")))
     return config | {"BLOCK_D": features, "num_warps": warps * config["num_warps"]}
+
+
+_this = sys.modules[__name__]
+prepare = functools.partial(routes.prepare, _this)
+forward = functools.partial(routes.forward, _this)
+backward = functools.partial(routes.backward, _this)

@@ -118,14 +118,14 @@ def transpose_negatives_kernel(
     tl.store(slot_ranges + 2 * column + 1, ends, mask=inside)
 
 
-@triton.jit(do_not_specialize=["words", "words_transposed", "capacity"])
+@triton.jit(do_not_specialize=["words", "words_transposed", "capacity", "longest"])
 def list_negatives_kernel(
-    negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed, capacity,
+    negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed, capacity, longest,
     BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     """List the columns of the set bits of each position, and the slot of each: the place in its column's range.
 
-    Grid (positions,). Bytes: reads the rows, 16 a set bit; writes 8 a set bit.
+    state[0] = 1 also if a list is longer than `longest`. Grid (positions,). Bytes: reads the rows, 16 a set bit; writes 8 a set bit.
     """
     position = tl.program_id(0)
     row = negatives + position.to(tl.int64) * words
@@ -135,6 +135,7 @@ def list_negatives_kernel(
         counted += population_count(tl.load(row + word, mask=word < words, other=0))
     count = tl.sum(counted, axis=0)
     end = take_places(state, 4, count, capacity)
+    tl.store(state, 1, mask=count > longest)
     tl.store(ranges + 2 * position, end)
     tl.store(ranges + 2 * position + 1, end + count)
     if end + count <= capacity:

@@ -98,18 +98,19 @@ def contrastive_square_kernel(z, square, anchors, dim, BLOCK_ROWS: tl.constexpr,
 @triton.jit(do_not_specialize=["anchors"])
 def contrastive_scale_kernel(
     rows, least, greatest, grad_losses, numbers, shifts, factors, anchors, inverse_temperature, most_apart, most_pull,
-    BLOCK_ANCHORS: tl.constexpr,
+    BRANCHES: tl.constexpr, BLOCK_ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Numbers, shifts and factors as ``routes.Kernels.scale_rows`` says, from the extremes (branches, 4) of rows.
 
     Grid (blocks of anchors, branches). Bytes: reads rows, writes numbers, (branches, N, 4).
     """
     branch = tl.program_id(1)
-    extremes = greatest + 4 * branch
-    shift = tl.load(extremes)
+    shift = tl.load(greatest + 4 * branch)
     shift = tl.where(shift - tl.load(least + 4 * branch) <= most_apart, shift, float("nan"))
-    coefficient = tl.maximum(tl.maximum(tl.load(extremes + 1), tl.load(extremes + 2)), tl.load(extremes + 3))
-    divisor = tl.maximum(coefficient / most_pull, 4 * LEAST)
+    divisor = 4 * LEAST
+    for number in tl.static_range(4 * BRANCHES):
+        if number % 4 > 0:
+            divisor = tl.maximum(divisor, tl.load(greatest + number) / most_pull, propagate_nan=tl.PropagateNan.ALL)
     anchor = tl.program_id(0) * BLOCK_ANCHORS + tl.arange(0, BLOCK_ANCHORS)
     inside = anchor < anchors
     at = 4 * (branch.to(tl.int64) * anchors + anchor)

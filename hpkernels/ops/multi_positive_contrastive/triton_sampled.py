@@ -105,7 +105,8 @@ def sampled_rows_bwd_kernel(
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        if start < end:  # which it is: see CHAINED
+        # Always: but of two products that Triton sees to be chained every group of four warps computes all of the first.
+        if start < end:
             terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
             g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
@@ -120,30 +121,30 @@ def sampled_columns_bwd_kernel(
 ):  # fmt: skip
     """staged[slot of (p, j)] = sum over the images of f_i exp(l_ij - r_i) z_i, i at p, j sampled there, in the piece.
 
-    Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a pair. Bytes: a row of z, or two, for each
-    image and block of columns; a row written for each (p, j).
+    Grid (positions, blocks of the longest list, blocks of features). FLOPs: 4 D a pair. Bytes: a row of z, or two, for
+    each image and block of columns; a row written for each (p, j).
     """
     if tl.load(state) != 0:
         return
     position = tl.program_id(0)
-    features = tl.program_id(2) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
     first, end = piece_of(columns, ranges, position, first_column, last_column, PIECE)
-    for start in range(first + tl.program_id(1) * BLOCK_COLUMNS, end, tl.num_programs(1) * BLOCK_COLUMNS):
-        at = start + tl.arange(0, BLOCK_COLUMNS)
-        column = tl.load(columns + at, mask=at < end, other=-1)
-        own = load_rows(z, column, dim, features, 1, anchors, dim)
-        gradient = tl.zeros((BLOCK_COLUMNS, BLOCK_GRAD), tl.float32)
-        for block in range(0, tl.cdiv(anchors // group, BLOCK_ROWS)):
-            rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
-            products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-            base, push, _, _ = load_numbers(numbers, rows)
-            g = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), tl.float32)
-            if start < end:  # which it is: see CHAINED
-                terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
-                across = tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :]
-                g = tl.where(across, terms, 0.0)
-            gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
-        slot = tl.load(slots + at, mask=at < end, other=0)
-        target = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
-        kept = (at < end)[:, None] & (features < dim)[None, :]
-        tl.store(target, gradient.to(staged.dtype.element_ty), mask=kept)
+    at = first + tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if first + tl.program_id(1) * BLOCK_COLUMNS >= end:
+        return
+    features = tl.program_id(2) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
+    column = tl.load(columns + at, mask=at < end, other=-1)
+    own = load_rows(z, column, dim, features, 1, anchors, dim)
+    gradient = tl.zeros((BLOCK_COLUMNS, BLOCK_GRAD), tl.float32)
+    blocks = tl.cdiv(anchors // group, BLOCK_ROWS)
+    for block in range(0, blocks):
+        rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
+        products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        base, push, _, _ = load_numbers(numbers, rows)
+        g = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), tl.float32)
+        if block < blocks:  # as in the kernel above
+            terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
+            g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
+        gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
+    slot = tl.load(slots + at, mask=at < end, other=0)
+    target = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
+    tl.store(target, gradient.to(staged.dtype.element_ty), mask=(at < end)[:, None] & (features < dim)[None, :])
