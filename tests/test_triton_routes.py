@@ -134,7 +134,9 @@ def test_configurations_of_gpus(kernels, route, monkeypatch, arch, density):
 @pytest.mark.parametrize("dim", [16, 72, 512, 640, 1500])
 def test_blocks_are_no_wider_than_rows(kernels, dim):
     """Of features; rows that are too long for one block of them are not WHOLE, and take more warps in registers."""
-    z = torch.empty((64, kernels.aligned_rows(torch.empty((1, dim), dtype=torch.float16)).shape[1]), dtype=torch.float16)
+    z = torch.empty(
+        (64, kernels.aligned_rows(torch.empty((1, dim), dtype=torch.float16)).shape[1]), dtype=torch.float16
+    )
     with recorded("sm_90"):
         products = kernels._products(kernels.sampled_rows_bwd_kernel, z)
         of_rows = kernels._whole_rows(kernels.contrastive_rows_bwd_kernel, z)

@@ -53,7 +53,6 @@ def aligned_rows(matrix: Tensor) -> Tensor:
 
 
 def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
-    """The drawn negatives R bit-packed, (rows, ceil(columns / 32)) int32."""
     words = words_per_row(columns)
     bits = torch.empty((rows, words), dtype=torch.int32, device=seed.device)
     config = _triton.configuration(draw_negatives_kernel, bits)
@@ -63,7 +62,6 @@ def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
 
 def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
-    """List the set bits of R, with their slots."""
     lists, negatives = pairs.lists, pairs.negatives
     anchors, (positions, words) = len(pairs.weights), negatives.shape
     transposed = negatives.new_empty((2, anchors, words_per_row(positions)))
@@ -85,7 +83,6 @@ def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
 
 
 def count_and_list(pairs: Pairs, counts: Tensor) -> None:
-    """The numbers of A_i, S_i and Den_i; if there are lists, those of A or S across images, else blocks are taken."""
     anchors, words = pairs.positives.shape
     ranges, columns = pairs.lists[:2] if pairs.lists is not None else (pairs.state, counts)
     _triton.launch(
@@ -102,7 +99,6 @@ def count_and_list(pairs: Pairs, counts: Tensor) -> None:
 def weigh(
     pairs: Pairs, counts: Tensor, specific_weight: Tensor, variant: str, reweight: bool, keep_specific_only: bool
 ) -> None:
-    """Fill ``pairs.weights`` and count the images in ``pairs.state``."""
     _triton.launch(
         contrastive_weigh_kernel,
         (len(counts) // pairs.group,),
@@ -115,7 +111,6 @@ def weigh(
 
 
 def greatest_square(z: Tensor) -> Tensor:
-    """The greatest |z_i|^2, 0-d float32."""
     square = z.new_zeros((), dtype=torch.int32)
     config = _triton.configuration(contrastive_square_kernel, z)
     grid = (triton.cdiv(len(z), config["BLOCK_ROWS"]),)
@@ -124,14 +119,12 @@ def greatest_square(z: Tensor) -> Tensor:
 
 
 def blocks_parts(z: Tensor, group: int, within: bool) -> int:
-    """So many that there are `_PROGRAMS`, if there are so many tiles of columns."""
     config = _products(contrastive_blocks_fwd_kernel, z)
     tiles = triton.cdiv(group + 31 if within else len(z), config["BLOCK_COLUMNS"])
     return min(tiles, triton.cdiv(_PROGRAMS, _row_blocks(z, group, config["BLOCK_ROWS"], within)))
 
 
 def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor) -> None:
-    """Parts (parts, 3, N) over tiles of all pairs, or of those of each image."""
     config = _products(contrastive_blocks_fwd_kernel, z)
     _triton.launch(
         contrastive_blocks_fwd_kernel,
@@ -143,7 +136,6 @@ def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: 
 
 
 def sampled_forward(z: Tensor, pairs: Pairs, scale: float, log_sums: Tensor) -> None:
-    """Log-sums (N,) over the sampled negatives in other images."""
     lists = pairs.lists
     config = _products(sampled_rows_fwd_kernel, z)
     _triton.launch(
@@ -166,7 +158,6 @@ def rows_forward(
     log_sums: Tensor | None,
     rows: Tensor,
 ) -> Tensor:
-    """Complete the statistics `rows` (N, 4); returns what each anchor adds to the loss."""
     losses = parts.new_empty(len(z))
     ranges, columns = pairs.lists[:2] if pairs.lists is not None else (pairs.state, pairs.positives)
     given = (parts, parts if within is None else within, parts if log_sums is None else log_sums)
@@ -183,7 +174,6 @@ def rows_forward(
 
 
 def scale_rows(rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as backward takes them: numbers (branches, N, 4), shifts and factors (branches,)."""
     branches, anchors, _ = rows.shape
     least, greatest = rows.aminmax(dim=1)
     numbers, (shifts, factors) = torch.empty_like(rows), rows.new_empty((2, branches))
@@ -210,7 +200,6 @@ def blocks_backward(
     factor: Tensor,
     sums: Tensor,
 ) -> None:
-    """Sums of (g_ij + g_ji) z_j over the pairs of each image, or of all pairs, then times `factor`."""
     config = _products(contrastive_blocks_bwd_kernel, z)
     blocks = _row_blocks(z, pairs.group, config["BLOCK_ROWS"], within)
     _triton.launch(
@@ -225,14 +214,12 @@ def blocks_backward(
 
 
 def staged_rows(z: Tensor, group: int) -> int:
-    """One: a program has all images."""
     return 1
 
 
 def sampled_backward(
     z: Tensor, pairs: Pairs, stage: int, scale: float, numbers: Tensor, sums: Tensor, staged: Tensor
 ) -> None:
-    """Add the gradients of the anchors to `sums`, and stage those of the sampled columns."""
     lists = pairs.lists
     images = len(z) // pairs.group
     piece = (*_sizes(z), pairs.group, *pairs.columns_of(stage))
@@ -267,7 +254,6 @@ def rows_backward(
     factor: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Add what is staged; with `factor` the listed positives as well, and write `out`."""
     lists, (first, last) = pairs.lists, pairs.columns_of(stage)
     given = (sums if staged is None else staged, sums if factor is None else factor)
     _triton.launch(

@@ -120,12 +120,13 @@ def transpose_negatives_kernel(
 
 @triton.jit(do_not_specialize=["words", "words_transposed", "capacity", "longest"])
 def list_negatives_kernel(
-    negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed, capacity, longest,
-    BLOCK_WORDS: tl.constexpr,
+    negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed,
+    capacity, longest, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     """List the columns of the set bits of each position, and the slot of each: the place in its column's range.
 
-    state[0] = 1 also if a list is longer than `longest`. Grid (positions,). Bytes: reads the rows, 16 a set bit; writes 8 a set bit.
+    state[0] = 1 also if a list is longer than `longest`. Grid (positions,). Bytes: reads the rows, and 16 a set bit;
+    writes 8 a set bit.
     """
     position = tl.program_id(0)
     row = negatives + position.to(tl.int64) * words

@@ -209,8 +209,8 @@ def contrastive_rows_bwd_kernel(
 ):  # fmt: skip
     """out_i = sums_i with what is GATHERED from staged[slot_ranges[i]].
 
-    In the LAST launch also with the listed pairs' (g_ij + g_ji) z_j, which are symmetric, without the sampled negatives,
-    times `factor`, in the dtype of z. Grid (rows,). FLOPs: 4 D a listed pair. Bytes: a row of z a listed pair; what is
+    In the LAST launch also with (g_ij + g_ji) z_j of the listed pairs, which are symmetric, without the sampled
+    negatives, and times `factor`. Grid (rows,). FLOPs: 4 D a listed pair. Bytes: a row of z a listed pair; what is
     staged; sums and out once.
     """
     if tl.load(state) != 0:

@@ -105,7 +105,7 @@ def sampled_rows_bwd_kernel(
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        # Always: but of two products that Triton sees to be chained every group of four warps computes all of the first.
+        # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
         if start < end:
             terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
             g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
