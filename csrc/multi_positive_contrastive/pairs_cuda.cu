@@ -239,14 +239,14 @@ contrastive_pairs_bwd_kernel(const __grid_constant__ ListedPairs<T> pairs, const
   const int lane = threadIdx.x % 32, segment = kWhole ? 0 : blockIdx.y;
   Gathered gathered(pairs.z, row);
   typename Gathered::OfLane::Numbers sums = {};
-  const AnchorNumbers i = numbers_of(numbers, anchors, row);
+  const OldAnchorNumbers i = numbers_of(numbers, anchors, row);
   const int group = static_cast<int>(pairs.group), position = static_cast<int>(row) % group;
   const int32_t* const list = pairs.columns + pairs.offsets[row];
   const int length = static_cast<int>(pairs.offsets[row + 1] - pairs.offsets[row]);
   for (int start = 0; start < length; start += 32) {
     const bool listed = start + lane < length;
     const int32_t column = listed ? list[start + lane] : static_cast<int32_t>(row);
-    const AnchorNumbers j = numbers_of(numbers, anchors, column);
+    const OldAnchorNumbers j = numbers_of(numbers, anchors, column);
     const bool agnostic = listed && is_set(pairs, pairs.positives, row, column);
     const bool specific = listed && is_set(pairs, pairs.specific, row, column);
     const bool in_i = agnostic && !is_set(pairs, pairs.negatives, position, column);

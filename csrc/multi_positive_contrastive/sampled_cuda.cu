@@ -306,24 +306,20 @@ void contrastive_sampled_forward_cuda(const SampledPairs<T>& pairs, float* log_s
 template <typename T>
 void contrastive_sampled_rows_backward_cuda(const SampledPairs<T>& pairs, const float* numbers, float* grad, int dim,
                                             cudaStream_t stream) {
-  with_gradient_engine(pairs.z, [&](auto engine) {
-    using Engine = decltype(engine);
-    const dim3 grid(static_cast<unsigned>(pairs.group), image_blocks(pairs, Engine::Geometry::kRows),
-                    Engine::feature_blocks(dim));
-    launch(sampled_rows_bwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(), stream,
-           typename Engine::Operands{pairs.z, pairs.z}, arguments_of(pairs), numbers, grad, dim);
-  });
+  using Engine = GradientSm80<T>;
+  const dim3 grid(static_cast<unsigned>(pairs.group), image_blocks(pairs, Engine::Geometry::kRows),
+                  Engine::feature_blocks(dim));
+  launch(sampled_rows_bwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(), stream,
+         typename Engine::Operands{pairs.z, pairs.z}, arguments_of(pairs), numbers, grad, dim);
 }
 
 template <typename T>
 void contrastive_sampled_columns_backward_cuda(const SampledPairs<T>& pairs, const float* numbers,
                                                const StagedGradients& staged, cudaStream_t stream) {
-  with_gradient_engine(pairs.z, [&](auto engine) {
-    using Engine = decltype(engine);
-    const dim3 grid(static_cast<unsigned>(staged.count), kListParts, Engine::feature_blocks(staged.dim));
-    launch(sampled_columns_bwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(), stream,
-           typename Engine::Operands{pairs.z, pairs.z}, arguments_of(pairs), staged, numbers);
-  });
+  using Engine = GradientSm80<T>;
+  const dim3 grid(static_cast<unsigned>(staged.count), kListParts, Engine::feature_blocks(staged.dim));
+  launch(sampled_columns_bwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(), stream,
+         typename Engine::Operands{pairs.z, pairs.z}, arguments_of(pairs), staged, numbers);
 }
 
 void contrastive_sampled_gather_cuda(const StagedGradients& staged, const int32_t* enabled, int64_t anchors, float* grad,
