@@ -233,7 +233,7 @@ int64_t contrastive_staged_rows_cuda(const Rows<T>&, int64_t) {
 template <typename T>
 void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
                                        float* sums, const StagedColumns<T>& staged, cudaStream_t stream) {
-  using Engine = GradientSm80<T, 512>;
+  using Engine = GradientSm80<T>;
   const typename Engine::Operands operands{pairs.z, pairs.z};
   const auto* const of_anchors = reinterpret_cast<const float4*>(numbers);
   const auto positions = static_cast<unsigned>(pairs.group);
