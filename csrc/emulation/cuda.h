@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstring>
 #include <functional>
+#include <limits>
 
 // The headers of CUDA define these for compilers other than nvcc as attributes that those do not know.
 #undef __global__
@@ -199,6 +200,11 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+
+inline float exp2_of(float x) {
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0 : result;
+}
 
 inline uint32_t to_tf32(float value) {
   uint32_t bits;
