@@ -186,6 +186,12 @@ void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float
                                        float* sums, const StagedColumns<T>& staged, cudaStream_t stream);
 
 template <typename T>
+void contrastive_sampled_backward_sm90(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
+                                       float* sums, const StagedColumns<T>& staged, cudaStream_t stream);
+
+// One, or with the kernel for sm_90a one for each kImagesOfBlock images.
+template <typename T>
 int64_t contrastive_staged_rows_cuda(const Rows<T>& z, int64_t group);
+constexpr int kImagesOfBlock = 64;
 
 }  // namespace hpk
