@@ -242,33 +242,42 @@ void contrastive_rows_backward(Tensor z, Tensor positives, std::optional<Tensor>
 
 template <typename T>
 BlockPairs<T> block_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
-                          const std::optional<Tensor>& negatives, int64_t group, bool within, const Tensor& enabled,
-                          double scale) {
-  const ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
-                               static_cast<int>(z.size(0)), static_cast<int>(group)};
-  return {rows<T>(z), masks, within, data<int32_t>(enabled), static_cast<float>(scale)};
+                          const std::optional<Tensor>& negatives, const Tensor& state, int64_t group, bool within,
+                          bool has_lists, double scale) {
+  const auto in_fours = [](const uint32_t* bits) { return reinterpret_cast<uintptr_t>(bits) % 16 == 0; };
+  ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
+                         static_cast<int>(z.size(0)), static_cast<int>(group), positives.size(1) % 4 == 0};
+  masks.aligned = masks.aligned && in_fours(masks.positives) && in_fours(masks.specific) && in_fours(masks.negatives);
+  return {rows<T>(z), masks, within, has_lists, data<int64_t>(state), static_cast<float>(scale)};
 }
 
 void contrastive_blocks_forward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
-                                double scale, Tensor parts) {
+                                std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
+                                bool has_lists, double scale, Tensor square, Tensor parts) {
   const OnDeviceOf on(z);
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_blocks_forward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
-                                    data<float>(parts), on.stream);
+    contrastive_blocks_forward_cuda(
+        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), data<float>(square),
+        data<float>(parts), on.stream);
   });
 }
 
+// sums (N, dim): float32 within images, else of the type of z.
 void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                 std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
-                                 double scale, bool symmetric, Tensor numbers, Tensor grad) {
+                                 std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
+                                 bool has_lists, bool symmetric, double scale, Tensor numbers, Tensor shift,
+                                 Tensor factor, Tensor sums) {
   const OnDeviceOf on(z);
+  const BlockSums of_anchors{data<float>(numbers), data<float>(shift), data<float>(factor), sums.data_ptr(),
+                             static_cast<int>(sums.size(1)), symmetric};
+  if (reinterpret_cast<uintptr_t>(of_anchors.numbers) % 16 != 0) {
+    throw std::runtime_error("hpkernels: the numbers of anchors must start at a multiple of 16 bytes");
+  }
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_blocks_backward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
-                                     symmetric, data<float>(numbers), data<float>(grad),
-                                     static_cast<int>(grad.size(1)), on.stream);
+    contrastive_blocks_backward_cuda(
+        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), of_anchors, on.stream);
   });
 }
 
@@ -344,10 +353,11 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
         "Tensor state, Tensor ranges, Tensor columns, Tensor slot_ranges, int first_column, int last_column, "
         "float scale, Tensor numbers, Tensor(a!) sums, Tensor? staged, Tensor? factor, Tensor(b!) out) -> ()");
   m.def("contrastive_blocks_parts(int anchors, int group, bool within) -> int");
-  m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
-        "bool within, Tensor enabled, float scale, Tensor(a!) parts) -> ()");
-  m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
-        "bool within, Tensor enabled, float scale, bool symmetric, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
+        "int group, bool within, bool has_lists, float scale, Tensor square, Tensor(a!) parts) -> ()");
+  m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
+        "int group, bool within, bool has_lists, bool symmetric, float scale, Tensor numbers, Tensor shift, "
+        "Tensor factor, Tensor(a!) sums) -> ()");
   m.def("contrastive_sampled_forward(Tensor z, int group, Tensor sampled_ranges, Tensor sampled_columns, Tensor state, "
         "float scale, Tensor(a!) log_sums) -> ()");
   m.def("contrastive_staged_rows(Tensor z, int group) -> int");

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpkernels import PositiveMask, backends, multi_positive_contrastive
 from hpkernels.ops import _cuda
@@ -11,6 +14,7 @@ from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives.bits import pack_bits, unpack_bits
 from hpkernels.ops.multi_positive_contrastive import reference, routes
 from hpkernels.testing import assert_rows_close, available_cases, random_problem, row_errors
+from hpkernels.testing.launches import recorded
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _cuda.DTYPES) if case.backend in ("cuda", "triton")]
@@ -367,3 +371,29 @@ def test_gradients_of_uneven_images_in_float16(case, rate):
     expected = gradient(z.double(), "reference")
     errors = row_errors(gradient(z, case.backend), expected) / expected.norm(dim=1)
     assert errors.max() < 1e-3, f"row {int(errors.argmax())} by {errors.max():.2e}"
+
+
+class Launches(TorchDispatchMode):
+    """Counts what PyTorch and the CUDA library launch, but for the tensors that are only made or seen otherwise."""
+
+    NONE = re.compile(r"empty|detach|select|slice|view|unbind|expand|alias|as_strided|_parts$|staged_rows$|unsqueeze")
+    SEVERAL = {"hpkernels_cuda::contrastive_list_sampled": 3, "hpkernels_cuda::contrastive_sampled_backward": 2}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().split(".")[0]
+        self.count += 0 if self.NONE.search(name) else self.SEVERAL.get(name, 1)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_call_has_few_launches(case, allow_lists):
+    """At most 40, forward and backward of two branches, with positives of both kinds."""
+    allow_lists(1.0)
+    loss = Loss(case, 32, 0.1, images=3, group=12)
+    with recorded(run=True) as of_triton, Launches() as launches:
+        loss.of(loss.z, loss.z.flip(0))
+    flipped = 1
+    assert 20 < launches.count + len(of_triton) - flipped <= 40

@@ -114,6 +114,13 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
+// 2^x; 0 where that is below the least normal number.
+__device__ __forceinline__ float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // `value` rounded to TF32, as the bits of a float.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t rounded;

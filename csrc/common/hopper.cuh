@@ -67,6 +67,11 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, int64_t row, in
   cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kHint, to, element, static_cast<int>(row));
 }
 
+// Likewise of so many bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(const void* from, int bytes, void* to, uint64_t* barrier) {
+  cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
+}
+
 // Products by wgmma of a team: begin_products(), then multiply() as often as one likes, then commit_products(). After
 // wait_for_products<n>() all but the latest n of these groups are done: their sums are there, and their operands read.
 __device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }
@@ -107,10 +112,10 @@ template <class Mma, class Left, class Right, class Sums>
 void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) {
   using namespace cute;
   using Traits = typename Mma::Atom::Traits;
-  static_assert(is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::K>>::value, "left must be K-major");
   emulation::Wgmma wgmma{};
   wgmma.columns = get<1>(typename Traits::Shape_MNK{});
-  wgmma.transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.left_transposed = is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.right_transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
   wgmma.bfloat16 = is_same<typename Traits::ValTypeA, bfloat16_t>::value;
   wgmma.accumulate = mma.accumulate_ == GMMA::ScaleOut::One;
   for (int n = 0; n < size<1>(right); ++n) {

@@ -40,11 +40,11 @@ struct StripSm90 {
   }
 
   // Calls consumer(products, tile, team) for each tile of a range: the products of the strip, left rows from first_row
-  // on, and right rows from 128 tile on. All threads of the block call it, but only the teams return, each as soon as
-  // it is done. `shared` is what shared_bytes() says, and starts at a multiple of 1024 bytes.
+  // on, and right rows from 128 tile + first_column on. All threads of the block call it, but only the teams return, each
+  // as soon as it is done. `shared` is what shared_bytes() says, and starts at a multiple of 1024 bytes.
   template <class Consumer>
   __device__ static void run(const Operands& operands, int64_t first_row, TileRange tiles, char* shared,
-                             Consumer& consumer) {
+                             Consumer& consumer, int64_t first_column = 0) {
     const int stages = stages_after(static_cast<int>(shared - shared_memory()), operands.blocks);
     auto& barriers = *reinterpret_cast<Barriers*>(shared + (operands.blocks + stages) * kOperandBytes);
     if (threadIdx.x == 0) {
@@ -61,7 +61,7 @@ struct StripSm90 {
     const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
     if (team == hopper::kTeams) {
       hopper::give_registers<hopper::kLoadRegisters>();
-      if (thread == 0) load(operands, first_row, tiles, stages, shared, barriers);
+      if (thread == 0) load(operands, first_row, first_column, tiles, stages, shared, barriers);
       hopper::exit_thread();
     }
     hopper::take_registers<hopper::kTeamRegisters>();
@@ -107,8 +107,8 @@ struct StripSm90 {
     return fit < kMostStages ? fit : kMostStages;
   }
 
-  __device__ static __forceinline__ void load(const Operands& operands, int64_t first_row, TileRange tiles, int stages,
-                                              char* shared, Barriers& barriers) {
+  __device__ static __forceinline__ void load(const Operands& operands, int64_t first_row, int64_t first_column,
+                                              TileRange tiles, int stages, char* shared, Barriers& barriers) {
     Barrier::arrive_and_expect_tx(&barriers.strip, operands.blocks * kOperandBytes);
     for (int block = 0; block < operands.blocks; ++block) {
       hopper::load_box(operands.left, first_row, block * hopper::kBoxDepth, shared + block * kOperandBytes,
@@ -121,7 +121,7 @@ struct StripSm90 {
         uint64_t& full = barriers.full[place.stage];
         Barrier::wait(&barriers.empty[place.stage], place.phase ^ 1);  // of the box before; at once for the first
         Barrier::arrive_and_expect_tx(&full, kOperandBytes);
-        hopper::load_box(operands.right, tile * Geometry::kColumns, block * hopper::kBoxDepth,
+        hopper::load_box(operands.right, tile * Geometry::kColumns + first_column, block * hopper::kBoxDepth,
                          ring + place.stage * kOperandBytes, &full);
       }
     }

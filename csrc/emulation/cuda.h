@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstring>
 #include <functional>
+#include <limits>
 
 // The headers of CUDA define these for compilers other than nvcc as attributes that those do not know.
 #undef __global__
@@ -207,6 +208,11 @@ inline int64_t take(int64_t* counter, int64_t count) {
 }
 
 inline void raise_to(float* number, float value) { *number = max_or_nan(*number, value); }
+
+inline float exp2_of(float x) {
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0 : result;
+}
 
 inline uint32_t to_tf32(float value) {
   uint32_t bits;

@@ -118,40 +118,49 @@ template <typename T>
 void contrastive_rows_backward_cuda(const ListedPairs<T>& pairs, const StagedColumns<T>& staged, const float* numbers,
                                     float* sums, const float* factor, T* out, int out_dim, cudaStream_t stream);
 
-// Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed.
+// Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed. `aligned` says that four words
+// can be read at once from multiples of four.
 struct ContrastiveMasks {
   const uint32_t *positives, *specific, *negatives;
   int anchors, group;
+  bool aligned;
 };
 
-// The pairs of all anchors in tiles, or those within each image. Does nothing unless *enabled == within.
+// The pairs of all anchors in tiles, or those within each image. Where there are lists, those within images are taken if
+// state[0] is 0, and all others if not.
 template <typename T>
 struct BlockPairs {
   Rows<T> z;
   ContrastiveMasks masks;
-  bool within;
-  const int32_t* enabled;
+  bool within, has_lists;
+  const int64_t* state;
   float scale;  // of logits
 };
 
 // In how many parts the columns are cut: the more the fewer rows there are.
 int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within);
 
-// parts (contrastive_blocks_parts, 5, N): over a part of the columns, of each anchor log sum over Den of exp of the
-// logits, the numbers of pairs in A and in S, and the sums of their logits.
+// parts (contrastive_blocks_parts, 3, N): over a part of the columns, of each anchor log sum over Den of exp of the logits,
+// and the sums of those in A and in S. No logit is above scale * *square.
 template <typename T>
-void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream);
+void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
 template <typename T>
-void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream);
+void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
 
-// grad_i (dim numbers, contiguous) = sum over the pairs of (g_ij + g_ji) z_j, with `numbers` (4, N) as above. `symmetric`
-// says that A and S are.
+// What backward knows of the anchors, `numbers` (N, 4): shift, factor of exp(logit - shift), pull and specific pull. If
+// *shift is not NaN, it is that of all. `symmetric` says that A and S are. `sums` has `dim` numbers a row, contiguous.
+struct BlockSums {
+  const float *numbers, *shift, *factor;
+  void* sums;
+  int dim;
+  bool symmetric;
+};
+
+// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.
 template <typename T>
-void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
-                                      int dim, cudaStream_t stream);
+void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, const BlockSums& sums, cudaStream_t stream);
 template <typename T>
-void contrastive_blocks_backward_sm90(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
-                                      int dim, cudaStream_t stream);
+void contrastive_blocks_backward_sm90(const BlockPairs<T>& pairs, const BlockSums& sums, cudaStream_t stream);
 
 // The negatives of each patch position, which the anchors there share; those of their own images do not count. Lists as
 // above, a row a position.
@@ -177,6 +186,12 @@ void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float
                                        float* sums, const StagedColumns<T>& staged, cudaStream_t stream);
 
 template <typename T>
+void contrastive_sampled_backward_sm90(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
+                                       float* sums, const StagedColumns<T>& staged, cudaStream_t stream);
+
+// One, or with the kernel for sm_90a one for each kImagesOfBlock images.
+template <typename T>
 int64_t contrastive_staged_rows_cuda(const Rows<T>& z, int64_t group);
+constexpr int kImagesOfBlock = 64;
 
 }  // namespace hpk

@@ -13,7 +13,7 @@ struct SumSampled {
   const SampledArguments& arguments;
   const List& list;
   int position, first_image;
-  RowSums sums[Geometry::kRowBlocks][2];
+  LogSum sums[Geometry::kRowBlocks][2];
 
   __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
     int columns[Geometry::kColumnBlocks][2];
@@ -38,7 +38,7 @@ struct SumSampled {
             included[n][c] = exists && is_across(image * arguments.group, columns[n][c], arguments.group);
           }
         }
-        add_logits(sums[m][h].log_sum, logits, included);
+        add_logits(sums[m][h], logits, included);
       }
     }
   }
@@ -59,9 +59,9 @@ sampled_rows_fwd_kernel(const __grid_constant__ typename Engine::Operands operan
   const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
   const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
   Engine::run(operands, left_row, right_row, {0, divide_up(list.length, Geometry::kColumns)}, shared_memory(), consumer);
-  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
+  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const LogSum& sum) {
     const int anchor = arguments.anchor(first_image + r, position);
-    if (anchor >= 0) log_sums[anchor] = sums.log_sum.value();
+    if (anchor >= 0) log_sums[anchor] = sum.value();
   });
 }
 
@@ -226,14 +226,24 @@ void contrastive_sampled_forward_cuda(const SampledPairs<T>& pairs, float* log_s
 }
 
 template <typename T>
-int64_t contrastive_staged_rows_cuda(const Rows<T>&, int64_t) {
+int64_t contrastive_staged_rows_cuda(const Rows<T>& z, int64_t group) {
+#ifdef HPK_WITH_SM90
+  if (sizeof(T) == 2 && runs_on_sm90(z)) return divide_up(z.count / group, kImagesOfBlock);
+#endif
   return 1;
 }
 
 template <typename T>
 void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
                                        float* sums, const StagedColumns<T>& staged, cudaStream_t stream) {
-  using Engine = GradientSm80<T, 512>;
+#ifdef HPK_WITH_SM90
+  if constexpr (sizeof(T) == 2) {
+    if (runs_on_sm90(pairs.z)) {
+      return contrastive_sampled_backward_sm90(pairs, numbers, slots, sums, staged, stream);
+    }
+  }
+#endif
+  using Engine = GradientSm80<T>;
   const typename Engine::Operands operands{pairs.z, pairs.z};
   const auto* const of_anchors = reinterpret_cast<const float4*>(numbers);
   const auto positions = static_cast<unsigned>(pairs.group);

@@ -73,9 +73,9 @@ def multi_positive_contrastive(
 
     Notes:
         Logits and sums are float32 (float64) whatever the dtype of `z`. Negatives are drawn by a counter-based
-        generator, the same bits on every backend, and redrawn in backward. Gradients reach `z` only; double backward
-        is refused. Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; the reference
-        works on blocks of rows in up to 256 MiB.
+        generator, the same bits on every backend. Gradients reach `z` only; double backward is refused.
+        Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; on a GPU also R and the lists
+        of pairs, of up to half of the bytes of a mask. The reference works on blocks of rows in up to 256 MiB.
 
     Example:
         >>> import torch, hpkernels
