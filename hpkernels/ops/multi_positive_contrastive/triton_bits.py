@@ -73,12 +73,6 @@ def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl
 
 
 @triton.jit
-def lowest_bit(words):
-    """The place of the lowest set bit of each word, 32 where none is set."""
-    return population_count((words & -words) - 1)
-
-
-@triton.jit
 def take_places(state, length, count, capacity):
     """Where `count` more entries begin in a list whose length is state[length]; state[0] = 1 if they do not fit."""
     first = tl.atomic_add(state + length, count.to(tl.int64), sem="relaxed")
@@ -140,15 +134,16 @@ def list_negatives_kernel(
     tl.store(ranges + 2 * position, end)
     tl.store(ranges + 2 * position + 1, end + count)
     if end + count <= capacity:
+        earlier = low_bits(position % 32)
         for start in range(0, words, BLOCK_WORDS):
             word = start + tl.arange(0, BLOCK_WORDS)
             found = tl.load(row + word, mask=word < words, other=0)
             sizes = population_count(found)
             at = end + tl.cumsum(sizes, axis=0) - sizes
             for _ in range(tl.max(sizes, axis=0)):
-                column = 32 * word + lowest_bit(found)
+                column = 32 * word + population_count((found & -found) - 1)  # of the lowest set bit
                 of_column = column.to(tl.int64) * words_transposed + position // 32
-                own = tl.load(transposed + of_column, mask=found != 0, other=0) & low_bits(position % 32)
+                own = tl.load(transposed + of_column, mask=found != 0, other=0) & earlier
                 slot = tl.load(slot_ranges + 2 * column, mask=found != 0, other=0) + population_count(own)
                 slot += tl.load(below + of_column, mask=found != 0, other=0)
                 tl.store(columns + at, column, mask=found != 0)
@@ -224,7 +219,7 @@ def list_positives_kernel(
                 sizes = population_count(found)
                 at = end + tl.cumsum(sizes, axis=0) - sizes
                 for _ in range(tl.max(sizes, axis=0)):
-                    tl.store(columns + at, 32 * word + lowest_bit(found), mask=found != 0)
+                    tl.store(columns + at, 32 * word + population_count((found & -found) - 1), mask=found != 0)
                     found &= found - 1
                     at += 1
                 end += tl.sum(sizes, axis=0)

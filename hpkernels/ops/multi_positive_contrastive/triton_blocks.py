@@ -77,23 +77,24 @@ def drawn_words(negatives, anchors, group, words, start, SAMPLED: tl.constexpr, 
 
 
 @triton.jit
-def add_to_log_sum(greatest, total, logits, included, running):
-    """The greatest of each row's included logits so far, and the sum of exp2(logit - greatest).
-
-    Unless `running`, `greatest` is what no logit exceeds, and stays.
-    """
-    if running:
-        raised = tl.maximum(greatest, tl.max(tl.where(included, logits, float("-inf")), axis=1))
-        total *= tl.exp2(greatest - tl.where(raised == float("-inf"), 0.0, raised))
-        greatest = raised
-    base = tl.where(greatest == float("-inf"), 0.0, greatest)
-    return greatest, total + tl.sum(tl.where(included, tl.exp2(logits - base[:, None]), 0.0), axis=1)
+def raise_base(base, total, products, included, factor):
+    """The greatest of each row's included products so far, and the sum of exp2(factor (product - base)) for it."""
+    raised = tl.maximum(base, tl.max(tl.where(included, products, float("-inf")), axis=1))
+    total *= tl.exp2(factor * (base - tl.where(raised == float("-inf"), 0.0, raised)))
+    return raised, total
 
 
 @triton.jit
-def log_sum_of(greatest, total):
+def sum_of_terms(base, products, included, factor):
+    """The sum of exp2(factor (product - base)) over each row's included products."""
+    shift = factor * tl.where(base == float("-inf"), 0.0, base)
+    return tl.sum(tl.where(included, tl.exp2(factor * products - shift[:, None]), 0.0), axis=1)
+
+
+@triton.jit
+def log_sum_of(base, total, factor):
     """The natural logarithm of the sum, -inf if nothing was included."""
-    log_sum = (greatest + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E
+    log_sum = (factor * base + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E
     return tl.where(total > 0, log_sum, float("-inf"))
 
 
@@ -119,9 +120,10 @@ def contrastive_blocks_fwd_kernel(
     column_start = first // 32 * 32
     share = tl.cdiv(tl.cdiv(last - column_start, BLOCK_COLUMNS), tl.num_programs(1)) * BLOCK_COLUMNS
     column_start += split * share
-    bound = scale * tl.load(square)
-    running = (bound <= MOST_BASE) == 0  # also if the bound is NaN
-    greatest = tl.zeros((BLOCK_ROWS,), tl.float32) + tl.where(running, float("-inf"), bound * LOG2_E)
+    factor = scale * LOG2_E
+    bound = tl.load(square)
+    running = (scale * bound <= MOST_BASE) == 0  # also if the bound is NaN
+    base = tl.zeros((BLOCK_ROWS,), tl.float32) + tl.where(running, float("-inf"), bound)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     agnostic_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     specific_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -135,13 +137,14 @@ def contrastive_blocks_fwd_kernel(
         if HAS_SPECIFIC:
             task = words_from(specific, rows, words, start, COUNT) & inside
         products, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits = products * (scale * LOG2_E)
-        greatest, total = add_to_log_sum(greatest, total, logits, bits_of(denominator), running)
+        if running:
+            base, total = raise_base(base, total, products, bits_of(denominator), factor)
+        total += sum_of_terms(base, products, bits_of(denominator), factor)
         agnostic_sum += tl.sum(tl.where(bits_of(agnostic), products, 0.0), axis=1)
         if HAS_SPECIFIC:
             specific_sum += tl.sum(tl.where(bits_of(task), products, 0.0), axis=1)
     at = parts + split.to(tl.int64) * 3 * anchors + rows
-    tl.store(at, log_sum_of(greatest, total), mask=rows >= 0)
+    tl.store(at, log_sum_of(base, total, factor), mask=rows >= 0)
     tl.store(at + anchors, scale * agnostic_sum, mask=rows >= 0)
     tl.store(at + 2 * anchors, scale * specific_sum, mask=rows >= 0)
 
@@ -203,10 +206,10 @@ def contrastive_blocks_bwd_kernel(
         from_i = tl.where(bits_of(in_i), push_i[:, None], 0.0)
         from_j = tl.where(are_in_j, push_j[None, :], 0.0)
         if shared == shared:
-            g = (from_i + from_j) * tl.exp2(tl.minimum(logits - shared, 1.0))  # above it only of pairs in neither
+            g = (from_i + from_j) * tl.exp2(tl.minimum(logits - shared, 1.0))  # above 1 only of pairs in neither
         else:
-            g = tl.where(bits_of(in_i), from_i * tl.exp2(logits - base_i[:, None]), 0.0)
-            g += tl.where(are_in_j, from_j * tl.exp2(logits - base_j[None, :]), 0.0)
+            g = from_i * tl.exp2(tl.minimum(logits - base_i[:, None], 1.0))
+            g += from_j * tl.exp2(tl.minimum(logits - base_j[None, :], 1.0))
         if SYMMETRIC:
             g -= tl.where(bits_of(to_j), pull_i[:, None] + pull_j[None, :], 0.0)
         else:

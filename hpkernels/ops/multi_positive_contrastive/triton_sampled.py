@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 
 from hpkernels.ops._triton import load_rows, multiply, products_and_tile
-from hpkernels.ops.multi_positive_contrastive.triton_blocks import LOG2_E, add_to_log_sum, load_numbers, log_sum_of
+from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
+    LOG2_E,
+    load_numbers,
+    log_sum_of,
+    raise_base,
+    sum_of_terms,
+)
 
 
 @triton.jit
@@ -66,16 +72,18 @@ def sampled_rows_fwd_kernel(
     rows, first_of_image = rows_at(position, tl.program_id(1), anchors // group, group, BLOCK_ROWS)
     features = tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
-    greatest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    factor = scale * LOG2_E
+    base = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     first, end = piece_of(columns, ranges, position, 0, anchors, False)
     for start in range(first, end, BLOCK_COLUMNS):
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, _ = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits = products * (scale * LOG2_E)
-        greatest, total = add_to_log_sum(greatest, total, logits, are_across(first_of_image, column, group), True)
-    tl.store(log_sums + rows, log_sum_of(greatest, total), mask=rows >= 0)
+        across = are_across(first_of_image, column, group)
+        base, total = raise_base(base, total, products, across, factor)
+        total += sum_of_terms(base, products, across, factor)
+    tl.store(log_sums + rows, log_sum_of(base, total, factor), mask=rows >= 0)
 
 
 @triton.jit(do_not_specialize=["anchors", "group", "first_column", "last_column"])
