@@ -572,7 +572,7 @@ def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
     names = {launch.name for launch in launches}
     assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names
     assert {"sampled_columns_bwd_kernel", "contrastive_pairs_bwd_kernel", "contrastive_blocks_bwd_kernel"} < names
-    assert {"weights_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
+    assert {"rows_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
 
 
 # The command.

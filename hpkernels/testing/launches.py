@@ -107,7 +107,7 @@ def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
 class Sizes:
     """B, (H, W), D, Df and M of a training step, heads and features of each of the attention; as in the paper.
 
-    The patches of `large_grid` are more than one program holds the logits of.
+    A row of logits of `large_grid` takes several warps.
     """
 
     images: int = 64
