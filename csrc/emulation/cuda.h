@@ -199,6 +199,7 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+inline float min_or_nan(float a, float b) { return a != a || a < b ? a : b; }
 
 inline uint32_t to_tf32(float value) {
   uint32_t bits;

@@ -59,6 +59,21 @@ def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
     check(find, *whole_numbers(one_case, 150, 520))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+def test_products_are_those_of_masked_topk(find, engine, case, k):
+    """To the bit: no anchor is nearer to one of the pool than its nearest is, and each is if that were a bit less."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 96, generator=generator).to(case.device, case.dtype)
+    in_pool, others = features[:170], features[170:]
+    nearest = backends.implementation("masked_topk", "cuda").forward(others, in_pool, k)[0][:, 0]
+    threshold = torch.cat([nearest.new_full((170,), torch.inf), nearest])
+    found = unpack_bits(find(features, threshold).cpu(), 300)
+    assert not found[170:, :170].any()
+    lower = torch.cat([threshold[:170], torch.nextafter(nearest, nearest.new_tensor(-torch.inf))])
+    assert unpack_bits(find(features, lower).cpu(), 300)[170:, :170].any(dim=1).all()
+
+
 @pytest.mark.parametrize("limit", [torch.inf, -torch.inf, torch.nan])
 def test_the_same_threshold_everywhere(find, one_case, limit):
     features, _ = whole_numbers(one_case, 200, 8)
