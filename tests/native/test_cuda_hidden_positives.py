@@ -8,7 +8,7 @@ import torch
 from hpkernels import backends
 from hpkernels.ops import _cuda
 from hpkernels.ops.hidden_positives import reference
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops.hidden_positives.bits import unpack_bits, words_per_row
 from hpkernels.testing import available_cases
 
 OP = "hidden_positives"
@@ -53,6 +53,25 @@ def test_strips_and_tiles(find, engine, case, anchors):
 
 def test_parts(find, one_case):
     check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
+
+
+@pytest.mark.parametrize("anchors", [33, 250, 512, 700])
+def test_every_word_is_written(find, one_case, anchors):
+    """Words that are written one by one, in twos and in fours, from a tile on the diagonal and from others."""
+    features, _ = whole_numbers(one_case, anchors, 8)
+    threshold = features.new_full((-(-anchors // 256) * 256,), torch.nan, dtype=torch.float32)
+    threshold[:anchors] = torch.inf
+    bits = torch.full((anchors + 1, words_per_row(anchors)), -1, dtype=torch.int32, device=features.device)
+    torch.ops.hpkernels_cuda.hidden_positives(features, threshold, bits[:anchors])
+    assert not bits[:anchors].any() and (bits[anchors] == -1).all()
+
+
+@pytest.mark.parametrize("missing", [1, 256])
+def test_thresholds_that_are_not_padded(one_case, missing):
+    features, _ = whole_numbers(one_case, 300, 8)
+    bits = torch.empty(300, 10, dtype=torch.int32, device=features.device)
+    with pytest.raises(RuntimeError, match="must be padded"):
+        torch.ops.hpkernels_cuda.hidden_positives(features, torch.zeros(512 - missing, device=features.device), bits)
 
 
 def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
