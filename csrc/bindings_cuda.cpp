@@ -111,68 +111,132 @@ void local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor 
   local_propagation_stencil<true>(grad_mixed, weights, grad_code);
 }
 
-void contrastive_draw_negatives(Tensor seed, int64_t columns, int64_t threshold, Tensor bits, Tensor counts) {
+void contrastive_draw_negatives(Tensor seed, int64_t columns, int64_t threshold, Tensor bits) {
   const OnDeviceOf on(bits);
   draw_negatives_cuda(data<int64_t>(seed), static_cast<uint64_t>(threshold), bits.size(0), columns,
-                      data<uint32_t>(bits), data<int32_t>(counts), on.stream);
+                      data<uint32_t>(bits), on.stream);
 }
 
-void contrastive_transpose_bits(Tensor bits, Tensor transposed) {
-  const OnDeviceOf on(bits);
-  transpose_bits_cuda(data<uint32_t>(bits), bits.size(0), transposed.size(0), data<uint32_t>(transposed), on.stream);
+// What `state` (5 + stages,) counts: see Pairs of hpkernels/ops/multi_positive_contrastive/routes.py.
+struct State {
+  int64_t *does_not_fit, *images, *listed, *sampled, *slots;
+
+  explicit State(const Tensor& state) : does_not_fit(data<int64_t>(state)) {
+    images = does_not_fit + 1;
+    listed = does_not_fit + 3;
+    sampled = does_not_fit + 4;
+    slots = does_not_fit + 5;
+  }
+};
+
+ListedRows listed_rows(const Tensor& ranges, const Tensor& columns, int64_t* taken, const State& state) {
+  return {data<int64_t>(ranges), data<int32_t>(columns), columns.size(0), taken, state.does_not_fit};
 }
 
-BitRows bit_rows(const Tensor& first, const std::optional<Tensor>& second, int64_t group) {
-  return {data<uint32_t>(first), data<uint32_t>(second), first.size(0), first.size(1), first.stride(0), group};
+void contrastive_list_sampled(Tensor negatives, int64_t anchors, Tensor state, int64_t stage_columns,
+                              int64_t slot_capacity, Tensor transposed, Tensor slot_ranges, Tensor ranges, Tensor columns,
+                              Tensor slots) {
+  const OnDeviceOf on(negatives);
+  const State counters(state);
+  const Slots places{data<int64_t>(slot_ranges), data<int32_t>(slots), stage_columns, slot_capacity, counters.slots};
+  list_sampled_cuda(data<uint32_t>(negatives), negatives.size(0), anchors, data<uint32_t>(transposed), places,
+                    listed_rows(ranges, columns, counters.sampled, counters), on.stream);
 }
 
-void contrastive_count_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor counts) {
-  const OnDeviceOf on(first);
-  count_bits_cuda(bit_rows(first, second, group), data<int32_t>(counts), on.stream);
+void contrastive_count_and_list(Tensor positives, std::optional<Tensor> specific, std::optional<Tensor> negatives,
+                                int64_t group, Tensor state, Tensor counts, std::optional<Tensor> ranges,
+                                std::optional<Tensor> columns) {
+  const OnDeviceOf on(positives);
+  const State counters(state);
+  const PairBits bits{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives), positives.size(0),
+                      group};
+  const ListedRows rows = ranges.has_value() ? listed_rows(*ranges, *columns, counters.listed, counters) : ListedRows{};
+  count_and_list_cuda(bits, data<int32_t>(counts), rows, on.stream);
 }
 
-void contrastive_list_offsets(Tensor counts, int64_t capacity, Tensor offsets, std::optional<Tensor> enabled) {
+void contrastive_weigh(Tensor counts, Tensor specific_weight, int64_t group, bool joint, bool reweight,
+                       bool keep_specific_only, Tensor weights, Tensor state) {
   const OnDeviceOf on(counts);
-  list_offsets_cuda(data<int32_t>(counts), counts.size(0), capacity, data<int64_t>(offsets), data<int32_t>(enabled),
-                    on.stream);
+  weigh_cuda(data<int32_t>(counts), counts.size(0), group, data<float>(specific_weight),
+             {joint, reweight, keep_specific_only}, data<float>(weights), State(state).images, on.stream);
 }
 
-void contrastive_list_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor offsets, Tensor enabled,
-                           Tensor columns) {
-  const OnDeviceOf on(first);
-  list_bits_cuda(bit_rows(first, second, group), data<int64_t>(offsets), data<int32_t>(enabled), columns.size(0),
-                 data<int32_t>(columns), on.stream);
+void contrastive_greatest_square(Tensor z, Tensor greatest) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    greatest_square_cuda(rows<T>(z), data<float>(greatest), on.stream);
+  });
+}
+
+void contrastive_scale_rows(Tensor rows, Tensor greatest, Tensor lowest, Tensor highest, Tensor grad_losses,
+                            double temperature, double greatest_g, double most_apart, Tensor numbers, Tensor shifts,
+                            Tensor factors) {
+  const OnDeviceOf on(rows);
+  scale_rows_cuda({data<float>(rows), data<float>(greatest), data<float>(lowest), data<float>(highest),
+                   data<float>(grad_losses), rows.size(0), rows.size(1), static_cast<float>(temperature),
+                   static_cast<float>(greatest_g), static_cast<float>(most_apart), data<float>(numbers),
+                   data<float>(shifts), data<float>(factors)},
+                  on.stream);
 }
 
 template <typename T>
 ListedPairs<T> listed_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
-                            const Tensor& negatives, const Tensor& columns, const Tensor& offsets,
-                            const Tensor& enabled, double scale) {
-  return {rows<T>(z),           data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
-          negatives.size(0),    data<int32_t>(columns),    data<int64_t>(offsets),   data<int32_t>(enabled),
+                            const std::optional<Tensor>& negatives, int64_t group, const Tensor& state,
+                            const std::optional<Tensor>& ranges, const std::optional<Tensor>& columns, double scale) {
+  return {rows<T>(z),
+          data<uint32_t>(positives),
+          data<uint32_t>(specific),
+          data<uint32_t>(negatives),
+          group,
+          data<int64_t>(state),
+          data<int64_t>(ranges),
+          data<int32_t>(columns),
           static_cast<float>(scale)};
 }
 
-void contrastive_pairs_forward(Tensor z, Tensor positives, std::optional<Tensor> specific, Tensor negatives,
-                               Tensor columns, Tensor offsets, Tensor enabled, double scale, Tensor part) {
+void contrastive_rows_forward(Tensor z, Tensor positives, std::optional<Tensor> specific,
+                              std::optional<Tensor> negatives, int64_t group, Tensor weights, Tensor state,
+                              std::optional<Tensor> ranges, std::optional<Tensor> columns, double scale,
+                              double loss_scale, Tensor square, Tensor parts, std::optional<Tensor> within,
+                              std::optional<Tensor> log_sums, Tensor rows, Tensor losses) {
   const OnDeviceOf on(z);
+  const RowParts of_rows{data<float>(weights),
+                         static_cast<float>(loss_scale),
+                         data<float>(square),
+                         data<float>(parts),
+                         parts.size(0),
+                         data<float>(within),
+                         within.has_value() ? within->size(0) : 0,
+                         data<float>(log_sums),
+                         data<float>(rows),
+                         data<float>(losses)};
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_pairs_forward_cuda(
-        listed_pairs<T>(z, positives, specific, negatives, columns, offsets, enabled, scale), data<float>(part),
-        on.stream);
+    contrastive_rows_forward_cuda(
+        listed_pairs<T>(z, positives, specific, negatives, group, state, ranges, columns, scale), of_rows, on.stream);
   });
 }
 
-void contrastive_pairs_backward(Tensor z, Tensor positives, std::optional<Tensor> specific, Tensor negatives,
-                                Tensor columns, Tensor offsets, Tensor enabled, double scale, Tensor numbers,
-                                Tensor grad) {
+template <typename T>
+StagedColumns<T> staged_columns(const std::optional<Tensor>& slot_ranges, int64_t first, int64_t last,
+                                const std::optional<Tensor>& staged) {
+  return {data<int64_t>(slot_ranges), first, last, staged.has_value() ? staged->size(1) : 0, data<T>(staged)};
+}
+
+// `out` is `sums` where there is no factor.
+void contrastive_rows_backward(Tensor z, Tensor positives, std::optional<Tensor> specific,
+                               std::optional<Tensor> negatives, int64_t group, Tensor state, Tensor ranges,
+                               Tensor columns, Tensor slot_ranges, int64_t first_column, int64_t last_column,
+                               double scale, Tensor numbers, Tensor sums, std::optional<Tensor> staged,
+                               std::optional<Tensor> factor, Tensor out) {
   const OnDeviceOf on(z);
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_pairs_backward_cuda(
-        listed_pairs<T>(z, positives, specific, negatives, columns, offsets, enabled, scale), data<float>(numbers),
-        data<float>(grad), grad.size(1), grad.stride(0), on.stream);
+    contrastive_rows_backward_cuda(
+        listed_pairs<T>(z, positives, specific, negatives, group, state, ranges, columns, scale),
+        staged_columns<T>(slot_ranges, first_column, last_column, staged), data<float>(numbers), data<float>(sums),
+        data<float>(factor), factor.has_value() ? data<T>(out) : nullptr, static_cast<int>(out.size(1)), on.stream);
   });
 }
 
@@ -218,46 +282,39 @@ void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tenso
 }
 
 template <typename T>
-SampledPairs<T> sampled_pairs(const Tensor& z, int64_t group, const Tensor& columns, const Tensor& offsets,
-                              const Tensor& enabled, double scale) {
-  return {rows<T>(z), group, data<int32_t>(columns), data<int64_t>(offsets), data<int32_t>(enabled),
+SampledPairs<T> sampled_pairs(const Tensor& z, int64_t group, const Tensor& ranges, const Tensor& columns,
+                              const Tensor& state, double scale) {
+  return {rows<T>(z), group, data<int64_t>(state), data<int64_t>(ranges), data<int32_t>(columns),
           static_cast<float>(scale)};
 }
 
-void contrastive_sampled_forward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled, double scale,
-                                 Tensor log_sums) {
+void contrastive_sampled_forward(Tensor z, int64_t group, Tensor sampled_ranges, Tensor sampled_columns, Tensor state,
+                                 double scale, Tensor log_sums) {
   const OnDeviceOf on(z);
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_sampled_forward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
+    contrastive_sampled_forward_cuda(sampled_pairs<T>(z, group, sampled_ranges, sampled_columns, state, scale),
                                      data<float>(log_sums), on.stream);
   });
 }
 
-void contrastive_sampled_rows_backward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled,
-                                       double scale, Tensor numbers, Tensor grad) {
+int64_t contrastive_staged_rows(Tensor z, int64_t group) {
   const OnDeviceOf on(z);
-  with_type_of(z, [&](auto zero) {
-    using T = decltype(zero);
-    contrastive_sampled_rows_backward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
-                                           data<float>(numbers), data<float>(grad), static_cast<int>(grad.size(1)),
-                                           on.stream);
-  });
+  int64_t found = 0;
+  with_type_of(z, [&](auto zero) { found = contrastive_staged_rows_cuda(rows<decltype(zero)>(z), group); });
+  return found;
 }
 
-// The columns of the positions [32 first_word, 32 first_word + count), and their gradients.
-void contrastive_sampled_columns_backward(Tensor z, int64_t group, Tensor columns, Tensor offsets, Tensor enabled,
-                                          double scale, Tensor numbers, Tensor positions, Tensor slots,
-                                          int64_t first_word, int64_t count, Tensor staged, Tensor grad) {
+void contrastive_sampled_backward(Tensor z, int64_t group, Tensor sampled_ranges, Tensor sampled_columns, Tensor slots,
+                                  Tensor state, int64_t first_column, int64_t last_column, double scale,
+                                  Tensor numbers, Tensor sums, Tensor staged) {
   const OnDeviceOf on(z);
-  const StagedGradients gradients{data<uint32_t>(positions), data<int64_t>(slots), positions.size(1), first_word, count,
-                                  staged.size(0), data<float>(staged), static_cast<int>(staged.size(1))};
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_sampled_columns_backward_cuda(sampled_pairs<T>(z, group, columns, offsets, enabled, scale),
-                                              data<float>(numbers), gradients, on.stream);
+    contrastive_sampled_backward_cuda(sampled_pairs<T>(z, group, sampled_ranges, sampled_columns, state, scale),
+                                      data<float>(numbers), data<int32_t>(slots), data<float>(sums),
+                                      staged_columns<T>(std::nullopt, first_column, last_column, staged), on.stream);
   });
-  contrastive_sampled_gather_cuda(gradients, data<int32_t>(enabled), z.size(0), data<float>(grad), on.stream);
 }
 
 }  // namespace
@@ -276,30 +333,37 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
         "-> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
   m.def("local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor(a!) grad_code) -> ()");
-  m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits, Tensor(b!) counts) "
-        "-> ()");
-  m.def("contrastive_transpose_bits(Tensor bits, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_bits(Tensor first, Tensor? second, int group, Tensor(a!) counts) -> ()");
-  m.def("contrastive_list_offsets(Tensor counts, int capacity, Tensor(a!) offsets, Tensor(b!)? enabled) -> ()");
-  m.def("contrastive_list_bits(Tensor first, Tensor? second, int group, Tensor offsets, Tensor enabled, "
-        "Tensor(a!) columns) -> ()");
-  m.def("contrastive_pairs_forward(Tensor z, Tensor positives, Tensor? specific, Tensor negatives, Tensor columns, "
-        "Tensor offsets, Tensor enabled, float scale, Tensor(a!) part) -> ()");
-  m.def("contrastive_pairs_backward(Tensor z, Tensor positives, Tensor? specific, Tensor negatives, Tensor columns, "
-        "Tensor offsets, Tensor enabled, float scale, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits) -> ()");
+  m.def("contrastive_list_sampled(Tensor negatives, int anchors, Tensor(a!) state, int stage_columns, "
+        "int slot_capacity, Tensor(b!) transposed, Tensor(c!) slot_ranges, Tensor(d!) ranges, Tensor(e!) columns, "
+        "Tensor(f!) slots) -> ()");
+  m.def("contrastive_count_and_list(Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "Tensor(a!) state, Tensor(b!) counts, Tensor(c!)? ranges, Tensor(d!)? columns) -> ()");
+  m.def("contrastive_weigh(Tensor counts, Tensor specific_weight, int group, bool joint, bool reweight, "
+        "bool keep_specific_only, Tensor(a!) weights, Tensor(b!) state) -> ()");
+  m.def("contrastive_greatest_square(Tensor z, Tensor(a!) greatest) -> ()");
+  m.def("contrastive_scale_rows(Tensor rows, Tensor greatest, Tensor lowest, Tensor highest, Tensor grad_losses, "
+        "float temperature, float greatest_g, float most_apart, Tensor(a!) numbers, Tensor(b!) shifts, "
+        "Tensor(c!) factors) -> ()");
+  m.def("contrastive_rows_parts(int anchors) -> int");
+  m.def("contrastive_rows_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "Tensor weights, Tensor state, Tensor? ranges, Tensor? columns, float scale, float loss_scale, Tensor square, "
+        "Tensor parts, Tensor? within, Tensor? log_sums, Tensor(a!) rows, Tensor(b!) losses) -> ()");
+  m.def("contrastive_rows_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "Tensor state, Tensor ranges, Tensor columns, Tensor slot_ranges, int first_column, int last_column, "
+        "float scale, Tensor numbers, Tensor(a!) sums, Tensor? staged, Tensor? factor, Tensor(b!) out) -> ()");
   m.def("contrastive_blocks_parts(int anchors, int group, bool within) -> int");
   m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
         "int group, bool within, bool has_lists, float scale, Tensor square, Tensor(a!) parts) -> ()");
   m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
         "int group, bool within, bool has_lists, bool symmetric, float scale, Tensor numbers, Tensor shift, "
         "Tensor factor, Tensor(a!) sums) -> ()");
-  m.def("contrastive_sampled_forward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, float scale, "
-        "Tensor(a!) log_sums) -> ()");
-  m.def("contrastive_sampled_rows_backward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, "
-        "float scale, Tensor numbers, Tensor(a!) grad) -> ()");
-  m.def("contrastive_sampled_columns_backward(Tensor z, int group, Tensor columns, Tensor offsets, Tensor enabled, "
-        "float scale, Tensor numbers, Tensor positions, Tensor slots, int first_word, int count, Tensor(a!) staged, "
-        "Tensor(b!) grad) -> ()");
+  m.def("contrastive_sampled_forward(Tensor z, int group, Tensor sampled_ranges, Tensor sampled_columns, Tensor state, "
+        "float scale, Tensor(a!) log_sums) -> ()");
+  m.def("contrastive_staged_rows(Tensor z, int group) -> int");
+  m.def("contrastive_sampled_backward(Tensor z, int group, Tensor sampled_ranges, Tensor sampled_columns, "
+        "Tensor slots, Tensor state, int first_column, int last_column, float scale, Tensor numbers, Tensor(a!) sums, "
+        "Tensor(b!) staged) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
@@ -312,20 +376,22 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
   m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
   m.impl("contrastive_draw_negatives", TORCH_BOX(&contrastive_draw_negatives));
-  m.impl("contrastive_transpose_bits", TORCH_BOX(&contrastive_transpose_bits));
-  m.impl("contrastive_count_bits", TORCH_BOX(&contrastive_count_bits));
-  m.impl("contrastive_list_offsets", TORCH_BOX(&contrastive_list_offsets));
-  m.impl("contrastive_list_bits", TORCH_BOX(&contrastive_list_bits));
-  m.impl("contrastive_pairs_forward", TORCH_BOX(&contrastive_pairs_forward));
-  m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
+  m.impl("contrastive_list_sampled", TORCH_BOX(&contrastive_list_sampled));
+  m.impl("contrastive_count_and_list", TORCH_BOX(&contrastive_count_and_list));
+  m.impl("contrastive_weigh", TORCH_BOX(&contrastive_weigh));
+  m.impl("contrastive_greatest_square", TORCH_BOX(&contrastive_greatest_square));
+  m.impl("contrastive_scale_rows", TORCH_BOX(&contrastive_scale_rows));
+  m.impl("contrastive_rows_forward", TORCH_BOX(&contrastive_rows_forward));
+  m.impl("contrastive_rows_backward", TORCH_BOX(&contrastive_rows_backward));
   m.impl("contrastive_blocks_forward", TORCH_BOX(&contrastive_blocks_forward));
   m.impl("contrastive_blocks_backward", TORCH_BOX(&contrastive_blocks_backward));
   m.impl("contrastive_sampled_forward", TORCH_BOX(&contrastive_sampled_forward));
-  m.impl("contrastive_sampled_rows_backward", TORCH_BOX(&contrastive_sampled_rows_backward));
-  m.impl("contrastive_sampled_columns_backward", TORCH_BOX(&contrastive_sampled_columns_backward));
+  m.impl("contrastive_staged_rows", TORCH_BOX(&contrastive_staged_rows));
+  m.impl("contrastive_sampled_backward", TORCH_BOX(&contrastive_sampled_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("masked_topk_parts", TORCH_BOX(&hpk::masked_topk_parts));
   m.impl("contrastive_blocks_parts", TORCH_BOX(&hpk::contrastive_blocks_parts));
+  m.impl("contrastive_rows_parts", TORCH_BOX(&hpk::contrastive_rows_parts));
 }

@@ -12,7 +12,7 @@ from hpkernels import _native, backends, cost
 from hpkernels.cost import DEVICES, RouteCost
 from hpkernels.ops import _cuda, _triton
 from hpkernels.ops.masked_topk.cuda import MOST_KEPT
-from hpkernels.ops.multi_positive_contrastive import lists
+from hpkernels.ops.multi_positive_contrastive import routes
 
 _SIZES = {
     name: parameter.default
@@ -20,8 +20,8 @@ _SIZES = {
     if name not in ("op", "device", "dtype")
 }
 _LISTS, _BLOCKS = "lists of pairs, blocks within images", "blocks of all pairs"
-_COST_OF = {_LISTS: "images", _BLOCKS: "blocks"}
-"""The route of the cost model that a route of the GPU backends costs as much as."""
+_COST_OF = {_LISTS: "lists", _BLOCKS: "blocks"}
+"""The names that the cost model has for the routes of the GPU backends."""
 
 
 @dataclass(frozen=True)
@@ -267,16 +267,16 @@ def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
             if name != route
         }
     across = given["density"] * (1 - given["within_image_share"]) * anchors**2
-    if not lists.allowed(anchors, group, None, rate):
+    if not cost.lists_may_pay(anchors, group, rate):
         reason = "there is one image" if anchors == group else f"with a rate of {rate:g} nothing is saved by them"
         return _BLOCKS, {_LISTS: reason}
-    room = lists.capacity(anchors)
-    if across > room:
+    capacity = routes.capacity(anchors)
+    if across > capacity:
         return _BLOCKS, {
-            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {room:.3g} that are"
-            " listed; the device decides by counting"
+            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {capacity:.3g} that"
+            " are listed; the device decides by counting"
         }
     return _LISTS, {
-        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {room:.3g} that are"
-        " listed; the device decides by counting"
+        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {capacity:.3g} that"
+        " are listed; the device decides by counting"
     }

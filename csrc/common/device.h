@@ -128,6 +128,17 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return rounded;
 }
 
+// Adds `count` to a counter in global memory that other blocks add to as well; what it was before.
+__device__ __forceinline__ int64_t take(int64_t* counter, int64_t count) {
+  auto* const at = reinterpret_cast<unsigned long long*>(counter);
+  return static_cast<int64_t>(atomicAdd(at, static_cast<unsigned long long>(count)));
+}
+
+// Makes a number in global memory `value` if that is greater. Neither is negative, and a NaN is 0x7FFFFFFF.
+__device__ __forceinline__ void raise_to(float* number, float value) {
+  atomicMax(reinterpret_cast<int*>(number), __float_as_int(value));
+}
+
 }  // namespace hpk
 #endif
 

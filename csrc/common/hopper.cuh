@@ -112,10 +112,10 @@ template <class Mma, class Left, class Right, class Sums>
 void multiply(const Mma& mma, const Left& left, const Right& right, Sums& sums) {
   using namespace cute;
   using Traits = typename Mma::Atom::Traits;
-  static_assert(is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::K>>::value, "left must be K-major");
   emulation::Wgmma wgmma{};
   wgmma.columns = get<1>(typename Traits::Shape_MNK{});
-  wgmma.transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.left_transposed = is_same<typename Traits::FrgTypeA, GMMA::smem_desc<GMMA::Major::MN>>::value;
+  wgmma.right_transposed = is_same<typename Traits::FrgTypeB, GMMA::smem_desc<GMMA::Major::MN>>::value;
   wgmma.bfloat16 = is_same<typename Traits::ValTypeA, bfloat16_t>::value;
   wgmma.accumulate = mma.accumulate_ == GMMA::ScaleOut::One;
   for (int n = 0; n < size<1>(right); ++n) {

@@ -201,6 +201,14 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
+inline int64_t take(int64_t* counter, int64_t count) {
+  const int64_t before = *counter;
+  *counter += count;
+  return before;
+}
+
+inline void raise_to(float* number, float value) { *number = max_or_nan(*number, value); }
+
 inline float exp2_of(float x) {
   const float result = std::exp2(x);
   return result < std::numeric_limits<float>::min() ? 0 : result;
@@ -272,6 +280,14 @@ HPK_REDUCE(__reduce_max_sync, a > b ? a : b)
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
+}
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+void __stcs(T* pointer, T value) {
+  *pointer = value;
 }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }

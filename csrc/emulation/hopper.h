@@ -14,6 +14,7 @@
 //   no_barrier_fence, no_write_fence, one_write_fence   fences do nothing, or only the first thread of a group has one
 //   no_swizzle                  TMA writes rows as they are
 //   left_stride, right_stride, right_leading, right_start   of descriptors: an offset is doubled, the start 32 bytes on
+//   not_transposed              the left operand is read as if it were not
 //   no_begin, no_commit, no_wait_for_products               these do nothing
 //   early_release               waits that leave products under way leave one group more
 #pragma once
@@ -29,14 +30,15 @@ namespace emulation {
 uint32_t shared_address(const void* pointer);
 
 // One wgmma.mma_async of 64 rows, `columns` columns and 16 elements: the descriptors of its operands and what else the
-// instruction says. Rows of `left` are K-major, those of `right` too unless it is transposed.
+// instruction says. Rows are K-major unless they are transposed.
 struct Wgmma {
   uint64_t left, right;
   int columns;
-  bool transposed, bfloat16, accumulate;
+  bool left_transposed, right_transposed, bfloat16, accumulate;
 
   bool operator==(const Wgmma& other) const {
-    return left == other.left && right == other.right && columns == other.columns && transposed == other.transposed &&
+    return left == other.left && right == other.right && columns == other.columns &&
+           left_transposed == other.left_transposed && right_transposed == other.right_transposed &&
            bfloat16 == other.bfloat16 && accumulate == other.accumulate;
   }
 };

@@ -45,11 +45,11 @@ void execute(const Product& product, unsigned warp) {
   const Descriptor left_at(wgmma.left), right_at(wgmma.right);
   const int first_row = static_cast<int>(warp) % kGroup * kRows;
   for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kDepth; ++k) left[row][k] = operand(left_at, first_row + row, k, false, wgmma.bfloat16);
+    for (int k = 0; k < kDepth; ++k) left[row][k] = operand(left_at, first_row + row, k, wgmma.left_transposed, wgmma.bfloat16);
   }
   for (int column = 0; column < wgmma.columns; ++column) {
     for (int k = 0; k < kDepth; ++k) {
-      right[k][column] = operand(right_at, column, k, wgmma.transposed, wgmma.bfloat16);
+      right[k][column] = operand(right_at, column, k, wgmma.right_transposed, wgmma.bfloat16);
     }
   }
   for (int row = 0; row < kRows; ++row) {
@@ -173,6 +173,7 @@ void multiply_async(const Wgmma& wgmma, float* sums) {
   if (state().is_faulty("right_stride")) operands.wgmma.right = doubled(wgmma.right, 32);
   if (state().is_faulty("right_leading")) operands.wgmma.right = doubled(wgmma.right, 16);
   if (state().is_faulty("right_start")) operands.wgmma.right += 2;
+  if (state().is_faulty("not_transposed")) operands.wgmma.left_transposed = false;
   warp_instruction<int>(kAll, issue, operands);
 }
 

@@ -189,9 +189,9 @@ const char* steps(const int (*steps)[2], int count, const uint16_t* data, const 
   if (result != CUDA_SUCCESS) return "no tensor map";
   return outcome(steps_kernel, 1, 32, 64 * 1024, map, steps, count, row, element, found, bytes);
 }
-const char* wgmma(const char* operands, int bytes, uint64_t left, uint64_t right, int columns, bool transposed,
-                  bool bfloat16, bool accumulate, int way, float (*sums)[128]) {
-  const emulation::Wgmma wgmma{left, right, columns, transposed, bfloat16, accumulate};
+const char* wgmma(const char* operands, int bytes, uint64_t left, uint64_t right, int columns, bool left_transposed,
+                  bool right_transposed, bool bfloat16, bool accumulate, int way, float (*sums)[128]) {
+  const emulation::Wgmma wgmma{left, right, columns, left_transposed, right_transposed, bfloat16, accumulate};
   return outcome(wgmma_kernel, 1, 128, bytes, operands, bytes, wgmma, way, sums);
 }
 const char* registers(int given, int taken) { return outcome(registers_kernel, 1, 384, 0, given, taken); }

@@ -104,11 +104,11 @@ def descriptor(start, leading=0, stride=1024):
 def product(run, generator):
     """``product(...)``: what is said, the sums found and those expected, of 16 of 64 elements of each row."""
 
-    def product(columns=64, transposed=False, dtype=torch.float16, accumulate=True, step=0, way=RIGHT):
+    def product(columns=64, transposed=False, dtype=torch.float16, accumulate=True, step=0, way=RIGHT, of_left=False):
         left = torch.randn(64, 64, generator=generator).to(dtype)
         right = torch.randn(columns, 64, generator=generator).to(dtype)
         before = torch.randn(64, columns, generator=generator)
-        memory = torch.cat([swizzled(left, False), swizzled(right, transposed)])
+        memory = torch.cat([swizzled(left, of_left), swizzled(right, transposed)])
         # The manual's fragment of the sums: a warp has 16 rows, and a lane two numbers of each second 8 of them.
         thread, i = torch.arange(128)[:, None], torch.arange(columns // 2)
         at = (thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + thread % 4 * 2 + i % 2)
@@ -116,8 +116,8 @@ def product(run, generator):
         sums[:, : columns // 2] = before[at]
         # 16 elements are 32 bytes of a row, or 16 rows of 128 bytes.
         of_right = descriptor(8192 + (2048 if transposed else 32) * step, 8192 if transposed else 0)
-        options = (columns, transposed, dtype == torch.bfloat16, accumulate, way)
-        said = run("wgmma", memory, len(memory), descriptor(32 * step), of_right, *options, sums)
+        options = (columns, of_left, transposed, dtype == torch.bfloat16, accumulate, way)
+        said = run("wgmma", memory, len(memory), descriptor((2048 if of_left else 32) * step), of_right, *options, sums)
         found = torch.zeros(64, columns)
         found[at] = sums[:, : columns // 2]
         elements = slice(16 * step, 16 * step + 16)
@@ -130,9 +130,10 @@ def product(run, generator):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("columns", "transposed"), [(8, False), (128, False), (64, True), (256, True)])
 @pytest.mark.parametrize("accumulate", [True, False])
-def test_products(product, columns, transposed, dtype, accumulate):
+@pytest.mark.parametrize("of_left", [True, False])
+def test_products(product, columns, transposed, dtype, accumulate, of_left):
     for step in (0, 3):
-        said, found, expected = product(columns, transposed, dtype, accumulate, step)
+        said, found, expected = product(columns, transposed, dtype, accumulate, step, of_left=of_left)
         assert said == ""
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -172,9 +173,9 @@ def test_descriptors_that_are_not_emulated(run):
     mistakes = {0: "without the 128-byte swizzle", 1 << 62 | 1 << 49: "with a base offset", 1 << 62: "beyond"}
     for wrong, said in mistakes.items():
         left = ctypes.c_uint64(wrong)
-        assert said in run("wgmma", memory, 16384, left, right, 8, False, False, False, RIGHT, sums)
+        assert said in run("wgmma", memory, 16384, left, right, 8, *[False] * 4, RIGHT, sums)
     for columns in (0, 12, 264):
-        assert "no wgmma" in run("wgmma", memory, 16384, right, right, columns, False, False, False, RIGHT, sums)
+        assert "no wgmma" in run("wgmma", memory, 16384, right, right, columns, *[False] * 4, RIGHT, sums)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,15 @@ class Pairs(NamedTuple):
 
     @property
     def stage_columns(self) -> int:
-        """How many columns are staged at a time."""
-        return math.ceil(len(self.weights) / self.stages)
+        """How many columns are staged at a time, a multiple of 32."""
+        return 32 * math.ceil(len(self.weights) / 32 / self.stages)
+
+    def columns_of(self, stage: int | None) -> tuple[int, int]:
+        """The columns [first, last) of a stage; all of them for None."""
+        anchors = len(self.weights)
+        if stage is None:
+            return 0, anchors
+        return stage * self.stage_columns, min((stage + 1) * self.stage_columns, anchors)
 
     def stage_capacity(self, rate: float) -> int:
         """The places of a stage."""
@@ -204,7 +211,7 @@ class Kernels(Protocol):
     ) -> None:
         """Add what is staged to the sums of the columns of a stage.
 
-        With `factor` also the listed positives, and `out` gets the sums times it, in the dtype of z, of as many features
+        With `factor` also the listed positives, and `out` gets the sums times it, in the dtype of z, as many features
         as it has; else `out` is `sums`. Without a stage these are all anchors, and nothing is staged.
         """
 
@@ -285,13 +292,19 @@ def forward(
     branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
+    specific_weight: Tensor,
     negatives: Tensor | None,
+    seed: Tensor,
     prepared: list[Tensor],
     group: int,
     temperature: float,
     scale: float,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
+    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32)).
+
+    What else the op is given, `prepare` has taken into account.
+    """
     pairs = _pairs(prepared, positives, specific, negatives, group)
     rows = pairs.weights.new_empty((len(branches), *pairs.weights.shape))
     losses = []
@@ -322,6 +335,7 @@ def backward(
     positives: Tensor,
     specific: Tensor | None,
     negatives: Tensor | None,
+    seed: Tensor,
     prepared: list[Tensor],
     rows: Tensor,
     group: int,
