@@ -109,11 +109,13 @@ struct SumLogits {
 
   __device__ __forceinline__ void read(int tile, int r) {
     const int thread = threadIdx.x % Geometry::kTeamThreads;
-    read_rows<kAll>(arguments.masks, row_of(thread, r), first_word(thread, tile), ahead[r % 2]);
+    const int row = row_of(thread, r), first = first_word(thread, tile);
+    read_positives(arguments.masks, row, first, ahead[r % 2]);
+    if constexpr (!kAll) read_negatives(arguments.masks, row, first, ahead[r % 2]);
   }
 
   __device__ __forceinline__ int first_word(int thread, int tile) const {
-    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) / 32;
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) >> 5;
   }
 
   // Adds products of a row: value 2 h + c of block 4 w + n is of bit 8 n + c of word w.
@@ -218,43 +220,34 @@ struct BlockGradient {
   const BlockArguments& arguments;
   const BlockSums& of_anchors;
   Scope scope;
-  AnchorNumbers i[2];  // of the thread's rows
   MaskWords<kWords> rows[2];
-  uint32_t drawn[kWords];  // of columns
 
-  // What is known of the pairs of a tile. Read ahead it comes while the tile is multiplied.
+  // The words of a tile in A and S. Read ahead they come while the tile is multiplied.
   __device__ __forceinline__ void read(int tile) {
-    const int thread = threadIdx.x % Geometry::kTeamThreads, column = first_column(thread, tile);
+    const int thread = threadIdx.x % Geometry::kTeamThreads;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row_of(thread, h);
-      i[h] = scope.holds(row) ? numbers_of(of_anchors.numbers, row) : AnchorNumbers{};
-      read_rows<kAll>(arguments.masks, row, column / 32, rows[h]);
-    }
-    if constexpr (!kAll) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int own = column + 32 * w + thread % 32;
-        drawn[w] = word_of(arguments.masks, arguments.masks.negatives, own, own % arguments.masks.group, row_of(thread, 0));
-      }
+      read_positives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
     }
   }
 
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
-    if constexpr (Engine::kGathers) read(tile);  // registers are short
+    read(tile);  // registers are short
+    const auto of_anchor = [&](int anchor) {
+      return scope.holds(anchor) ? numbers_of(of_anchors.numbers, anchor) : AnchorNumbers{};
+    };
+    const AnchorNumbers of_rows[] = {of_anchor(row_of(team.thread, 0)), of_anchor(row_of(team.thread, 1))};
     const int first = scope.column + tile * Geometry::kColumns;
-    make_g(products, tile, team.thread, [&](int column) {
-      return scope.holds(first + column) ? numbers_of(of_anchors.numbers, first + column) : AnchorNumbers{};
-    });
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_anchor(first + column); });
   }
 
-  // With the numbers of the tile's columns, of which those of no anchor may be anything.
+  // With the numbers of the strip's rows and the tile's columns, of which those of no anchor may be anything.
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team,
-                                         const float4* numbers) {
-    make_g(products, tile, team.thread, [&](int column) {
-      const float4 found = numbers[column];
-      return AnchorNumbers{found.x, found.y, found.z, found.w};
-    });
+                                         const float4* rows_numbers, const float4* columns_numbers) {
+    const auto of_place = [](float4 found) { return AnchorNumbers{found.x, found.y, found.z, found.w}; };
+    const AnchorNumbers of_rows[] = {of_place(rows_numbers[Geometry::row(team.thread, 0, 0)]),
+                                     of_place(rows_numbers[Geometry::row(team.thread, 0, 1)])};
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_place(columns_numbers[column]); });
     read(tile + Geometry::kTeams);
   }
 
@@ -271,18 +264,26 @@ struct BlockGradient {
 
   // Of the thread's words.
   __device__ __forceinline__ int first_column(int thread, int tile) const {
-    return scope.column + (tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) / 32 * 32;
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) & ~31;
   }
 
   template <class Numbers>
-  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread, const Numbers& numbers) {
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
+    if constexpr (!kAll) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        read_negatives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
+      }
+    }
     const float shift = *of_anchors.shift;
-    shift == shift ? make_g<true>(products, tile, thread, numbers) : make_g<false>(products, tile, thread, numbers);
+    shift == shift ? make_g<true>(products, tile, thread, i, numbers) : make_g<false>(products, tile, thread, i, numbers);
   }
 
   // kShared: all anchors have one shift, so that one exponential serves both directions.
   template <bool kShared, class Numbers>
-  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread, const Numbers& numbers) {
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
     const float scale = arguments.scale * kLog2OfE;
     const int own[2] = {row_of(thread, 0), row_of(thread, 1)};
 #pragma unroll
@@ -330,7 +331,7 @@ struct BlockGradient {
   // The relations of the thread's rows to 32 columns, and those of the columns to them.
   __device__ __forceinline__ void pairs_of(int thread, int tile, int w, const int (&own)[2], PairWords (&of_i)[2],
                                            PairWords (&of_j)[2]) const {
-    const int word = first_column(thread, tile) / 32 + w, first = thread % 4 * 2;
+    const int word = (first_column(thread, tile) >> 5) + w, first = thread % 4 * 2;
     const uint32_t inside = inside_bits(scope, word);
     uint32_t agnostic[2] = {rows[0].agnostic[w], rows[1].agnostic[w]};
     uint32_t specific[2] = {rows[0].specific[w], rows[1].specific[w]}, drawn_by[2] = {};
@@ -338,13 +339,15 @@ struct BlockGradient {
     for (int h = 0; h < 2; ++h) {
       of_i[h] = pair_words<kAll>(agnostic[h], specific[h], rows[h].drawn[w], inside, own[h], word, first);
     }
-    if (!of_anchors.symmetric) {  // so rare that it is not read ahead
-      const ContrastiveMasks& masks = arguments.masks;
-      const int column = 32 * word + thread % 32;
+    const ContrastiveMasks& masks = arguments.masks;
+    const int column = 32 * word + thread % 32;
+    if (!of_anchors.symmetric) {
       transpose_words(word_of(masks, masks.positives, column, column, own[0]), own, agnostic);
       transpose_words(word_of(masks, masks.specific, column, column, own[0]), own, specific);
     }
-    if constexpr (!kAll) transpose_words(drawn[w], own, drawn_by);
+    if constexpr (!kAll) {
+      transpose_words(word_of(masks, masks.negatives, column, column % masks.group, own[0]), own, drawn_by);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
   }
@@ -391,7 +394,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   const ContrastiveMasks& masks = arguments.masks;
   const Scope scope =
       scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, {}, {}, {}};
+  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, {}};
   const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
     with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {

@@ -133,9 +133,9 @@ OF_BOTH = [
     ("no_begin:0", "wgmma without wgmma.fence"),
     ("no_commit:0", "a warp ends before its products|accumulators are written"),
     ("no_wait_for_products:0", "a warp ends before its products"),
-    ("early_release:0", "wrong"),
 ]
 OF_ANY_STRIP = [
+    ("early_release:0", "wrong"),
     *((f"no_wait:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY)),
     *((f"other_phase:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY)),
     *((f"no_arrival:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL, EMPTY)),
