@@ -15,6 +15,9 @@ using namespace hpk;
 
 void hidden_positives(Tensor features, Tensor threshold, Tensor bits) {
   const OnDeviceOf on(features);
+  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < features.size(0)) {
+    throw std::runtime_error("hpkernels: the thresholds must be padded with NaN");
+  }
   with_type_of(features, [&](auto zero) {
     using T = decltype(zero);
     hidden_positives_cuda(rows<T>(features), data<float>(threshold), data<uint32_t>(bits), on.stream);
@@ -48,13 +51,11 @@ TopkArguments topk_arguments(const Tensor& query, const Tensor& pool, int64_t k,
   return {restrictions, static_cast<int>(query.size(0)), static_cast<int>(pool.size(0)), static_cast<int>(k)};
 }
 
-void masked_topk_top1(Tensor query, Tensor pool, std::optional<Tensor> mask, std::optional<Tensor> query_group,
-                      std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
+void masked_topk_top1(Tensor query, Tensor pool, Tensor values, Tensor indices) {
   const OnDeviceOf on(query);
   with_type_of(query, [&](auto zero) {
     using T = decltype(zero);
-    masked_topk_top1_cuda(rows<T>(query), rows<T>(pool),
-                          topk_arguments(query, pool, 1, mask, query_group, pool_group),
+    masked_topk_top1_cuda(rows<T>(query), rows<T>(pool), topk_arguments(query, pool, 1, {}, {}, {}),
                           static_cast<int>(values.size(1)), data<float>(values), data<int64_t>(indices), on.stream);
   });
 }
@@ -324,8 +325,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");
-  m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
-        "Tensor(a!) values, Tensor(b!) indices) -> ()");
+  m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor(a!) values, Tensor(b!) indices) -> ()");
   m.def("masked_topk(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, Tensor? below, "
         "Tensor(a!) keys) -> ()");
   m.def("masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor(a!) grad_query) -> ()");

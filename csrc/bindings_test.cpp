@@ -244,6 +244,7 @@ py::dict geometries() {
   add_geometry<hpk::GradientGeometry80<256>>(found, "GradientGeometry80<256>");
   add_geometry<hpk::GradientGeometry80<128>>(found, "GradientGeometry80<128>");
   add_geometry<hpk::Geometry90>(found, "Geometry90");
+  add_geometry<hpk::WideGeometry90>(found, "WideGeometry90");
   add_geometry<hpk::GradientGeometry90<64>>(found, "GradientGeometry90<64>");
   add_geometry<hpk::GradientGeometry90<256>>(found, "GradientGeometry90<256>");
   return found;

@@ -199,15 +199,15 @@ def _steps(
     """The steps of an op, and why not the other engines and routes."""
     refused: dict[tuple[str, str], list[str]] = {}  # the steps by what is not taken there and why
 
-    def engine(step: str, row: int, reason: str = "") -> str:
-        """The engine of products of rows of `row` elements; `reason`, if any, is one against wgmma."""
+    def engine(step: str, row: int) -> str:
+        """The engine of products of rows of `row` elements."""
         if backend == "reference":
             return "PyTorch"
         if backend == "cpu":
             return f"{torch.backends.cpu.get_cpu_capability()} kernels" if place.device else "CPU kernels"
         if backend == "triton":
             return f"tiles of {'gfx942' if place.capability is None else _triton.architecture_of(place.capability)}"
-        reason = _cuda.without_wgmma(place.capability or (0, 0), dtype, row) or reason
+        reason = _cuda.without_wgmma(place.capability or (0, 0), dtype, row)
         if not reason and place.device is not None and "without wgmma" in _native.LIBRARIES["_C_cuda"].reason:
             reason = "the library is built without it"
         other = ("TMA and wgmma", reason) if reason else ("mma.sync", "TMA and wgmma come first")
@@ -226,11 +226,10 @@ def _steps(
     def loss(step: str) -> Step:
         route, others = _route(backend, given)
         refused.update({other: [] for other in others.items()})
-        return Step(step, engine(step, given["D"], "listed pairs are gathered" if route == _LISTS else ""), route)
+        return Step(step, engine(step, given["D"]), route)
 
     if op == "local_propagation":
-        against = "the logits are those of one image, rows of any stride"
-        steps = [Step(op, engine(op, given["heads_dim"], against), "weights and stencil")]
+        steps = [Step(op, engine(op, given["heads_dim"]), "weights and stencil")]
     elif op == "masked_topk":
         steps = [topk(op, given["features_dim"], given["k"])]
     elif op == "hidden_positives":

@@ -73,7 +73,7 @@ def test_the_route_on_a_gpu(sizes, expected):
     assert (allowed and across <= routes.capacity(given["N"])) == expected
     route, other = ("lists of pairs, blocks within images", "blocks of all pairs")[:: 1 if expected else -1]
     assert told.steps[-1].route == route and other in told.not_taken
-    assert told.steps[-1].engine == ("mma.sync" if expected else "TMA and wgmma")  # which takes no gathered rows
+    assert told.steps[-1].engine == "TMA and wgmma"
     costs = hpkernels.estimate("ghp_contrastive", device="H100", **given).routes
     assert told.cost == costs["lists" if expected else "blocks"]
 

@@ -121,6 +121,13 @@ __device__ __forceinline__ float exp2_of(float x) {
   return result;
 }
 
+// The smaller of two numbers, NaN if either is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // `value` rounded to TF32, as the bits of a float.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t rounded;

@@ -116,6 +116,7 @@ def test_any_order(outcome, problem):
 
 # Barriers of a strip in the order in which it initialises them; there are four stages for 512 elements and k > 1.
 STRIP, FULL, EMPTY, TURN, OTHER_TURN = 0, 1, 2, 9, 10
+LEAD = 8  # of wide tiles, which have three stages
 # And of gradients: own_full, then for each of two places ready, and full and empty of each side.
 OWN_FULL, READY, QUARTER_FULL, QUARTER_EMPTY = 0, (1, 6), (2, 4, 7, 9), (3, 5, 8, 10)
 
@@ -134,14 +135,20 @@ OF_BOTH = [
     ("no_wait_for_products:0", "a warp ends before its products"),
     ("early_release:0", "wrong"),
 ]
-OF_STRIP = [
-    *((f"no_wait:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY, TURN, OTHER_TURN)),
-    *((f"other_phase:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY, TURN)),
-    *((f"no_arrival:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL, EMPTY, TURN)),
+OF_ANY_STRIP = [
+    *((f"no_wait:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY)),
+    *((f"other_phase:{barrier}", ANY) for barrier in (STRIP, FULL, EMPTY)),
+    *((f"no_arrival:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL, EMPTY)),
     *((f"two_arrivals:{barrier}", TOO_MANY) for barrier in (STRIP, FULL)),
-    *((f"two_arrivals:{barrier}", ANY) for barrier in (EMPTY, TURN)),
+    (f"two_arrivals:{EMPTY}", ANY),
     *((f"fewer_bytes:{barrier}", EXPECTED_LESS) for barrier in (STRIP, FULL)),
     *((f"more_bytes:{barrier}", WAITS_FOR_EVER) for barrier in (STRIP, FULL)),
+]
+OF_TURNS = [
+    *((f"no_wait:{barrier}", ANY) for barrier in (TURN, OTHER_TURN)),
+    (f"other_phase:{TURN}", ANY),
+    (f"no_arrival:{TURN}", WAITS_FOR_EVER),
+    (f"two_arrivals:{TURN}", ANY),
 ]
 OF_GRADIENT = [
     ("no_write_fence:0", "wrong"),
@@ -160,9 +167,14 @@ def first_that_is_not_right(outcome, is_right, fault):
     return next((found for seed in SEEDS if (found := outcome(is_right, seed, fault)) != "right"), "right")
 
 
-@pytest.mark.parametrize(("fault", "said"), OF_BOTH + OF_STRIP)
+@pytest.mark.parametrize(("fault", "said"), OF_BOTH + OF_ANY_STRIP + OF_TURNS)
 def test_faults_of_a_strip(outcome, fault, said):
     assert re.match(said, first_that_is_not_right(outcome, ranked(512, 5), fault))
+
+
+@pytest.mark.parametrize(("fault", "said"), [*OF_BOTH, *OF_ANY_STRIP, (f"no_arrival:{LEAD}", WAITS_FOR_EVER)])
+def test_faults_of_wide_tiles(outcome, fault, said):
+    assert re.match(said, first_that_is_not_right(outcome, ranked(512, 1), fault))
 
 
 @pytest.mark.parametrize(("fault", "said"), OF_BOTH + OF_GRADIENT)
@@ -171,6 +183,12 @@ def test_faults_of_a_gradient(outcome, fault, said):
 
 
 @pytest.mark.parametrize("fault", ["no_write_fence:0", "right_leading:0"])
-def test_what_cannot_matter_to_a_strip(outcome, fault):
+@pytest.mark.parametrize("k", [1, 5])
+def test_what_cannot_matter_to_a_strip(outcome, k, fault):
     """It writes no operands itself, and its operands are K-major."""
-    assert first_that_is_not_right(outcome, ranked(512, 5), fault) == "right"
+    assert first_that_is_not_right(outcome, ranked(512, k), fault) == "right"
+
+
+def test_wide_tiles_without_a_lead(outcome):
+    """Which group is ahead changes when the work is done, not what comes of it."""
+    assert first_that_is_not_right(outcome, ranked(512, 1), f"no_wait:{LEAD}") == "right"

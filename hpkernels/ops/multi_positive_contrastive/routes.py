@@ -345,22 +345,23 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits are computed again."""
     pairs = _pairs(prepared, positives, specific, negatives, group)
-    grads = []
-    of_branches = zip(branches, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
-    for branch, numbers, shift, factor in of_branches:
-        z, grad = kernels.aligned_rows(branch), torch.empty_like(branch, memory_format=torch.contiguous_format)
-        scale = 1 / temperature
+    scale, vectors = 1 / temperature, [kernels.aligned_rows(z) for z in branches]
+    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in branches]
+    if pairs.lists is not None:  # what one branch needs, the next can take over
+        places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
+        staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
+        sums = torch.empty_like(vectors[0], dtype=torch.float32)
+    of_branches = zip(vectors, grads, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
+    for z, grad, numbers, shift, factor in of_branches:
         kernels.blocks_backward(z, pairs, False, symmetric, scale, numbers, shift, factor, grad)
-        if pairs.lists is not None:
-            sums = torch.empty_like(z, dtype=torch.float32)
-            kernels.blocks_backward(z, pairs, True, symmetric, scale, numbers, shift, factor, sums)
-            staged = z.new_empty((pairs.stage_capacity(rate), kernels.staged_rows(z, group), z.shape[1]))
-            for stage in range(pairs.stages):
-                kernels.sampled_backward(z, pairs, stage, scale, numbers, sums, staged)
-                only = pairs.stages == 1  # then the sums are complete, and all is done in one
-                last = (factor, grad) if only else (None, sums)
-                kernels.rows_backward(z, pairs, stage, scale, numbers, sums, staged, *last)
-            if pairs.stages > 1:
-                kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
-        grads.append(grad)
+        if pairs.lists is None:
+            continue
+        kernels.blocks_backward(z, pairs, True, symmetric, scale, numbers, shift, factor, sums)
+        for stage in range(pairs.stages):
+            kernels.sampled_backward(z, pairs, stage, scale, numbers, sums, staged)
+            # With one stage the sums are complete then, and all is done in one.
+            last = (factor, grad) if pairs.stages == 1 else (None, sums)
+            kernels.rows_backward(z, pairs, stage, scale, numbers, sums, staged, *last)
+        if pairs.stages > 1:
+            kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
     return grads
