@@ -112,11 +112,12 @@ def sampled_rows_bwd_kernel(
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
         # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
         if start < end:
-            terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
             g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
+        else:
+            g = terms
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
     tl.store(target, gradient, mask=inside)
 
@@ -148,10 +149,11 @@ def sampled_columns_bwd_kernel(
         rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
         products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         base, push, _, _ = load_numbers(numbers, rows)
-        g = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), tl.float32)
+        terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
         if block < blocks:  # as in the kernel above
-            terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
             g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
+        else:
+            g = terms
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
     slot = tl.load(slots + at, mask=at < end, other=0)
     target = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
