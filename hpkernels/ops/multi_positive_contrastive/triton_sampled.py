@@ -113,8 +113,8 @@ def sampled_rows_bwd_kernel(
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
-        # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
-        if start < end:
+        # This is always so. Where Triton sees that one product takes the other, each group of four warps computes all.
+        if start < end:  # noqa: SIM108
             g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
         else:
             g = terms
