@@ -26,7 +26,17 @@ class Pairs:
     """Anchors, relations and made-up row statistics, of all pairs or of those within images."""
 
     def __init__(
-        self, case, dim, *, within, size=(7, 15), temperature=0.3, drawn=True, specific=True, symmetric=True, shared=True
+        self,
+        case,
+        dim,
+        *,
+        within,
+        size=(7, 15),
+        temperature=0.3,
+        drawn=True,
+        specific=True,
+        symmetric=True,
+        shared=True,
     ):
         sizes = {"images": IMAGES, "height": size[0], "width": size[1], "dim": dim}
         self.z = random_problem(**sizes, dtype=case.dtype, device=case.device).z
