@@ -2,9 +2,9 @@
 //
 //   gradient_i = sum over j of g(<z_i, z_j>)_ij z_j      for 64 rows i; neither products nor g leave the SM
 //
-// Columns j come in tiles of 64, and there is room for two: tile u lies in place c = u % 2. Team c makes its g, and writes
-// it to shared memory as an operand. Both teams add g of every tile times its columns to their side of the gradient, one
-// half of the elements each; so side s of the columns of place c is a quarter of its own. Team t goes through
+// Columns j come in tiles of 64, and there is room for two: tile u lies in place c = u % 2. Team c makes its g, and
+// writes it to shared memory as an operand. Both teams add g of every tile times its columns to their side of the
+// gradient, half of the elements each; so side s of the columns of place c is a quarter of its own. Team t goes through
 //
 //   products of its tile u with quarter (t, t); the other team's g of tile u - 1 times quarter (1 - t, t);
 //   products with quarter (t, 1 - t); g of tile u; g of tile u times quarter (t, t)
@@ -56,8 +56,8 @@ struct GradientSm90 {
 
   // The gradient of rows from `first_row` on, from the columns of a range of tiles, which start at rows 64 tile +
   // first_column. The consumer has two members:
-  //   make_g(products, tile, team, of_rows, of_columns)  turns products into g, which is 0 beyond the last row, with the
-  //                                                      operands' numbers of the rows and columns
+  //   make_g(products, tile, team, of_rows, of_columns)  turns products into g, which is 0 beyond the last row, with
+  //                                                      the operands' numbers of rows and columns
   //   store(sums, team)                                  gets side team.index of the gradient in the end
   // Team t has every second tile, from the first + t on. All threads of the block call it, but only the teams return.
   // `memory` starts at a multiple of 1024 bytes.
@@ -131,7 +131,9 @@ struct GradientSm90 {
                                               TileRange tiles, Shared& shared) {
     const int own_bytes = number_bytes(operands, first_row);
     Barrier::arrive_and_expect_tx(&shared.own_full, kBoxes * kBoxBytes + own_bytes);
-    if (own_bytes > 0) hopper::load_bytes(operands.numbers + 4 * first_row, own_bytes, shared.own_numbers, &shared.own_full);
+    if (own_bytes > 0) {
+      hopper::load_bytes(operands.numbers + 4 * first_row, own_bytes, shared.own_numbers, &shared.own_full);
+    }
     CUTE_NO_UNROLL
     for (int box = 0; box < kBoxes; ++box) {
       hopper::load_box(operands.rows, first_row, box * hopper::kBoxDepth, shared.own[box], &shared.own_full);

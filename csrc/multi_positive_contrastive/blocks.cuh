@@ -29,7 +29,7 @@ BlockArguments arguments_of(const BlockPairs<T>& pairs) {
   return {pairs.masks, pairs.within, pairs.has_lists, pairs.state, pairs.scale};
 }
 
-// Calls run(left_row, right_row) with what an engine that gathers takes: the rows of a strip and the columns of its tiles.
+// Calls run(left_row, right_row) with what an engine that gathers takes: rows of a strip, and columns of its tiles.
 template <class Geometry, class Run>
 __device__ __forceinline__ void with_rows_of(const Scope& scope, const Run& run) {
   const auto held = [&](int anchor) { return scope.holds(anchor) ? anchor : -1; };
@@ -60,8 +60,8 @@ struct SumLogits {
     }
   }
 
-  // Reads the words of the thread's first two rows of a tile: for the first before the tile is there, and so on. There are
-  // registers for two rows.
+  // Reads the words of the thread's first two rows of a tile, for which there are registers. Those of each other row, and
+  // of the tile after, are read two rows ahead.
   __device__ __forceinline__ void read(int tile) {
     read(tile, 0);
     read(tile, 1);
@@ -105,7 +105,9 @@ struct SumLogits {
   }
 
  private:
-  __device__ __forceinline__ int row_of(int thread, int r) const { return scope.row + Geometry::row(thread, r / 2, r % 2); }
+  __device__ __forceinline__ int row_of(int thread, int r) const {
+    return scope.row + Geometry::row(thread, r / 2, r % 2);
+  }
 
   __device__ __forceinline__ void read(int tile, int r) {
     const int thread = threadIdx.x % Geometry::kTeamThreads;
@@ -160,8 +162,8 @@ struct SumLogits {
   }
 };
 
-// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A
-// and over S.
+// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l
+// over A and over S.
 //
 // Grid (strips, parts). FLOPs: 2 D a pair. Bytes: z once for each strip, from cache; 2 or 3 bits a pair.
 template <class Engine, bool kAll>
@@ -205,8 +207,8 @@ void launch_blocks_forward(const typename Engine::Operands& operands, const Bloc
                   static_cast<unsigned>(contrastive_blocks_parts(anchors, group, pairs.within)));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
                                                        : contrastive_blocks_fwd_kernel<Engine, false>;
-  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs), square,
-         parts);
+  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs),
+         square, parts);
 }
 
 // Turns products into g_ij + g_ji, and writes the gradient.
@@ -220,6 +222,7 @@ struct BlockGradient {
   const BlockArguments& arguments;
   const BlockSums& of_anchors;
   Scope scope;
+  bool shared;  // all anchors have one shift, so that one exponential serves both directions
   MaskWords<kWords> rows[2];
 
   // The words of a tile in A and S. Read ahead they come while the tile is multiplied.
@@ -276,11 +279,9 @@ struct BlockGradient {
         read_negatives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
       }
     }
-    const float shift = *of_anchors.shift;
-    shift == shift ? make_g<true>(products, tile, thread, i, numbers) : make_g<false>(products, tile, thread, i, numbers);
+    shared ? make_g<true>(products, tile, thread, i, numbers) : make_g<false>(products, tile, thread, i, numbers);
   }
 
-  // kShared: all anchors have one shift, so that one exponential serves both directions.
   template <bool kShared, class Numbers>
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
                                          const AnchorNumbers (&i)[2], const Numbers& numbers) {
@@ -349,7 +350,9 @@ struct BlockGradient {
       transpose_words(word_of(masks, masks.negatives, column, column % masks.group, own[0]), own, drawn_by);
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
+    for (int h = 0; h < 2; ++h) {
+      of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
+    }
   }
 
   template <class Out>
@@ -380,7 +383,7 @@ struct BlockGradient {
   }
 };
 
-// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.
+// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in z's type.
 //
 // Grid (strips, blocks of features). FLOPs: 4 D a pair, 6 D if there are two blocks of features. Bytes: z once or twice
 // for each strip, from cache; 3 to 6 bits a pair; sums once.
@@ -394,7 +397,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   const ContrastiveMasks& masks = arguments.masks;
   const Scope scope =
       scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, {}};
+  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, *of_anchors.shift == *of_anchors.shift, {}};
   const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
     with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
@@ -407,8 +410,8 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
 }
 
 template <class Engine, class T>
-void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const BlockSums& sums,
-                            cudaStream_t stream) {
+void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs,
+                            const BlockSums& sums, cudaStream_t stream) {
   const int64_t strips = strips_of(Engine::Geometry::kRows, pairs.masks.anchors, pairs.masks.group, pairs.within);
   const dim3 grid(static_cast<unsigned>(strips), Engine::feature_blocks(sums.dim));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_bwd_kernel<Engine, true>

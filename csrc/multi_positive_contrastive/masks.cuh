@@ -39,7 +39,8 @@ __device__ __forceinline__ void read_words(const ContrastiveMasks& masks, const 
 
 // The words of an anchor in A and S, and in R; beyond the last one those of the last, which nobody uses.
 template <int kWords>
-__device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, int row, int first, MaskWords<kWords>& found) {
+__device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, int row, int first,
+                                               MaskWords<kWords>& found) {
   const int held = row < masks.anchors ? row : masks.anchors - 1;
   read_words(masks, masks.positives, held, first, found.agnostic);
   if (masks.specific != nullptr) {
@@ -51,7 +52,8 @@ __device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, in
 }
 
 template <int kWords>
-__device__ __forceinline__ void read_negatives(const ContrastiveMasks& masks, int row, int first, MaskWords<kWords>& found) {
+__device__ __forceinline__ void read_negatives(const ContrastiveMasks& masks, int row, int first,
+                                               MaskWords<kWords>& found) {
   const int held = row < masks.anchors ? row : masks.anchors - 1;
   read_words(masks, masks.negatives, held % masks.group, first, found.drawn);
 }

@@ -151,7 +151,7 @@ GATHERED_READY, DONE, GATHERED_FULL, GATHERED_EMPTY = 1, 2, 3, 4
 
 WAITS_FOR_EVER = "deadlock: .* threads at barrier"
 TOO_MANY = "more arrivals than a phase has"
-ANY = f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}"
+ANY = f"wrong|{TOO_MANY}|{WAITS_FOR_EVER}|a block ends before its copies"
 EXPECTED_LESS = "more bytes came than were expected"
 OF_BOTH = [
     ("no_swizzle:0", "wrong"),
