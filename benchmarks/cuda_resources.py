@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import results, tables
+from benchmarks import results, sass, tables
 from benchmarks.results import RESOURCES
 from hpkernels import _native
 
@@ -28,7 +26,8 @@ class Row:
 
     `variant` are its template arguments, `dtype` the first type among them, if any. `registers`, `stack_bytes` and
     `local_bytes`, of which what does not fit into registers is a part, are of a thread. `shared_bytes`, which are fixed
-    when the kernel is compiled, are of a block: from sm_90 on the system's own 1024 bytes are among them.
+    when the kernel is compiled, are of a block: from sm_90 on the system's own 1024 bytes are among them. `loop_spills`
+    are the instructions inside of loops that load or store local memory.
     """
 
     kernel: str
@@ -39,6 +38,7 @@ class Row:
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
+    loop_spills: int = 0
     compiler: str = ""
     commit: str = ""
     date: str = ""
@@ -56,29 +56,26 @@ def reason_to_skip() -> str:
     """Why nothing can be read on this machine, or ""."""
     if _native._file("_C_cuda") is None:
         return "there is no _C_cuda, which HPKERNELS_BUILD=cuda builds"
-    if _cuobjdump() is None:
+    if sass.cuobjdump() is None:
         return "there is no cuobjdump, which Triton and the CUDA toolkit bring along"
     return "" if shutil.which("c++filt") else "there is no c++filt (binutils) on PATH"
 
 
-def _cuobjdump() -> str | None:
-    triton = importlib.util.find_spec("triton")
-    of_triton = () if triton is None else (Path(triton.origin).parent / "backends" / "nvidia" / "bin",)
-    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
-    path = os.pathsep.join(map(str, (*of_triton, home, os.environ.get("PATH", os.defpath))))
-    return shutil.which("cuobjdump", path=path)
-
-
 def rows_of(library: Path) -> list[Row]:
     """What each kernel of a library takes, in order."""
-    listed = subprocess.run([_cuobjdump(), "--dump-resource-usage", library], check=True, capture_output=True)
-    readable = subprocess.run(["c++filt"], input=listed.stdout, check=True, capture_output=True)
+    listed = sass.dump(library, "--dump-resource-usage")
+    in_memory = re.findall(r" Function (\S+):\n.* (?:STACK|LOCAL):[1-9]", listed)
+    spills = sass.loop_spills(_readable(sass.dump(library, "-sass", "-fun", ",".join(in_memory)))) if in_memory else {}
     compiler = _native.architectures(library).partition(" by ")[2].partition(",")[0]
-    return [replace(row, compiler=compiler) for row in parse(readable.stdout.decode())]
+    return [replace(row, compiler=compiler) for row in parse(_readable(listed), spills)]
 
 
-def parse(text: str) -> list[Row]:
-    """The rows of what ``cuobjdump --dump-resource-usage`` prints, demangled."""
+def _readable(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True).stdout
+
+
+def parse(text: str, loop_spills: Mapping[tuple[str, str], int] | None = None) -> list[Row]:
+    """The rows of what ``cuobjdump --dump-resource-usage`` prints, demangled, and of `sass.loop_spills`."""
     rows, architecture, function = [], "", ""
     for line in text.splitlines():
         if found := re.match(r"arch = (\w+)", line):
@@ -87,7 +84,9 @@ def parse(text: str) -> list[Row]:
             function = found[1]
         elif found := dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)):
             used = (int(found[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
-            rows.append(Row(*_named(function), architecture, *used))
+            rows.append(
+                Row(*_named(function), architecture, *used, (loop_spills or {}).get((architecture, function), 0))
+            )
     return sorted(rows)
 
 
@@ -107,13 +106,15 @@ def _named(function: str) -> tuple[str, str, str]:
 
 
 def complaints(rows: Iterable[Row], earlier: Iterable[Row] = ()) -> list[str]:
-    """One sentence for each kernel that keeps something of a thread in memory, or takes more registers than before."""
+    """One sentence for each kernel that spills in a loop, or much outside, or takes more registers than before."""
     before = {row.key: row.registers for row in earlier}
     found = []
     for row in rows:
-        if row.stack_bytes or row.local_bytes:
+        if row.loop_spills:
+            found.append(f"{row} loads or stores local memory in loops: {row.loop_spills} instructions")
+        if row.stack_bytes + row.local_bytes > sass.MOST_SPILLED:
             memory = f"{row.stack_bytes} bytes of stack and {row.local_bytes} bytes of local memory"
-            found.append(f"{row} has {memory}, must have none")
+            found.append(f"{row} has {memory}, must have at most {sass.MOST_SPILLED}")
         if row.registers > before.get(row.key, row.registers):
             found.append(f"{row} must take at most {before[row.key]} registers, takes {row.registers}")
     return found

@@ -150,11 +150,13 @@ def sampled_rows(backend: str, device: torch.device, sizes: Sizes = _PAPER, coun
 
     loss, z = backends.implementation("multi_positive_contrastive", backend), make.unit_rows(anchors, sizes.dim)
     seed = make.scalar(0, torch.int64)
-    options = (group, _TEMPERATURE, 1.0, rate, "joint", True, False)
-    losses, rows = loss.forward([z], *packed, make.scalar(weight), None, seed, *options)
+    drawn, options, row_bytes = (None, seed), ("joint", True, False), z.shape[1] * z.element_size()
+    pairs = loss.prepare(*packed, make.scalar(weight), *drawn, group, rate, *options, True, row_bytes)
+    settings = (group, _TEMPERATURE, 1.0, rate, *options)
+    losses, rows = loss.forward([z], *packed, make.scalar(weight), *drawn, pairs, *settings)
     settings = (group, _TEMPERATURE, rate, True)
     scale = 2.0**16  # so that gradients are normal numbers
-    (grad,) = loss.backward(torch.full_like(losses, scale), [z], *packed, None, seed, rows, *settings)
+    (grad,) = loss.backward(torch.full_like(losses, scale), [z], *packed, *drawn, pairs, rows, *settings)
 
     exact = z.double()
     logits = exact[sample] @ exact.T / _TEMPERATURE
@@ -167,11 +169,11 @@ def sampled_rows(backend: str, device: torch.device, sizes: Sizes = _PAPER, coun
         *counts, kept, weight,
         anchors_per_image=group, scale=1.0, variant="joint", reweight=True, keep_specific_only=False,
     )  # fmt: skip
-    expected = torch.stack((log_denominator, *(each[sample] for each in coefficients)))
-    errors = (rows[0][:, sample].double() - expected).abs() / expected.abs().clamp(min=1e-12)
+    expected = torch.stack((log_denominator, *(each[sample] for each in coefficients)), dim=1)
+    errors = (rows[0][sample].double() - expected).abs() / expected.abs().clamp(min=1e-12)
     wrong += [] if errors.max() < 1e-5 else [f"row statistics by {errors.max():.1e}"]
 
-    all_rows = rows[0].double()
+    all_rows = rows[0].double().T
 
     def g(of: Tensor, logits: Tensor, in_denominator: Tensor) -> Tensor:
         log_sum, push, pull, pull_specific = of

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import results, tables
+from benchmarks import results, sass, tables
 from benchmarks.results import RESOURCES
 from hpkernels import backends
 from hpkernels.ops import _triton
@@ -39,7 +38,7 @@ SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "
 DTYPES = ("float16", "float32", "bfloat16", "tf32")
 """Of the inputs; tf32: float32 with products in TF32, where PyTorch is set to allow it."""
 CHECKED_DTYPES = DTYPES[:2]  # bfloat16 runs the code of float16
-AMOUNTS = ("registers", "spill_bytes", "scalar_spills", "shared_bytes")
+AMOUNTS = ("registers", "spill_bytes", "loop_spills", "scalar_spills", "shared_bytes")
 BEGIN, END = "<!-- begin resources -->", "<!-- end resources -->"
 
 
@@ -48,7 +47,8 @@ class Row:
     """A kernel compiled for a target; of variants that differ in the arguments alone, the most of each.
 
     `size` is the element size, or "any", of the entry of the configuration table. `registers` and `spill_bytes`, which
-    are in memory, are of a thread; `scalar_spills` are scalar registers of AMD GPUs that are kept in vector registers.
+    are in memory, are of a thread; `loop_spills` are the instructions inside of loops that load or store such bytes;
+    `scalar_spills` are scalar registers of AMD GPUs that are kept in vector registers.
     """
 
     kernel: str
@@ -60,6 +60,7 @@ class Row:
     num_stages: int
     registers: int = 0
     spill_bytes: int = 0
+    loop_spills: int = 0
     scalar_spills: int = 0
     shared_bytes: int = 0
     triton: str = ""
@@ -180,13 +181,12 @@ def _compile(index: int) -> Row | str:
 
 
 def _usage_of_cubin(cubin: bytes) -> dict[str, int]:
-    from triton import knobs
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        return usage_of_cuobjdump(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        usage = usage_of_cuobjdump(sass.dump(file.name, "-res-usage"))
+        spills = sass.loop_spills(sass.dump(file.name, "-sass")) if usage["spill_bytes"] else {}
+    return usage | {"loop_spills": sum(spills.values())}
 
 
 def usage_of_cuobjdump(text: str) -> dict[str, int]:
@@ -196,11 +196,13 @@ def usage_of_cuobjdump(text: str) -> dict[str, int]:
 
 
 def usage_of_amdgcn(text: str) -> dict[str, int]:
-    """Registers and spills, from the metadata of an assembly."""
+    """Registers and spills, from the metadata of an assembly; all spills count as if they were inside of loops."""
     usage = {name: int(value) for name, value in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
+    spill_bytes = max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"])
     return {
         "registers": usage["vgpr_count"],
-        "spill_bytes": max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"]),
+        "spill_bytes": spill_bytes,
+        "loop_spills": spill_bytes // 4,
         "scalar_spills": usage["sgpr_spill_count"],
     }
 
@@ -211,11 +213,13 @@ def complaints(rows: list[Row], earlier: list[Row]) -> list[str]:
     known = {row.key: row for row in earlier}
     for row in rows:
         before = known.get(row.key, row)
-        if row.spill_bytes:
-            found.append(f"{row} spills {row.spill_bytes} bytes")
+        if row.loop_spills:
+            found.append(f"{row} spills in loops: {row.loop_spills} instructions load or store memory")
+        most_spilled = min(sass.MOST_SPILLED, before.spill_bytes)
         for name, what, limit in (
             ("shared_bytes", "bytes of shared memory", min(SHARED_LIMIT[row.target], before.shared_bytes)),
             ("registers", "registers", before.registers),
+            ("spill_bytes", "bytes of spills", most_spilled),
         ):
             if getattr(row, name) > limit:
                 found.append(f"{row} must take at most {limit} {what}, takes {getattr(row, name)}")

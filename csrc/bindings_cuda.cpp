@@ -15,6 +15,9 @@ using namespace hpk;
 
 void hidden_positives(Tensor features, Tensor threshold, Tensor bits) {
   const OnDeviceOf on(features);
+  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < features.size(0)) {
+    throw std::runtime_error("hpkernels: the thresholds must be padded with NaN");
+  }
   with_type_of(features, [&](auto zero) {
     using T = decltype(zero);
     hidden_positives_cuda(rows<T>(features), data<float>(threshold), data<uint32_t>(bits), on.stream);
@@ -48,13 +51,11 @@ TopkArguments topk_arguments(const Tensor& query, const Tensor& pool, int64_t k,
   return {restrictions, static_cast<int>(query.size(0)), static_cast<int>(pool.size(0)), static_cast<int>(k)};
 }
 
-void masked_topk_top1(Tensor query, Tensor pool, std::optional<Tensor> mask, std::optional<Tensor> query_group,
-                      std::optional<Tensor> pool_group, Tensor values, Tensor indices) {
+void masked_topk_top1(Tensor query, Tensor pool, Tensor values, Tensor indices) {
   const OnDeviceOf on(query);
   with_type_of(query, [&](auto zero) {
     using T = decltype(zero);
-    masked_topk_top1_cuda(rows<T>(query), rows<T>(pool),
-                          topk_arguments(query, pool, 1, mask, query_group, pool_group),
+    masked_topk_top1_cuda(rows<T>(query), rows<T>(pool), topk_arguments(query, pool, 1, {}, {}, {}),
                           static_cast<int>(values.size(1)), data<float>(values), data<int64_t>(indices), on.stream);
   });
 }
@@ -111,37 +112,73 @@ void local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor 
   local_propagation_stencil<true>(grad_mixed, weights, grad_code);
 }
 
-void contrastive_draw_negatives(Tensor seed, int64_t columns, int64_t threshold, Tensor bits, Tensor counts) {
+void contrastive_draw_negatives(Tensor seed, int64_t columns, int64_t threshold, Tensor bits) {
   const OnDeviceOf on(bits);
   draw_negatives_cuda(data<int64_t>(seed), static_cast<uint64_t>(threshold), bits.size(0), columns,
-                      data<uint32_t>(bits), data<int32_t>(counts), on.stream);
+                      data<uint32_t>(bits), on.stream);
 }
 
-void contrastive_transpose_bits(Tensor bits, Tensor transposed) {
-  const OnDeviceOf on(bits);
-  transpose_bits_cuda(data<uint32_t>(bits), bits.size(0), transposed.size(0), data<uint32_t>(transposed), on.stream);
+// What `state` (5 + stages,) counts: see Pairs of hpkernels/ops/multi_positive_contrastive/routes.py.
+struct State {
+  int64_t *does_not_fit, *images, *listed, *sampled, *slots;
+
+  explicit State(const Tensor& state) : does_not_fit(data<int64_t>(state)) {
+    images = does_not_fit + 1;
+    listed = does_not_fit + 3;
+    sampled = does_not_fit + 4;
+    slots = does_not_fit + 5;
+  }
+};
+
+ListedRows listed_rows(const Tensor& ranges, const Tensor& columns, int64_t* taken, const State& state) {
+  return {data<int64_t>(ranges), data<int32_t>(columns), columns.size(0), taken, state.does_not_fit};
 }
 
-BitRows bit_rows(const Tensor& first, const std::optional<Tensor>& second, int64_t group) {
-  return {data<uint32_t>(first), data<uint32_t>(second), first.size(0), first.size(1), first.stride(0), group};
+void contrastive_list_sampled(Tensor negatives, int64_t anchors, Tensor state, int64_t stage_columns,
+                              int64_t slot_capacity, Tensor transposed, Tensor slot_ranges, Tensor ranges, Tensor columns,
+                              Tensor slots) {
+  const OnDeviceOf on(negatives);
+  const State counters(state);
+  const Slots places{data<int64_t>(slot_ranges), data<int32_t>(slots), stage_columns, slot_capacity, counters.slots};
+  list_sampled_cuda(data<uint32_t>(negatives), negatives.size(0), anchors, data<uint32_t>(transposed), places,
+                    listed_rows(ranges, columns, counters.sampled, counters), on.stream);
 }
 
-void contrastive_count_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor counts) {
-  const OnDeviceOf on(first);
-  count_bits_cuda(bit_rows(first, second, group), data<int32_t>(counts), on.stream);
+void contrastive_count_and_list(Tensor positives, std::optional<Tensor> specific, std::optional<Tensor> negatives,
+                                int64_t group, Tensor state, Tensor counts, std::optional<Tensor> ranges,
+                                std::optional<Tensor> columns) {
+  const OnDeviceOf on(positives);
+  const State counters(state);
+  const PairBits bits{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives), positives.size(0),
+                      group};
+  const ListedRows rows = ranges.has_value() ? listed_rows(*ranges, *columns, counters.listed, counters) : ListedRows{};
+  count_and_list_cuda(bits, data<int32_t>(counts), rows, on.stream);
 }
 
-void contrastive_list_offsets(Tensor counts, int64_t capacity, Tensor offsets, std::optional<Tensor> enabled) {
+void contrastive_weigh(Tensor counts, Tensor specific_weight, int64_t group, bool joint, bool reweight,
+                       bool keep_specific_only, Tensor weights, Tensor state) {
   const OnDeviceOf on(counts);
-  list_offsets_cuda(data<int32_t>(counts), counts.size(0), capacity, data<int64_t>(offsets), data<int32_t>(enabled),
-                    on.stream);
+  weigh_cuda(data<int32_t>(counts), counts.size(0), group, data<float>(specific_weight),
+             {joint, reweight, keep_specific_only}, data<float>(weights), State(state).images, on.stream);
 }
 
-void contrastive_list_bits(Tensor first, std::optional<Tensor> second, int64_t group, Tensor offsets, Tensor enabled,
-                           Tensor columns) {
-  const OnDeviceOf on(first);
-  list_bits_cuda(bit_rows(first, second, group), data<int64_t>(offsets), data<int32_t>(enabled), columns.size(0),
-                 data<int32_t>(columns), on.stream);
+void contrastive_greatest_square(Tensor z, Tensor greatest) {
+  const OnDeviceOf on(z);
+  with_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    greatest_square_cuda(rows<T>(z), data<float>(greatest), on.stream);
+  });
+}
+
+void contrastive_scale_rows(Tensor rows, Tensor greatest, Tensor lowest, Tensor highest, Tensor grad_losses,
+                            double temperature, double greatest_g, double most_apart, Tensor numbers, Tensor shifts,
+                            Tensor factors) {
+  const OnDeviceOf on(rows);
+  scale_rows_cuda({data<float>(rows), data<float>(greatest), data<float>(lowest), data<float>(highest),
+                   data<float>(grad_losses), rows.size(0), rows.size(1), static_cast<float>(temperature),
+                   static_cast<float>(greatest_g), static_cast<float>(most_apart), data<float>(numbers),
+                   data<float>(shifts), data<float>(factors)},
+                  on.stream);
 }
 
 template <typename T>
@@ -206,33 +243,42 @@ void contrastive_rows_backward(Tensor z, Tensor positives, std::optional<Tensor>
 
 template <typename T>
 BlockPairs<T> block_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
-                          const std::optional<Tensor>& negatives, int64_t group, bool within, const Tensor& enabled,
-                          double scale) {
-  const ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
-                               static_cast<int>(z.size(0)), static_cast<int>(group)};
-  return {rows<T>(z), masks, within, data<int32_t>(enabled), static_cast<float>(scale)};
+                          const std::optional<Tensor>& negatives, const Tensor& state, int64_t group, bool within,
+                          bool has_lists, double scale) {
+  const auto in_fours = [](const uint32_t* bits) { return reinterpret_cast<uintptr_t>(bits) % 16 == 0; };
+  ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
+                         static_cast<int>(z.size(0)), static_cast<int>(group), positives.size(1) % 4 == 0};
+  masks.aligned = masks.aligned && in_fours(masks.positives) && in_fours(masks.specific) && in_fours(masks.negatives);
+  return {rows<T>(z), masks, within, has_lists, data<int64_t>(state), static_cast<float>(scale)};
 }
 
 void contrastive_blocks_forward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
-                                double scale, Tensor parts) {
+                                std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
+                                bool has_lists, double scale, Tensor square, Tensor parts) {
   const OnDeviceOf on(z);
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_blocks_forward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
-                                    data<float>(parts), on.stream);
+    contrastive_blocks_forward_cuda(
+        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), data<float>(square),
+        data<float>(parts), on.stream);
   });
 }
 
+// sums (N, dim): float32 within images, else of the type of z.
 void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                 std::optional<Tensor> negatives, int64_t group, bool within, Tensor enabled,
-                                 double scale, bool symmetric, Tensor numbers, Tensor grad) {
+                                 std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
+                                 bool has_lists, bool symmetric, double scale, Tensor numbers, Tensor shift,
+                                 Tensor factor, Tensor sums) {
   const OnDeviceOf on(z);
+  const BlockSums of_anchors{data<float>(numbers), data<float>(shift), data<float>(factor), sums.data_ptr(),
+                             static_cast<int>(sums.size(1)), symmetric};
+  if (reinterpret_cast<uintptr_t>(of_anchors.numbers) % 16 != 0) {
+    throw std::runtime_error("hpkernels: the numbers of anchors must start at a multiple of 16 bytes");
+  }
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
-    contrastive_blocks_backward_cuda(block_pairs<T>(z, positives, specific, negatives, group, within, enabled, scale),
-                                     symmetric, data<float>(numbers), data<float>(grad),
-                                     static_cast<int>(grad.size(1)), on.stream);
+    contrastive_blocks_backward_cuda(
+        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), of_anchors, on.stream);
   });
 }
 
@@ -279,8 +325,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");
-  m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, "
-        "Tensor(a!) values, Tensor(b!) indices) -> ()");
+  m.def("masked_topk_top1(Tensor query, Tensor pool, Tensor(a!) values, Tensor(b!) indices) -> ()");
   m.def("masked_topk(Tensor query, Tensor pool, Tensor? mask, Tensor? query_group, Tensor? pool_group, Tensor? below, "
         "Tensor(a!) keys) -> ()");
   m.def("masked_topk_query_backward(Tensor pool, Tensor indices, Tensor grad_values, Tensor(a!) grad_query) -> ()");
@@ -288,13 +333,18 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
         "-> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
   m.def("local_propagation_apply_backward(Tensor grad_mixed, Tensor weights, Tensor(a!) grad_code) -> ()");
-  m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits, Tensor(b!) counts) "
-        "-> ()");
-  m.def("contrastive_transpose_bits(Tensor bits, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_bits(Tensor first, Tensor? second, int group, Tensor(a!) counts) -> ()");
-  m.def("contrastive_list_offsets(Tensor counts, int capacity, Tensor(a!) offsets, Tensor(b!)? enabled) -> ()");
-  m.def("contrastive_list_bits(Tensor first, Tensor? second, int group, Tensor offsets, Tensor enabled, "
-        "Tensor(a!) columns) -> ()");
+  m.def("contrastive_draw_negatives(Tensor seed, int columns, int threshold, Tensor(a!) bits) -> ()");
+  m.def("contrastive_list_sampled(Tensor negatives, int anchors, Tensor(a!) state, int stage_columns, "
+        "int slot_capacity, Tensor(b!) transposed, Tensor(c!) slot_ranges, Tensor(d!) ranges, Tensor(e!) columns, "
+        "Tensor(f!) slots) -> ()");
+  m.def("contrastive_count_and_list(Tensor positives, Tensor? specific, Tensor? negatives, int group, "
+        "Tensor(a!) state, Tensor(b!) counts, Tensor(c!)? ranges, Tensor(d!)? columns) -> ()");
+  m.def("contrastive_weigh(Tensor counts, Tensor specific_weight, int group, bool joint, bool reweight, "
+        "bool keep_specific_only, Tensor(a!) weights, Tensor(b!) state) -> ()");
+  m.def("contrastive_greatest_square(Tensor z, Tensor(a!) greatest) -> ()");
+  m.def("contrastive_scale_rows(Tensor rows, Tensor greatest, Tensor lowest, Tensor highest, Tensor grad_losses, "
+        "float temperature, float greatest_g, float most_apart, Tensor(a!) numbers, Tensor(b!) shifts, "
+        "Tensor(c!) factors) -> ()");
   m.def("contrastive_rows_parts(int anchors) -> int");
   m.def("contrastive_rows_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
         "Tensor weights, Tensor state, Tensor? ranges, Tensor? columns, float scale, float loss_scale, Tensor square, "
@@ -303,10 +353,11 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
         "Tensor state, Tensor ranges, Tensor columns, Tensor slot_ranges, int first_column, int last_column, "
         "float scale, Tensor numbers, Tensor(a!) sums, Tensor? staged, Tensor? factor, Tensor(b!) out) -> ()");
   m.def("contrastive_blocks_parts(int anchors, int group, bool within) -> int");
-  m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
-        "bool within, Tensor enabled, float scale, Tensor(a!) parts) -> ()");
-  m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
-        "bool within, Tensor enabled, float scale, bool symmetric, Tensor numbers, Tensor(a!) grad) -> ()");
+  m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
+        "int group, bool within, bool has_lists, float scale, Tensor square, Tensor(a!) parts) -> ()");
+  m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
+        "int group, bool within, bool has_lists, bool symmetric, float scale, Tensor numbers, Tensor shift, "
+        "Tensor factor, Tensor(a!) sums) -> ()");
   m.def("contrastive_sampled_forward(Tensor z, int group, Tensor sampled_ranges, Tensor sampled_columns, Tensor state, "
         "float scale, Tensor(a!) log_sums) -> ()");
   m.def("contrastive_staged_rows(Tensor z, int group) -> int");
@@ -325,10 +376,11 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));
   m.impl("local_propagation_apply_backward", TORCH_BOX(&local_propagation_apply_backward));
   m.impl("contrastive_draw_negatives", TORCH_BOX(&contrastive_draw_negatives));
-  m.impl("contrastive_transpose_bits", TORCH_BOX(&contrastive_transpose_bits));
-  m.impl("contrastive_count_bits", TORCH_BOX(&contrastive_count_bits));
-  m.impl("contrastive_list_offsets", TORCH_BOX(&contrastive_list_offsets));
-  m.impl("contrastive_list_bits", TORCH_BOX(&contrastive_list_bits));
+  m.impl("contrastive_list_sampled", TORCH_BOX(&contrastive_list_sampled));
+  m.impl("contrastive_count_and_list", TORCH_BOX(&contrastive_count_and_list));
+  m.impl("contrastive_weigh", TORCH_BOX(&contrastive_weigh));
+  m.impl("contrastive_greatest_square", TORCH_BOX(&contrastive_greatest_square));
+  m.impl("contrastive_scale_rows", TORCH_BOX(&contrastive_scale_rows));
   m.impl("contrastive_rows_forward", TORCH_BOX(&contrastive_rows_forward));
   m.impl("contrastive_rows_backward", TORCH_BOX(&contrastive_rows_backward));
   m.impl("contrastive_blocks_forward", TORCH_BOX(&contrastive_blocks_forward));

@@ -242,8 +242,9 @@ py::dict geometries() {
   add_geometry<hpk::WarpGeometry80<2>>(found, "WarpGeometry80<2>");
   add_geometry<hpk::GradientGeometry80<64>>(found, "GradientGeometry80<64>");
   add_geometry<hpk::GradientGeometry80<256>>(found, "GradientGeometry80<256>");
-  add_geometry<hpk::GradientGeometry80<512>>(found, "GradientGeometry80<512>");
+  add_geometry<hpk::GradientGeometry80<128>>(found, "GradientGeometry80<128>");
   add_geometry<hpk::Geometry90>(found, "Geometry90");
+  add_geometry<hpk::WideGeometry90>(found, "WideGeometry90");
   add_geometry<hpk::GradientGeometry90<64>>(found, "GradientGeometry90<64>");
   add_geometry<hpk::GradientGeometry90<256>>(found, "GradientGeometry90<256>");
   return found;

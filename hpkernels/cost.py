@@ -21,6 +21,9 @@ MOST_LISTED_DENSITY = 0.015
 of all pairs. A prediction: rows read from cache, one a pair, against products at the matrix rate. Not measured yet."""
 _SAMPLED_SLOWDOWN = 4
 """How much slower a sampled negative is there than a pair in a block: rows are gathered, gradients staged. On paper."""
+_GPU_BLOCK_FLOPS, _GPU_SAMPLED_FLOPS, _GPU_LISTED_FLOPS = 6, 8, 6
+"""FLOPs for each logit and feature of `multi_positive_contrastive` there, forward and backward: blocks multiply in both
+directions, and once more for the gradient, which also the column of a sampled negative gets."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -36,7 +39,8 @@ class Device:
         source: of the figures.
         ranking: FLOP/s of products that similarities are ranked and compared by, where that is not the rate of the
             dtype: the CPU backend decides all but close cases by int8 products.
-        capability: the CUDA compute capability of a GPU.
+        capability: the CUDA compute capability of a GPU. Of a device that has one, the routes of the loss are those of
+            the Triton and CUDA backends; else those of the CPU backend.
     """
 
     matrix: dict[str, float]
@@ -185,7 +189,7 @@ def estimate(
         >>> import hpkernels
         >>> cost = hpkernels.estimate("ghp_contrastive", N=50176, dtype="float16", device="H200")
         >>> cost.best, cost.routes["blocks"].bound
-        ('images', 'compute')
+        ('lists', 'compute')
     """
     _check(op, dtype, device, negative_rate=negative_rate, density=density, within_image_share=within_image_share)
     if N is None:
@@ -197,6 +201,7 @@ def estimate(
     if N % anchors_per_image:
         raise ValueError(f"estimate: `anchors_per_image` must divide N = {N}, got {anchors_per_image}")
     size = _BYTES[dtype]
+    name, rates = ("custom", device) if isinstance(device, Device) else (device, DEVICES[device])
     if op == "masked_topk":
         routes = {"product": _topk(N, M, features_dim, k, size)}
     elif op == "hidden_positives":
@@ -204,13 +209,16 @@ def estimate(
     elif op == "local_propagation":
         routes = _local_propagation(N // anchors_per_image, anchors_per_image, D, heads_dim, window, size)
     else:
-        pairs, within = expected_pairs(N, anchors_per_image, negative_rate, density, within_image_share)
-        routes = _contrastive(N, D, anchors_per_image, pairs, within, size)
+        if rates.capability is None:
+            pairs, within = expected_pairs(N, anchors_per_image, negative_rate, density, within_image_share)
+            routes = _contrastive(N, D, anchors_per_image, pairs, within, size)
+        else:
+            across = density * (1 - within_image_share)
+            routes = _contrastive_on_gpu(N, D, anchors_per_image, negative_rate, across, size)
         if op == "ghp_contrastive":
             sources = (features_dim, D) if specific else (features_dim,)
             found = [_topk(N, M, dim, 1, size) + _discovery(N, dim, size) for dim in sources]
             routes = {name: sum(found, work * branches) for name, work in routes.items()}
-    name, rates = ("custom", device) if isinstance(device, Device) else (device, DEVICES[device])
     return Estimate(op, name, {route: work.on(rates, dtype) for route, work in routes.items()})
 
 
@@ -263,6 +271,25 @@ def _contrastive(n: int, dim: int, per_image: int, pairs: float, within: float, 
         )
         for name, (in_blocks, by_themselves) in contrastive_logits(n, per_image, pairs, within).items()
     }
+
+
+def _contrastive_on_gpu(n: int, dim: int, per_image: int, rate: float, across: float, size: int) -> dict[str, _Work]:
+    """The routes of hpkernels/ops/multi_positive_contrastive/routes.py; `across`: the density of listed positives.
+
+    Lists read the masks once, to find what they list, and add up the gradient of each anchor in float32.
+    """
+    masks, rows = n * n / 4, n * dim * size
+    sampled, staged = rate * n * n, rate * n * per_image * dim * size
+    blocks = _Work(
+        matrix=_GPU_BLOCK_FLOPS * n * n * dim, bytes=6 * rows + 3 * masks, workspace=rate * n * per_image / 8
+    )
+    lists = _Work(
+        matrix=(_GPU_BLOCK_FLOPS * n * per_image + _GPU_SAMPLED_FLOPS * sampled) * dim,
+        pairs=_GPU_LISTED_FLOPS * across * n * n * dim,
+        bytes=6 * rows + masks + 16 * n * dim + 2 * staged + 12 * across * n * n,
+        workspace=4 * n * dim + staged + 4 * min(MOST_LISTED_DENSITY * n * n, 2**31),
+    )
+    return {"lists": lists, "blocks": blocks}
 
 
 def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:

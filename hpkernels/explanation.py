@@ -12,7 +12,7 @@ from hpkernels import _native, backends, cost
 from hpkernels.cost import DEVICES, RouteCost
 from hpkernels.ops import _cuda, _triton
 from hpkernels.ops.masked_topk.cuda import MOST_KEPT
-from hpkernels.ops.multi_positive_contrastive import lists
+from hpkernels.ops.multi_positive_contrastive import routes
 
 _SIZES = {
     name: parameter.default
@@ -20,8 +20,8 @@ _SIZES = {
     if name not in ("op", "device", "dtype")
 }
 _LISTS, _BLOCKS = "lists of pairs, blocks within images", "blocks of all pairs"
-_COST_OF = {_LISTS: "images", _BLOCKS: "blocks"}
-"""The route of the cost model that a route of the GPU backends costs as much as."""
+_COST_OF = {_LISTS: "lists", _BLOCKS: "blocks"}
+"""The names that the cost model has for the routes of the GPU backends."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,15 @@ def _steps(
     """The steps of an op, and why not the other engines and routes."""
     refused: dict[tuple[str, str], list[str]] = {}  # the steps by what is not taken there and why
 
-    def engine(step: str, row: int, reason: str = "") -> str:
-        """The engine of products of rows of `row` elements; `reason`, if any, is one against wgmma."""
+    def engine(step: str, row: int) -> str:
+        """The engine of products of rows of `row` elements."""
         if backend == "reference":
             return "PyTorch"
         if backend == "cpu":
             return f"{torch.backends.cpu.get_cpu_capability()} kernels" if place.device else "CPU kernels"
         if backend == "triton":
             return f"tiles of {'gfx942' if place.capability is None else _triton.architecture_of(place.capability)}"
-        reason = _cuda.without_wgmma(place.capability or (0, 0), dtype, row) or reason
+        reason = _cuda.without_wgmma(place.capability or (0, 0), dtype, row)
         if not reason and place.device is not None and "without wgmma" in _native.LIBRARIES["_C_cuda"].reason:
             reason = "the library is built without it"
         other = ("TMA and wgmma", reason) if reason else ("mma.sync", "TMA and wgmma come first")
@@ -226,11 +226,10 @@ def _steps(
     def loss(step: str) -> Step:
         route, others = _route(backend, given)
         refused.update({other: [] for other in others.items()})
-        return Step(step, engine(step, given["D"], "listed pairs are gathered" if route == _LISTS else ""), route)
+        return Step(step, engine(step, given["D"]), route)
 
     if op == "local_propagation":
-        against = "the logits are those of one image, rows of any stride"
-        steps = [Step(op, engine(op, given["heads_dim"], against), "weights and stencil")]
+        steps = [Step(op, engine(op, given["heads_dim"]), "weights and stencil")]
     elif op == "masked_topk":
         steps = [topk(op, given["features_dim"], given["k"])]
     elif op == "hidden_positives":
@@ -267,16 +266,16 @@ def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
             if name != route
         }
     across = given["density"] * (1 - given["within_image_share"]) * anchors**2
-    if not lists.allowed(anchors, group, None, rate):
+    if not cost.lists_may_pay(anchors, group, rate):
         reason = "there is one image" if anchors == group else f"with a rate of {rate:g} nothing is saved by them"
         return _BLOCKS, {_LISTS: reason}
-    room = lists.capacity(anchors)
-    if across > room:
+    capacity = routes.capacity(anchors)
+    if across > capacity:
         return _BLOCKS, {
-            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {room:.3g} that are"
-            " listed; the device decides by counting"
+            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {capacity:.3g} that"
+            " are listed; the device decides by counting"
         }
     return _LISTS, {
-        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {room:.3g} that are"
-        " listed; the device decides by counting"
+        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {capacity:.3g} that"
+        " are listed; the device decides by counting"
     }

@@ -42,6 +42,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 NOT_EMULATED = _emulate_cuda(REPOSITORY / "build" / "emulated" / "_C_cuda_emulated.so", REPOSITORY / "csrc")
 
+from hpkernels import _native  # noqa: E402
 from hpkernels.testing.cases import Case  # noqa: E402
 
 
@@ -145,3 +146,22 @@ def cuda_graph() -> Callable[..., None]:
             torch.testing.assert_close(result, function(), rtol=0, atol=0)
 
     return check
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Have the engine for sm_90a take what it can, on an emulator that was built with it."""
+    if _native.EMULATED:
+        compiled = _native.architectures(Path(os.environ[_native.EMULATED_VARIABLE]))
+        if "without wgmma" in compiled:
+            pytest.skip(f"the CUDA kernels are {compiled}")
+    monkeypatch.setenv("HPKERNELS_SM90", "1")
+
+
+@pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
+def engine(request, monkeypatch):
+    """Either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
+    if request.param == "1":
+        request.getfixturevalue("hopper")
+    monkeypatch.setenv("HPKERNELS_SM90", request.param)
+    return request.param

@@ -63,7 +63,7 @@ def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
     loss = hpkernels.multi_positive_contrastive(z, mask, anchors_per_image=20, negative_rate=0.0, backend="cpu")
     loss.backward()
     sizes = {"N": 60, "D": 8, "anchors_per_image": 20, "negative_rate": 0.0}
-    costs = estimate("multi_positive_contrastive", **sizes, density=19 / 60, within_image_share=1.0)
+    costs = estimate("multi_positive_contrastive", **sizes, density=19 / 60, within_image_share=1.0, device="CPU")
     assert sum(multiplied) == costs.routes[route].flops
 
 
@@ -85,6 +85,16 @@ def test_roofline():
     assert cost.bound == "compute" and cost.milliseconds == pytest.approx(1e3 * cost.flops / 312e12)
     cost = estimate("local_propagation", device="A100").routes["stencil (cached weights)"]
     assert cost.bound == "memory" and cost.milliseconds == pytest.approx(1e3 * cost.bytes / device.bandwidth)
+
+
+def test_the_routes_of_a_gpu():
+    """Lists for the paper's 2 % of negatives, blocks where all are; twice the images, four times the products."""
+    few, all_of_them = (estimate("multi_positive_contrastive", negative_rate=rate, device="H100") for rate in (0.02, 1))
+    assert (few.best, all_of_them.best) == ("lists", "blocks")
+    assert few.routes["blocks"].flops == 6 * 50176**2 * 512
+    assert few.routes["lists"].flops == (6 * 50176 * 784 + (8 * 0.02 + 6 * 0.0002) * 50176**2) * 512
+    larger = estimate("multi_positive_contrastive", images=128, device="H100")
+    assert larger.routes["blocks"].flops == 4 * few.routes["blocks"].flops
 
 
 def test_route_follows_the_pairs():

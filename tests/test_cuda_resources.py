@@ -63,14 +63,16 @@ def test_command(library, capsys):
 def test_reading():
     assert cuda_resources.parse(LISTED) == ROWS
     assert cuda_resources.parse("") == []
+    spills = {("sm_90a", "void hpk::rows_bwd_kernel<hpk::StripSm90<__half> >(hpk::StripSm90<__half>::Operands)"): 3}
+    assert cuda_resources.parse(LISTED, spills) == [*ROWS[:2], replace(ROWS[2], loop_spills=3)]
 
 
-def test_what_is_kept_in_memory_is_refused():
-    assert cuda_resources.complaints(ROWS) == [
-        "rows_bwd_kernel<GradientSm80<bfloat16, 512>, true>, sm_80 has 16 bytes of stack and 8 bytes of local memory, "
-        "must have none"
+def test_what_is_kept_in_memory_is_refused_in_loops_and_if_it_is_much():
+    assert cuda_resources.complaints([*ROWS, replace(ROWS[0], stack_bytes=1000, local_bytes=24)]) == []
+    assert cuda_resources.complaints([replace(ROWS[2], loop_spills=2), replace(ROWS[0], local_bytes=1032)]) == [
+        "rows_bwd_kernel<StripSm90<half>>, sm_90a loads or stores local memory in loops: 2 instructions",
+        "bits_kernel<>, sm_80 has 0 bytes of stack and 1032 bytes of local memory, must have at most 1024",
     ]
-    assert len(cuda_resources.complaints([replace(ROWS[0], local_bytes=8), replace(ROWS[0], stack_bytes=8)])) == 2
 
 
 def test_more_registers_are_refused():

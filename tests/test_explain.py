@@ -14,8 +14,9 @@ import torch
 import hpkernels
 from hpkernels import __main__ as program
 from hpkernels import _native, backends, explain
+from hpkernels.cost import lists_may_pay
 from hpkernels.ops import _cuda, _triton
-from hpkernels.ops.multi_positive_contrastive import cpu, lists
+from hpkernels.ops.multi_positive_contrastive import cpu, routes
 from hpkernels.ops.multi_positive_contrastive.options import pack_bits
 
 OPS = [*backends.registered_ops(), "ghp_contrastive"]
@@ -68,13 +69,13 @@ def test_the_route_on_a_gpu(sizes, expected):
     given = {"N": 50176, "negative_rate": 0.02, "density": 0.001} | sizes
     told = explain("ghp_contrastive", device="H100", **given)
     across = 0.2 * given["density"] * given["N"] ** 2
-    allowed = lists.allowed(given["N"], 784, None, given["negative_rate"])
-    assert (allowed and across <= lists.capacity(given["N"])) == expected
+    allowed = lists_may_pay(given["N"], 784, given["negative_rate"])
+    assert (allowed and across <= routes.capacity(given["N"])) == expected
     route, other = ("lists of pairs, blocks within images", "blocks of all pairs")[:: 1 if expected else -1]
     assert told.steps[-1].route == route and other in told.not_taken
-    assert told.steps[-1].engine == ("mma.sync" if expected else "TMA and wgmma")  # which takes no gathered rows
-    routes = hpkernels.estimate("ghp_contrastive", device="H100", **given).routes
-    assert told.cost == routes["images" if expected else "blocks"]
+    assert told.steps[-1].engine == "TMA and wgmma"
+    costs = hpkernels.estimate("ghp_contrastive", device="H100", **given).routes
+    assert told.cost == costs["lists" if expected else "blocks"]
 
 
 def test_the_engine_follows_the_rule_of_the_library(repository, monkeypatch):

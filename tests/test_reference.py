@@ -126,7 +126,7 @@ def test_contrastive_loss(workspace, negatives, symmetric, variant, generator):
         contrastive.contrastive_loss(branch, agnostic, task, weight, drawn, temperature=0.3, **options) for branch in z
     ]
     losses, rows = torch.ops.hpkernels.multi_positive_contrastive(
-        *z, as_bits(agnostic), as_bits(task), weight, given, seed, PATCHES, 0.3, 1.0, rate or 0.0,
+        *z, as_bits(agnostic), as_bits(task), weight, given, seed, [], PATCHES, 0.3, 1.0, rate or 0.0,
         variant, True, True, symmetric, "reference",
     )  # fmt: skip
     expected = torch.stack([loss for loss, _ in dense])
@@ -214,9 +214,9 @@ def test_no_value_is_read(monkeypatch):
         assert [grad.shape for grad in ranking.backward(values, indices, z, z[:9])] == [(N, 5), (9, 5)]
         bits = discovery.forward(z, values[:, 0])
         assert bits.shape == (N, 3) and bits.device.type == "cuda"
-        draw = None, scalar.long(), PATCHES
+        draw = None, scalar.long(), [], PATCHES
         losses, rows = contrastive.forward([z], bits, bits, scalar, *draw, 0.3, 1.0, 0.2, "separate", True, True)
-        (grad,) = contrastive.backward(losses, [z], bits, bits, *draw[:2], rows, PATCHES, 0.3, 0.2, symmetric=False)
+        (grad,) = contrastive.backward(losses, [z], bits, bits, *draw[:3], rows, PATCHES, 0.3, 0.2, symmetric=False)
         assert grad.shape == z.shape and grad.device.type == "cuda"
         query, code = torch.empty(1, 2, 30, 4, device="cuda"), torch.empty(1, 5, 5, 6, device="cuda")
         weights = propagation.weights_forward(query, query, 5, 6, 28.0, 0.1, 0.9, 3, 0)

@@ -17,9 +17,10 @@ import torch
 import hpkernels
 from hpkernels import __main__ as program
 from hpkernels import _native, backends, selfcheck
+from hpkernels.cost import lists_may_pay
 from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation.reference import _window_cells
-from hpkernels.ops.multi_positive_contrastive import lists
+from hpkernels.ops.multi_positive_contrastive import routes
 from hpkernels.testing import examination
 
 CPU = torch.device("cpu")
@@ -549,8 +550,8 @@ def test_the_problem_takes_both_routes_and_leaves_no_doubt(monkeypatch):
     bits, anchors, group = results["hidden_positives of features"], len(given["features"]), 8 * 24
     mask = hpkernels.PositiveMask(bits, anchors).to_dense()
     across = int(mask.sum()) - sum(int(mask[i : i + group, i : i + group].sum()) for i in range(0, anchors, group))
-    assert 0 < across < lists.capacity(anchors) and lists.allowed(anchors, group, None, 0.02)
-    assert not lists.allowed(anchors, group, None, 1.0)
+    assert 0 < across < routes.capacity(anchors) and lists_may_pay(anchors, group, 0.02)
+    assert not lists_may_pay(anchors, group, 1.0)
     logits = (exact["query"] @ exact["key"].mT)[:, :, 1:, 1:].mean(dim=1) / 8
     low, high = (logits.quantile(quantile, dim=2, keepdim=True) for quantile in (0.1, 0.9))
     above = logits.clamp(low, high).softmax(dim=2) * logits.shape[2] - 1  # the threshold
@@ -571,7 +572,7 @@ def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
     names = {launch.name for launch in launches}
     assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names
     assert {"sampled_columns_bwd_kernel", "contrastive_pairs_bwd_kernel", "contrastive_blocks_bwd_kernel"} < names
-    assert {"weights_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
+    assert {"rows_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
 
 
 # The command.

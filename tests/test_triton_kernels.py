@@ -21,6 +21,12 @@ from hpkernels.testing.launches import Launch, Sizes, kernel_calls, recorded
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
+from hpkernels.ops.hidden_positives.triton import programs, tile_of_triangle
+from hpkernels.ops.local_propagation.triton import _order_statistics
+
 ARCHITECTURES = {"interpreter", *TARGETS}
 ROW = Row("a_fwd_kernel", "sm_80", "2", "float16", "BLOCK_N=64 HAS_MASK=True", 4, 3, 128, shared_bytes=4096)
 
@@ -114,7 +120,7 @@ def check_resources(repository, tmp_path, *arguments, **variables):
 
 
 def test_resources(repository, tmp_path):
-    """Every kernel for Hopper in float16: no spills, no more than before, within the limits."""
+    """Every kernel for Hopper in float16: no spills in loops, no more than before, within the limits."""
     check_resources(repository, tmp_path, "--quick")
 
 
@@ -194,13 +200,65 @@ def test_three_products_of_tf32_of_what_is_not_finite(three_products):
     assert plus == torch.inf and minus == -torch.inf and nan != nan and finite == pytest.approx(1.82)
 
 
+@triton.jit
+def tiles_kernel(found, tiles, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
+    program = tl.arange(0, PROGRAMS)
+    row, column = tile_of_triangle(program, tiles, GROUP)
+    tl.store(found + program, row)
+    tl.store(found + PROGRAMS + program, column)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 16])
+def test_discovery_visits_each_tile_of_the_triangle_once(group):
+    """And those that run at a time are near one another."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for tiles in [*range(1, 2 * group + 2), 3 * group, 4 * group + 1]:
+        count = programs(tiles, group)
+        found = torch.empty((2, triton.next_power_of_2(count)), dtype=torch.int32, device=device)
+        tiles_kernel[1,](found, tiles, GROUP=group, PROGRAMS=found.shape[1])
+        places = found[:, :count].cpu()
+        visited = places[:, (places[0] <= places[1]) & (places[1] < tiles)]
+        assert (visited >= 0).all()
+        assert torch.unique(visited, dim=1).shape[1] == visited.shape[1] == tiles * (tiles + 1) // 2
+        squares = places.unfold(1, group * group, group * group)
+        assert (squares.amax(dim=2) - squares.amin(dim=2) < group).all()
+
+
+@triton.jit
+def order_statistics_kernel(keys, found, count, first, second, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
+    own = tl.load(keys + rows[:, None] * count + columns, mask=columns < count, other=0x7FFFFFFF)
+    one, other = _order_statistics(own, count, first, second)
+    tl.store(found + rows, one)
+    tl.store(found + ROWS + rows, other)
+
+
+def test_order_statistics_of_any_keys():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count, least, most = 21, -(2**31), 2**31 - 1
+    keys = torch.randint(least, most, (8, count), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    keys[1] = keys[1] % 5 - 2
+    keys[2], keys[3], keys[4] = 0, least, most
+    keys[5, ::2], keys[5, 1::2] = least, most
+    keys[6] = torch.arange(count) - 10
+    keys[7, :20] = most
+    found = torch.empty((2, 8), dtype=torch.int32, device=device)
+    for rank in range(count):
+        ranks = rank, count - 1 - rank
+        order_statistics_kernel[1,](keys.to(device), found, count, *ranks, ROWS=8, COLUMNS=32)
+        assert torch.equal(found.cpu(), keys.sort(dim=1).values[:, ranks].T)
+
+
 @pytest.mark.parametrize(
     "row, complaint",
     [
         (ROW, None),
         (replace(ROW, registers=100, shared_bytes=2048), None),
         (replace(ROW, constants="BLOCK_N=128", registers=255, shared_bytes=99 * 1024), None),
-        (replace(ROW, spill_bytes=8), "spills 8 bytes"),
+        (replace(ROW, constants="BLOCK_N=128", spill_bytes=1024), None),
+        (replace(ROW, constants="BLOCK_N=128", spill_bytes=1032), "must take at most 1024 bytes of spills, takes 1032"),
+        (replace(ROW, spill_bytes=8), "must take at most 0 bytes of spills, takes 8"),
+        (replace(ROW, loop_spills=2), "spills in loops: 2 instructions load or store memory"),
         (replace(ROW, target="gfx942", shared_bytes=65537), "must take at most 65536 bytes of shared memory"),
         (replace(ROW, target="sm_100", shared_bytes=227 * 1024 + 1), "must take at most 232448 bytes of shared memory"),
         (replace(ROW, registers=129), "must take at most 128 registers, takes 129"),
@@ -236,13 +294,11 @@ def test_usage_of_a_cubin():
 def test_usage_of_an_assembly(scratch, spilled, spill_bytes):
     usage = {"private_segment_fixed_size": scratch, "sgpr_count": 32, "sgpr_spill_count": 1, "vgpr_count": 96}
     text = "".join(f"    .{name}: {value}\n" for name, value in (usage | {"vgpr_spill_count": spilled}).items())
-    expected = {"registers": 96, "spill_bytes": spill_bytes, "scalar_spills": 1}
+    expected = {"registers": 96, "spill_bytes": spill_bytes, "loop_spills": spill_bytes // 4, "scalar_spills": 1}
     assert resources.usage_of_amdgcn(text) == expected
 
 
 def test_rows_are_kept_and_tabulated(tmp_path):
-    import triton
-
     file = resources.committed(tmp_path)
     assert resources.read(file) == []
     rows = [ROW, replace(ROW, constants="BLOCK_N=32", registers=130, shared_bytes=512), replace(ROW, target="gfx942")]
@@ -250,6 +306,8 @@ def test_rows_are_kept_and_tabulated(tmp_path):
     kept = resources.read(file)
     assert [replace(row, triton="", commit="", date="") for row in kept] == rows
     assert results.read_folder(file.parent) == []  # nothing that was measured
+    file.write_text(file.read_text().replace("loop_spills,", "").replace(",0,0,0,", ",0,0,"))  # as it was before
+    assert resources.read(file) == kept
     assert {row.triton for row in kept} == {triton.__version__} and all(row.commit and row.date for row in kept)
 
     page = tmp_path / "page.md"
@@ -391,13 +449,12 @@ def variants(images, grid):
 
 assert len(variants(64, (28, 28))) > 30
 assert variants(5, (28, 28)) == variants(64, (28, 28))
-others = {kernel for kernel, *_ in variants(5, (14, 14)) - variants(64, (14, 14))}
-assert others == {"hidden_positives_fwd_kernel", "masked_topk_fwd_kernel", "masked_topk_top1_fwd_kernel"}, others
+assert variants(5, (14, 14)) == variants(64, (14, 14))
 """
 
 
 def test_other_numbers_of_images_compile_nothing_new(repository, tmp_path):
-    """But for three kernels whose masks are vectors where N is a multiple of 16."""
+    """Whether N is a multiple of 16 or not."""
     run_compiling(repository, tmp_path, BATCHES)
 
 
@@ -442,6 +499,8 @@ for target in ("sm_80", "sm_90", "sm_100"):
             ptx = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
             found = re.findall(r"(?:wgmma\\.mma_async|mma\\.sync|tcgen05\\.mma)\\S*", ptx)
             kinds = sorted({re.sub(r"m\\d+n\\d+", "", instruction) for instruction in found})
+            if dtype == "float32":  # discovery packs its bits in float16
+                kinds = [kind for kind in kinds if "f16" not in kind]
             used.append(kinds or ["fma"] * ("fma.rn" in ptx))
         assert used[0] == used[1] and len(used[0]) == 1, (target, dtype, used)
 """

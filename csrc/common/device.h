@@ -121,11 +121,29 @@ __device__ __forceinline__ float exp2_of(float x) {
   return result;
 }
 
+// The smaller of two numbers, NaN if either is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // `value` rounded to TF32, as the bits of a float.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
   return rounded;
+}
+
+// Adds `count` to a counter in global memory that other blocks add to as well; what it was before.
+__device__ __forceinline__ int64_t take(int64_t* counter, int64_t count) {
+  auto* const at = reinterpret_cast<unsigned long long*>(counter);
+  return static_cast<int64_t>(atomicAdd(at, static_cast<unsigned long long>(count)));
+}
+
+// Makes a number in global memory `value` if that is greater. Neither is negative, and a NaN is 0x7FFFFFFF.
+__device__ __forceinline__ void raise_to(float* number, float value) {
+  atomicMax(reinterpret_cast<int*>(number), __float_as_int(value));
 }
 
 }  // namespace hpk

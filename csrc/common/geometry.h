@@ -50,6 +50,17 @@ struct Geometry90 {
   HPK_HOST_DEVICE static constexpr int column(int thread, int n, int c) { return 8 * n + 2 * (thread % 4) + c; }
 };
 
+// The same with tiles of 256 columns, which both groups of four warps share: each has 64 rows, and all columns.
+struct WideGeometry90 {
+  static constexpr int kRows = 128, kColumns = 256;
+  static constexpr int kTeams = 1, kTeamThreads = 256;
+  static constexpr int kRowBlocks = 1, kColumnBlocks = 32;
+  static constexpr int kWarpsAcross = 1;
+
+  HPK_HOST_DEVICE static constexpr int row(int thread, int, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
+  HPK_HOST_DEVICE static constexpr int column(int thread, int n, int c) { return Geometry90::column(thread, n, c); }
+};
+
 // wgmma, gradients: each of two teams has 64 rows and kWidth columns.
 template <int kWidth>
 struct GradientGeometry90 {

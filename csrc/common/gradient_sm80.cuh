@@ -12,14 +12,14 @@
 
 namespace hpk {
 
-// kFeatureBytes: how much of a row a block has sums of. 512 fits every GPU, 1024 those with 128 KiB of shared memory.
-template <class T, int kFeatureBytes>
+template <class T>
 struct GradientSm80 {
   using Element = T;
   using Geometry = GradientGeometry80<64>;  // of products and g
+  static constexpr int kFeatureBytes = 512;  // of a row, that a block has sums of
   static constexpr int kFeatures = kFeatureBytes / static_cast<int>(sizeof(T));
   using SumGeometry = GradientGeometry80<kFeatures>;
-  static constexpr int kThreads = 256, kTileColumns = 64;
+  static constexpr int kThreads = 256;
   static constexpr bool kGathers = true;  // any rows may be the columns of a tile
 
   struct Operands {
@@ -116,6 +116,7 @@ struct GradientSm80 {
     char features[kFeatureTiles][kOperandBytes];
     char g[kGTiles][kOperandBytes];
   };
+  static_assert(sizeof(Shared) <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
 
   __device__ static __forceinline__ void write_g(const Fragment<Geometry>& g, int thread, Shared& shared) {
 #pragma unroll
@@ -172,17 +173,5 @@ struct GradientSm80 {
 
   __device__ static __forceinline__ int thread_lane() { return static_cast<int>(threadIdx.x) % 32; }
 };
-
-// Calls body(engine) with the engine for these rows: longer sums need fewer products, and more shared memory.
-template <class T, class Body>
-void with_gradient_engine(const Rows<T>& rows, const Body& body) {
-  using Short = GradientSm80<T, 512>;
-  using Long = GradientSm80<T, 1024>;
-  static_assert(Short::shared_bytes() <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
-  if constexpr (sizeof(T) == 2) {
-    if (rows.dim > Short::kFeatures && Long::shared_bytes() <= most_shared_bytes()) return body(Long{});
-  }
-  body(Short{});
-}
 
 }  // namespace hpk

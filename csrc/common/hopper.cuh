@@ -67,6 +67,11 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, int64_t row, in
   cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kHint, to, element, static_cast<int>(row));
 }
 
+// Likewise of so many bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(const void* from, int bytes, void* to, uint64_t* barrier) {
+  cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
+}
+
 // Products by wgmma of a team: begin_products(), then multiply() as often as one likes, then commit_products(). After
 // wait_for_products<n>() all but the latest n of these groups are done: their sums are there, and their operands read.
 __device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }

@@ -18,6 +18,7 @@ struct StripSm80 {
   static constexpr int kStages = 3;
   static constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 4;  // steps at a time: TF32 takes more registers
   static constexpr bool kGathers = true;  // any rows may be the columns of a tile
+  static constexpr bool kPrepares = false;  // whether a consumer is told of a tile ahead
   static constexpr int kLeftBytes = Geometry::kRows * kTileBytes, kRightBytes = Geometry::kColumns * kTileBytes;
 
   struct Operands {

@@ -200,6 +200,15 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+inline float min_or_nan(float a, float b) { return a != a || a < b ? a : b; }
+
+inline int64_t take(int64_t* counter, int64_t count) {
+  const int64_t before = *counter;
+  *counter += count;
+  return before;
+}
+
+inline void raise_to(float* number, float value) { *number = max_or_nan(*number, value); }
 
 inline float exp2_of(float x) {
   const float result = std::exp2(x);

@@ -92,7 +92,8 @@ void finish_box(size_t index) {
       write_shared(state().is_faulty("no_swizzle") ? to : swizzled(to), &line[8 * chunk], 16);
     }
   }
-  copy.barrier->bytes -= 128 * int64_t{copy.map.rows};
+  if (copy.bytes > 0) write_shared(copy.to, copy.from, copy.bytes);
+  copy.barrier->bytes -= 128 * int64_t{copy.map.rows} + copy.bytes;
   end_phase_if_complete(*copy.barrier);
 }
 
@@ -269,21 +270,43 @@ void fence_writes() {
   std::memcpy(state().seen_by_wgmma.data(), current->shared, current->shared_bytes);
 }
 
+namespace {
+
+// What TMA will write is undefined until then.
+void start_copy(BoxCopy copy, uint64_t* barrier, uint32_t bytes) {
+  copy.barrier = &barrier_at(barrier);
+  if (!in_shared(copy.to, bytes)) fail("TMA writes beyond shared memory");
+  if (!copy.barrier->fenced) fail("TMA uses a barrier without a fence after its initialisation");
+  const std::vector<char> undefined(bytes, static_cast<char>(0xFF));
+  write_shared(copy.to, undefined.data(), bytes);
+  state().boxes.push_back(copy);
+}
+
+}  // namespace
+
 void load_box(const CUtensorMap& map, int64_t row, int element, void* to, uint64_t* barrier) {
   maybe_pause();
   TensorMap said;
   std::memcpy(static_cast<void*>(&said), &map, sizeof said);
   if (said.token != kToken) fail("TMA without a tensor map");
   if (reinterpret_cast<uintptr_t>(&map) % 64 != 0) fail("a tensor map is not aligned");
-  const uint32_t address = shared_address(to), bytes = 128 * said.rows;
+  const uint32_t address = shared_address(to);
   if (address % 128 != 0) fail("the target of TMA is not aligned");
-  if (!in_shared(address, bytes)) fail("TMA writes beyond shared memory");
   if (row != static_cast<int32_t>(row)) fail("TMA counts rows in 32 bits");
-  TransactionBarrier& own = barrier_at(barrier);
-  if (!own.fenced) fail("TMA uses a barrier without a fence after its initialisation");
-  const std::vector<char> undefined(bytes, static_cast<char>(0xFF));
-  write_shared(address, undefined.data(), bytes);
-  state().boxes.push_back({said, row, element, address, &own});
+  start_copy({said, row, element, address, nullptr}, barrier, 128 * said.rows);
+}
+
+void load_bytes(const void* from, int bytes, void* to, uint64_t* barrier) {
+  maybe_pause();
+  const uint32_t address = shared_address(to);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || address % 16 != 0 || bytes <= 0 || bytes % 16 != 0) {
+    fail("bytes that TMA copies are not in sixteens");
+  }
+  BoxCopy copy{};
+  copy.to = address;
+  copy.from = from;
+  copy.bytes = static_cast<uint32_t>(bytes);
+  start_copy(copy, barrier, copy.bytes);
 }
 
 void exit_thread() {

@@ -69,6 +69,7 @@ struct Barrier {
 void fence_barriers();
 void fence_writes();
 void load_box(const CUtensorMap& map, int64_t row, int element, void* to, uint64_t* barrier);
+void load_bytes(const void* from, int bytes, void* to, uint64_t* barrier);
 void begin_products();
 void commit_products();
 [[noreturn]] void exit_thread();

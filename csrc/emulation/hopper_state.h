@@ -36,12 +36,15 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "what is said fits");
 
+// By TMA: of a box, or of bytes that follow one another.
 struct BoxCopy {
-  TensorMap map;
+  TensorMap map;  // with rows = 0 for bytes
   int64_t row;
   int element;
   uint32_t to;
   TransactionBarrier* barrier;
+  const void* from = nullptr;
+  uint32_t bytes = 0;
 };
 
 // The accumulators of a warp, while products are under way that add to them.

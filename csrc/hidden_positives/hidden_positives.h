@@ -22,7 +22,9 @@ template <typename Coarse, typename T>
 int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
                                   const T* threshold, int64_t anchors, uint32_t* bits);
 
-// The relation of all anchors, (anchors, words_per_row), from their features. For float, products are those of 3 TF32.
+// The relation of all anchors, (anchors, words_per_row), from their features. For float, products are those of 3 TF32. The
+// thresholds start at a multiple of 16 bytes, and NaN follows the last up to a multiple of kThresholdsTogether.
+constexpr int kThresholdsTogether = 256;
 template <typename T>
 void hidden_positives_cuda(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream);
 // The same for sm_90a, rows of up to kMostSm90Bytes; for __half and __nv_bfloat16.

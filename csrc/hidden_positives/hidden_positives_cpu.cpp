@@ -5,10 +5,15 @@
 
 #include "common/bits.h"
 #include "common/inner_product.h"
-#include "hidden_positives/relation.h"
 
 namespace hpk {
 namespace {
+
+// The smaller of two thresholds, or NaN if either is: a pair that cannot be judged is no positive.
+template <typename T>
+HPK_HOST_DEVICE T smaller(T a, T b) {
+  return a < b || a != a ? a : b;
+}
 
 // Of up to 32 pairs of a row: which exceed the smaller threshold for sure, and for which that is open.
 struct Verdicts {

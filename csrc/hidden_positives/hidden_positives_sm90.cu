@@ -6,8 +6,8 @@ namespace hpk {
 
 template <typename T>
 void hidden_positives_sm90(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream) {
-  const auto operands = StripSm90<T>::operands(features, features);
-  launch_hidden_positives<StripSm90<T>>(operands, {threshold, features.count, bits}, stream);
+  const auto operands = WideSm90<T>::operands(features, features);
+  launch_hidden_positives<WideSm90<T>>(operands, {threshold, features.count, bits}, stream);
 }
 
 template void hidden_positives_sm90<__half>(const Rows<__half>&, const float*, uint32_t*, cudaStream_t);

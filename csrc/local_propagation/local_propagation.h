@@ -30,7 +30,25 @@ struct WeightsShape {
 };
 
 // Each image is cut into strips of so many patches, the last of which may be smaller.
-constexpr int kLogitStripRows = 64;
+constexpr int kLogitStripRows = 128;
+
+// Such strips, one image after another; `logits` has those from `first` on.
+struct LogitStrips {
+  int patches, per_image, first, count;
+  int pitch;  // of a row of logits
+  float* logits;
+};
+
+struct LogitArguments {
+  LogitStrips strips;
+  int64_t tokens, prefix;  // of an image, and those that are no patches
+  float scale;
+};
+
+// The logits for sm_90a, rows of up to kMostSm90Bytes; for __half and __nv_bfloat16.
+template <typename T>
+void local_propagation_logits_sm90(const Rows<T>& query, const Rows<T>& key, const LogitArguments& arguments,
+                                   cudaStream_t stream);
 
 // The weights on the GPU of the patches in the strips [first, last), with the logits scale * <query, key> of rows that
 // have all heads side by side. `logits` is a workspace for that many strips.

@@ -48,13 +48,13 @@ constexpr int kZeros = 4 * kRunPatches;  // at the start of shared memory, for t
 template <typename T>
 constexpr int kStagePlanes = kChunkBytes / static_cast<int>(sizeof(T));
 
-// The same sums for a window of 3 x 3 and images of kMostRuns runs at most. A thread has one run and its weights, for
+// The same sums for a window of 3 x 3 and images of kMostRuns runs at most, whose rows are whole runs. A thread has one run and its weights, for
 // all planes of the block. The planes come through shared memory, kStagePlanes at a time, two stages ahead of the sums.
 //
 // Grid (images x parts of their planes), as many threads as an image has runs. Bytes: code and mixed once each, in
 // pieces of 16 and 4 sizeof(T); weights, batch * 9 * patches * 4, once for every part. For each run and plane, 36
 // additions of products and 9 loads from shared memory.
-template <bool transposed, bool whole, typename T>
+template <bool transposed, typename T>
 __device__ __forceinline__ void run_planes(const T* input, const float* weights, const StencilShape& shape, int parts,
                                            T* output) {
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width), patches = height * width;
@@ -87,8 +87,8 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
   for (int stage = first; stage < first + kPlaneStages - 1; ++stage) load(stage);
   auto* const zeros = reinterpret_cast<T*>(shared_memory());
   if (thread < kZeros) zeros[thread] = static_cast<T>(0.0f);
-  const bool has_run = thread < height * runs_across(width);
-  const StencilRun<transposed, whole> run(weights + image * 9 * patches, height, width, has_run ? thread : 0);
+  const bool has_run = thread < patches / kRunPatches;
+  const StencilRun<transposed> run(weights + image * 9 * patches, height, width, has_run ? thread : 0);
   for (int stage = first; stage < last; ++stage) {
     cp_async_wait<kPlaneStages - 2>();
     __syncthreads();  // this stage is there for all, and all are done with the one before
@@ -97,7 +97,7 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
     auto rows = run.rows(reinterpret_cast<const T*>(place_of(stage)), zeros + kRunPatches);
     T* to = output + int64_t{stage} * kStagePlanes<T> * patches;
     const int planes = planes_of(stage);
-#pragma unroll(whole ? 2 : 1)  // two at a time overlap; those of parts of rows have no registers for it
+#pragma unroll 2  // two at a time overlap
     for (int plane = 0; plane < planes; ++plane) {
       float sums[kRunPatches];
       run.sum(rows, sums);
@@ -108,40 +108,36 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
   }
 }
 
-template <bool whole, typename T>
+template <typename T>
 HPK_KERNEL(kMostRuns, kLeastBlocks)
 local_propagation_planes_fwd_kernel(const T* __restrict__ code, const float* __restrict__ weights, StencilShape shape,
                                     int parts, T* __restrict__ mixed) {
-  run_planes<false, whole>(code, weights, shape, parts, mixed);
+  run_planes<false>(code, weights, shape, parts, mixed);
 }
 
-template <bool whole, typename T>
+template <typename T>
 HPK_KERNEL(kMostRuns, kLeastBlocks)
 local_propagation_planes_bwd_kernel(const T* __restrict__ grad_mixed, const float* __restrict__ weights,
                                     StencilShape shape, int parts, T* __restrict__ grad_code) {
-  run_planes<true, whole>(grad_mixed, weights, shape, parts, grad_code);
+  run_planes<true>(grad_mixed, weights, shape, parts, grad_code);
 }
 
 template <bool transposed, typename T>
 void apply(const T* input, const float* weights, const StencilShape& shape, T* output, cudaStream_t stream) {
   const int64_t patches = shape.height * shape.width;
-  const int64_t threads = shape.height * runs_across(static_cast<int>(shape.width));
+  const int64_t runs = patches / kRunPatches;
   // Every image, and with it every stage of its planes, must start at a multiple of 16 bytes.
   const auto starts_chunk = [](uint64_t byte) { return byte % kChunkBytes == 0; };
   const bool aligned = starts_chunk(reinterpret_cast<uintptr_t>(input)) &&
                        starts_chunk(reinterpret_cast<uintptr_t>(output)) &&
                        (shape.batch == 1 || starts_chunk(shape.dim * patches * sizeof(T)));
-  if (shape.window == 3 && threads <= kMostRuns && aligned) {
+  if (shape.window == 3 && shape.width % kRunPatches == 0 && runs <= kMostRuns && aligned) {
     const int64_t stages = divide_up(shape.dim, kStagePlanes<T>);
     const auto parts = static_cast<int>(parts_for(shape.batch, stages, kWantedBlocks, 4));
     const auto blocks = static_cast<unsigned>(shape.batch * parts);
-    const bool whole = shape.width % kRunPatches == 0;
-    auto* kernel = whole ? local_propagation_planes_fwd_kernel<true, T> : local_propagation_planes_fwd_kernel<false, T>;
-    if (transposed) {
-      kernel = whole ? local_propagation_planes_bwd_kernel<true, T> : local_propagation_planes_bwd_kernel<false, T>;
-    }
+    const auto kernel = transposed ? local_propagation_planes_bwd_kernel<T> : local_propagation_planes_fwd_kernel<T>;
     const size_t shared_bytes = kZeros * sizeof(T) + kPlaneStages * static_cast<size_t>(patches) * kChunkBytes;
-    return launch(kernel, blocks, static_cast<int>(divide_up(threads, 32) * 32), shared_bytes, stream, input, weights,
+    return launch(kernel, blocks, static_cast<int>(divide_up(runs, 32) * 32), shared_bytes, stream, input, weights,
                   shape, parts, output);
   }
   const int64_t wanted = divide_up(stencil_tasks(shape), kTaskThreads);

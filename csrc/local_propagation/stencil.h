@@ -55,10 +55,8 @@ HPK_HOST_DEVICE void stencil_task(const T* input, const float* weights, const St
   }
 }
 
-// A window of 3 x 3. A run is four patches of a row, or what is left of it.
+// A window of 3 x 3, and rows of whole runs: a run is four patches of a row.
 constexpr int kRunPatches = 4;
-
-HPK_HOST_DEVICE int runs_across(int width) { return (width + kRunPatches - 1) / kRunPatches; }
 
 // The start of a run in the rows above, at and below it, in one plane. A row that is outside the image stands somewhere
 // else, where there is a zero before the run and zeros for it and after; it stays there, by a step of 0.
@@ -72,21 +70,20 @@ struct RunRows {
   }
 };
 
-// A thread keeps the weights of its run, and takes one plane after another. If `whole`, the width is a multiple of
-// kRunPatches, and the planes start at such multiples.
-template <bool transposed, bool whole>
+// A thread keeps the weights of its run, and takes one plane after another. Planes start at multiples of a run's bytes.
+template <bool transposed>
 struct StencilRun {
   int height, width, y, x;
   float weights[3][3][kRunPatches];  // by row and column of the neighbour; 0 for what is outside
 
   // `cells` are the weights of the image, 9 times height * width.
   HPK_HOST_DEVICE StencilRun(const float* cells, int height_, int width_, int run)
-      : height(height_), width(width_), y(run / runs_across(width_)), x(run % runs_across(width_) * kRunPatches) {
+      : height(height_), width(width_), y(run * kRunPatches / width_), x(run * kRunPatches % width_) {
     for (int dy = 0; dy < 3; ++dy) {
       for (int dx = 0; dx < 3; ++dx) {
         for (int i = 0; i < kRunPatches; ++i) {
           const int v = y + dy - 1, u = x + i + dx - 1, cell = 3 * dy + dx;
-          const bool is_inside = x + i < width && v >= 0 && v < height && u >= 0 && u < width;
+          const bool is_inside = v >= 0 && v < height && u >= 0 && u < width;
           // The neighbour has its weight for this patch in the opposite cell.
           const int at = transposed ? ((8 - cell) * height + v) * width + u : (cell * height + y) * width + x + i;
           weights[dy][dx][i] = is_inside ? cells[at] : 0.0f;
@@ -121,16 +118,9 @@ struct StencilRun {
 
   template <typename T>
   HPK_HOST_DEVICE void store(const float (&sums)[kRunPatches], T* plane) const {
-    T* const to = plane + y * width + x;
-    if (whole) {
-      Together<T> together;
-      for (int i = 0; i < kRunPatches; ++i) together.values[i] = static_cast<T>(sums[i]);
-      *reinterpret_cast<Together<T>*>(to) = together;
-    } else {
-      for (int i = 0; i < kRunPatches; ++i) {
-        if (x + i < width) to[i] = static_cast<T>(sums[i]);
-      }
-    }
+    Together<T> together;
+    for (int i = 0; i < kRunPatches; ++i) together.values[i] = static_cast<T>(sums[i]);
+    *reinterpret_cast<Together<T>*>(plane + y * width + x) = together;
   }
 
  private:
@@ -143,16 +133,10 @@ struct StencilRun {
   // values[i] = row[i - 1], 0 outside of the row
   template <typename T>
   HPK_HOST_DEVICE void load(const T* row, float (&values)[kRunPatches + 2]) const {
-    if (whole) {
-      const auto together = *reinterpret_cast<const Together<T>*>(row);
-      values[0] = x > 0 ? static_cast<float>(row[-1]) : 0.0f;
-      for (int i = 0; i < kRunPatches; ++i) values[i + 1] = static_cast<float>(together.values[i]);
-      values[kRunPatches + 1] = x + kRunPatches < width ? static_cast<float>(row[kRunPatches]) : 0.0f;
-    } else {
-      for (int i = -1; i <= kRunPatches; ++i) {
-        values[i + 1] = x + i >= 0 && x + i < width ? static_cast<float>(row[i]) : 0.0f;
-      }
-    }
+    const auto together = *reinterpret_cast<const Together<T>*>(row);
+    values[0] = x > 0 ? static_cast<float>(row[-1]) : 0.0f;
+    for (int i = 0; i < kRunPatches; ++i) values[i + 1] = static_cast<float>(together.values[i]);
+    values[kRunPatches + 1] = x + kRunPatches < width ? static_cast<float>(row[kRunPatches]) : 0.0f;
   }
 };
 

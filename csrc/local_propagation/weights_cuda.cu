@@ -1,81 +1,12 @@
-// The weights of local_propagation: logits of some images, written to a workspace that stays in the second-level cache,
-// then row by row their quantiles, their sum and the entries of the window.
+// The weights of local_propagation: logits of some images, see logits.cuh, then row by row their quantiles, their sum and
+// the entries of the window.
 #include "common/strip_sm80.cuh"
 #include "common/warp.cuh"
-#include "local_propagation/local_propagation.h"
+#include "local_propagation/logits.cuh"
 #include "local_propagation/quantiles.h"
 
 namespace hpk {
 namespace {
-
-// Strips of 64 rows, so that an image wastes little of its last strip, and two blocks share a multiprocessor.
-template <class T>
-using Engine = StripSm80<T, WarpGeometry80<2>>;
-using Geometry = WarpGeometry80<2>;
-static_assert(Geometry::kRows == kLogitStripRows, "the workspace is made for other strips");
-
-// Strips of kLogitStripRows patches of each image, one image after another; `logits` has those from `first` on.
-struct LogitStrips {
-  int patches, per_image, first, count;
-  int pitch;  // of a row of logits
-  float* logits;
-};
-
-struct LogitArguments {
-  LogitStrips strips;
-  int64_t tokens, prefix;  // of an image, and those that are no patches
-  float scale;
-};
-
-// Writes the products of a tile, where both are patches.
-struct StoreLogits {
-  const LogitStrips& strips;
-  float scale;
-  int first_patch;
-  float* logits;  // of the strip
-
-  __device__ void operator()(const Fragment<Geometry>& products, int64_t tile, const Team<Geometry>& team) const {
-    const int first_column = static_cast<int>(tile) * Geometry::kColumns;
-#pragma unroll
-    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = Geometry::row(team.thread, m, h);
-        if (first_patch + row >= strips.patches) continue;
-        float* const to = logits + int64_t{row} * strips.pitch + first_column;
-#pragma unroll
-        for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-          const int column = Geometry::column(team.thread, n, 0);
-          if (first_column + column >= strips.patches) continue;
-          const float(&values)[4] = products.values[m][n];  // the row's end may get one more: the pitch is even
-          *reinterpret_cast<float2*>(to + column) = {values[2 * h] * scale, values[2 * h + 1] * scale};
-        }
-      }
-    }
-  }
-};
-
-// logits[i, j] = scale * <q_i, k_j> of the patches i, j of one image, q and k with all heads side by side
-//
-// Grid (strips, parts of a strip). FLOPs: 2 G^2 heads d an image, for each G rounded up to whole tiles. Bytes: queries
-// and keys once for every strip of an image, from cache; 4 written a logit.
-template <class T>
-HPK_KERNEL(Engine<T>::kThreads, 2)
-local_propagation_logits_fwd_kernel(const __grid_constant__ typename Engine<T>::Operands operands,
-                                    const __grid_constant__ LogitArguments arguments) {
-  const LogitStrips& strips = arguments.strips;
-  const int strip = strips.first + static_cast<int>(blockIdx.x), image = strip / strips.per_image;
-  const int first_patch = strip % strips.per_image * Geometry::kRows;
-  const int64_t first_token = image * arguments.tokens + arguments.prefix;
-  const auto token = [&](int patch) { return patch < strips.patches ? first_token + patch : int64_t{-1}; };
-  StoreLogits consumer{strips, arguments.scale, first_patch,
-                       strips.logits + int64_t{blockIdx.x} * Geometry::kRows * strips.pitch};
-  const TileRange tiles{0, divide_up(strips.patches, Geometry::kColumns)};
-  Engine<T>::run(
-      operands, [&](int r) { return token(first_patch + r); },
-      [&](int64_t tile, int c) { return token(static_cast<int>(tile) * Geometry::kColumns + c); },
-      part_of(tiles, blockIdx.y, gridDim.y), shared_memory(), consumer);
-}
 
 constexpr int kRowThreads = 256;
 
@@ -252,18 +183,23 @@ void launch_rows(const RowArguments& arguments, cudaStream_t stream) {
   launch(local_propagation_rows_fwd_kernel<kTeam, kPerThread>, rows, kRowThreads, kScratch, stream, arguments);
 }
 
-// A row is a warp's if that has registers for it, else a block's, as far as that has, else it is read again and again.
+// A row is a warp's if that has registers for it, else a block's, which reads it again and again, from cache.
 void launch_rows(const RowArguments& arguments, cudaStream_t stream) {
   const int patches = arguments.strips.patches;
-  const auto fits = [=](int team, int per_thread) { return patches <= team * per_thread; };
-  if (fits(32, 8)) return launch_rows<32, 8>(arguments, stream);
-  if (fits(32, 16)) return launch_rows<32, 16>(arguments, stream);
-  if (fits(32, 25)) return launch_rows<32, 25>(arguments, stream);  // 28 x 28
-  if (fits(32, 32)) return launch_rows<32, 32>(arguments, stream);
-  if (fits(kRowThreads, 8)) return launch_rows<kRowThreads, 8>(arguments, stream);
-  if (fits(kRowThreads, 16)) return launch_rows<kRowThreads, 16>(arguments, stream);
-  if (fits(kRowThreads, 32)) return launch_rows<kRowThreads, 32>(arguments, stream);
+  if (patches <= 32 * 25) return launch_rows<32, 25>(arguments, stream);  // 28 x 28
+  if (patches <= 32 * 32) return launch_rows<32, 32>(arguments, stream);
   return launch_rows<kRowThreads, 0>(arguments, stream);
+}
+
+template <typename T>
+void launch_logits(const Rows<T>& query, const Rows<T>& key, const LogitArguments& arguments, cudaStream_t stream) {
+#ifdef HPK_WITH_SM90
+  if constexpr (sizeof(T) == 2) {
+    if (runs_on_sm90(query)) return local_propagation_logits_sm90(query, key, arguments, stream);
+  }
+#endif
+  // Half of a strip, so that an image wastes little of its last one, and two blocks share a multiprocessor.
+  launch_logits<StripSm80<T, WarpGeometry80<2>>>({query, key}, arguments, 1, stream);
 }
 
 }  // namespace
@@ -275,11 +211,7 @@ void local_propagation_weights_cuda(const Rows<T>& query, const Rows<T>& key, co
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width), patches = height * width;
   const int per_image = static_cast<int>(divide_up(patches, kLogitStripRows)), count = static_cast<int>(last - first);
   const LogitStrips strips{patches, per_image, static_cast<int>(first), count, static_cast<int>(shape.pitch), logits};
-  const typename Engine<T>::Operands operands{query, key};
-  const int64_t parts = parts_for(count, divide_up(patches, Geometry::kColumns), kWantedBlocks, 1);
-  launch(local_propagation_logits_fwd_kernel<T>, dim3(count, static_cast<unsigned>(parts)), Engine<T>::kThreads,
-         Engine<T>::shared_bytes(operands, 0), stream, operands,
-         LogitArguments{strips, shape.tokens, shape.prefix, static_cast<float>(scale)});
+  launch_logits(query, key, {strips, shape.tokens, shape.prefix, static_cast<float>(scale)}, stream);
   launch_rows({strips, height, width, static_cast<int>(shape.window), static_cast<float>(sigma / patches),
                {quantile_rank(low, patches), quantile_rank(high, patches)}, weights},
               stream);

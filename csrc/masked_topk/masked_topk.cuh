@@ -21,21 +21,22 @@ __device__ __forceinline__ bool is_allowed(const TopkRestrictions& restrictions,
   return group < 0 || group != restrictions.pool_group[reference];
 }
 
-// The greatest product of each row, in registers.
-template <class Geometry, bool kRestricted>
+// The greatest product of each row, in registers. There are no restrictions.
+template <class Geometry>
 struct FindBest {
   const TopkArguments& arguments;
-  int first_row;
   Best best[Geometry::kRowBlocks][2];
 
-  __device__ FindBest(const TopkArguments& arguments_, int first_row_) : arguments(arguments_), first_row(first_row_) {
+  __device__ explicit FindBest(const TopkArguments& arguments_) : arguments(arguments_) {
     for (auto& pair : best) pair[0] = pair[1] = {-INFINITY, -1};
   }
+
+  __device__ void prepare(int, const Team<Geometry>&) const {}
 
   // Of most tiles no product is greater than what a row has: that takes one maximum a product to see.
   __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
     const int first_column = tile * Geometry::kColumns;
-    const bool choose = kRestricted || first_column + Geometry::kColumns > arguments.references;
+    const bool whole = first_column + Geometry::kColumns <= arguments.references;
 #pragma unroll
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
@@ -47,10 +48,10 @@ struct FindBest {
         }
         Best& own = best[m][h];
         if (greatest <= own.value || own.value != own.value) continue;
-        if (choose) {
-          add_allowed(own, products.values[m], m, h, first_column, team.thread);
-        } else {
+        if (whole) {
           own = {greatest, first_with(greatest, products.values[m], h, first_column, team.thread)};
+        } else {
+          add_references(own, products.values[m], h, first_column, team.thread);
         }
       }
     }
@@ -73,12 +74,10 @@ struct FindBest {
     return first;
   }
 
-  // Adds those products one by one that may be chosen. A thread meets its columns in ascending order, so an equal value
-  // comes too late.
-  __device__ __forceinline__ void add_allowed(Best& own, const OfRows& values, int m, int h, int first_column,
-                                              int thread) const {
-    const int query = first_row + Geometry::row(thread, m, h);
-    if (query >= arguments.queries) return;
+  // Adds the products one by one, but not those beyond the last reference. A thread meets its columns in ascending order,
+  // so an equal value comes too late.
+  __device__ __forceinline__ void add_references(Best& own, const OfRows& values, int h, int first_column,
+                                                 int thread) const {
 #pragma unroll
     for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
@@ -86,25 +85,24 @@ struct FindBest {
         const int column = first_column + Geometry::column(thread, n, c);
         const float value = values[n][2 * h + c];
         if (value <= own.value || own.value != own.value || column >= arguments.references) continue;
-        if (kRestricted && !is_allowed(arguments.restrictions, query, column)) continue;
         own = {value, value == value ? column : -1};
       }
     }
   }
 };
 
-// values[i, s], indices[i, s] = max, argmax over {m in part s of the pool, allowed} of <query_i, pool_m>
+// values[i, s], indices[i, s] = max, argmax over {m in part s of the pool} of <query_i, pool_m>
 //
 // Grid (strips of queries, parts of the pool). FLOPs: 2 D a pair. Bytes: a strip of queries once a block, the pool once
-// for every strip, from cache; the mask once; 12 bytes written a query and part.
-template <class Engine, bool kRestricted>
+// for every strip, from cache; 12 bytes written a query and part.
+template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
 masked_topk_top1_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
                             const __grid_constant__ TopkArguments arguments, float* __restrict__ values,
                             int64_t* __restrict__ indices) {
   using Geometry = typename Engine::Geometry;
   const int first_row = static_cast<int>(blockIdx.x) * Geometry::kRows;
-  FindBest<Geometry, kRestricted> consumer(arguments, first_row);
+  FindBest<Geometry> consumer(arguments);
   const TileRange all{0, divide_up(arguments.references, Geometry::kColumns)};
   Engine::run(operands, first_row, part_of(all, blockIdx.y, gridDim.y), shared_memory(), consumer);
   combine_rows<Geometry>(consumer.best, shared_memory(), [&](int r, const Best& best) {
@@ -235,7 +233,7 @@ struct FindTopk {
 // keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, allowed, with key < below[i]} of
 // key = rank_key(<query_i, pool_m>, m), or kNothingFound.
 //
-// Grid (strips of queries, parts of the pool). FLOPs and bytes as for k = 1, and 8 k bytes written a query and part.
+// Grid (strips of queries, parts of the pool). FLOPs and bytes as above, and 8 k bytes written a query and part.
 template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
 masked_topk_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
@@ -262,10 +260,8 @@ dim3 topk_grid(const TopkArguments& arguments, int parts) {
 template <class Engine>
 void launch_top1(const typename Engine::Operands& operands, const TopkArguments& arguments, int parts, float* values,
                  int64_t* indices, cudaStream_t stream) {
-  const auto kernel = arguments.restrictions.restrict_any() ? masked_topk_top1_fwd_kernel<Engine, true>
-                                                            : masked_topk_top1_fwd_kernel<Engine, false>;
-  launch(kernel, topk_grid<Engine>(arguments, parts), Engine::kThreads, Engine::shared_bytes(operands, 0), stream,
-         operands, arguments, values, indices);
+  launch(masked_topk_top1_fwd_kernel<Engine>, topk_grid<Engine>(arguments, parts), Engine::kThreads,
+         Engine::shared_bytes(operands, 0), stream, operands, arguments, values, indices);
 }
 
 template <class Engine>

@@ -12,8 +12,6 @@ struct TopkRestrictions {
   const bool* mask;  // (queries, references), elements mask_stride and mask_step apart
   int64_t mask_stride, mask_step;
   const int64_t *query_group, *pool_group;  // an equal one of at least 0 excludes the pair
-
-  bool restrict_any() const { return mask != nullptr || query_group != nullptr; }
 };
 
 struct TopkArguments {
@@ -24,7 +22,8 @@ struct TopkArguments {
 // In how many parts the pool is cut: the more the fewer queries there are.
 int64_t masked_topk_parts(int64_t queries, int64_t references);
 
-// values, indices (queries, parts): the greatest product of each query and part of the pool, -inf and -1 for none.
+// values, indices (queries, parts): the greatest product of each query and part of the pool, -inf and -1 for none, without
+// restrictions.
 template <typename T>
 void masked_topk_top1_cuda(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
                            float* values, int64_t* indices, cudaStream_t stream);

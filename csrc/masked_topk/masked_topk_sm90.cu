@@ -6,7 +6,7 @@ namespace hpk {
 template <typename T>
 void masked_topk_top1_sm90(const Rows<T>& query, const Rows<T>& pool, const TopkArguments& arguments, int parts,
                            float* values, int64_t* indices, cudaStream_t stream) {
-  launch_top1<StripSm90<T>>(StripSm90<T>::operands(query, pool), arguments, parts, values, indices, stream);
+  launch_top1<WideSm90<T>>(WideSm90<T>::operands(query, pool), arguments, parts, values, indices, stream);
 }
 
 template <typename T>

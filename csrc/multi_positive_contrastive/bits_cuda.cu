@@ -1,4 +1,6 @@
-// Kernels on packed bits: the drawn negatives, transposes, and lists of the columns of set bits.
+// Kernels on packed bits: the drawn negatives, the numbers of pairs, and lists of the columns of set bits.
+#include <initializer_list>
+
 #include "common/bits.h"
 #include "common/philox.h"
 #include "common/schedule.h"
@@ -8,31 +10,21 @@
 namespace hpk {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 256;
 constexpr int kLaneWords = 4, kWarpWords = 32 * kLaneWords;  // of a row, that are read at a time
 
-// bits[i, j] = Philox(counter (j / 4, i, 0, 0), seed)[j % 4] < threshold, and the number of set bits of row i.
+// bits[i, j] = Philox(counter (j / 4, i, 0, 0), seed)[j % 4] < threshold.
 //
 // Grid (rows). Bytes: 4 written a word. Integer arithmetic: 8 blocks of Philox a word, which is what takes the time.
 HPK_KERNEL(kThreads)
 contrastive_draw_negatives_kernel(const int64_t* __restrict__ seed, uint64_t threshold, int64_t columns,
-                                  uint32_t* __restrict__ bits, int32_t* __restrict__ counts) {
-  auto* const of_warps = reinterpret_cast<int32_t*>(shared_memory());
+                                  uint32_t* __restrict__ bits) {
   const uint64_t key = static_cast<uint64_t>(*seed);
   const uint32_t row = blockIdx.x, words = static_cast<uint32_t>(words_per_row(columns));
-  int32_t count = 0;
   for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
     const bool all = threshold > 0xFFFFFFFFu;  // whatever the random words are
-    const uint32_t drawn = (all ? ~0u : bernoulli_word(key, row, word, threshold)) & valid_bits(word, columns);
-    bits[int64_t{row} * words + word] = drawn;
-    count += __popc(drawn);
-  }
-  count = sum_over_lanes(count);
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = count;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kWarps; ++warp) count += of_warps[warp];
-    counts[row] = count;
+    const uint32_t drawn = all ? ~0u : bernoulli_word(key, row, word, threshold);
+    bits[int64_t{row} * words + word] = drawn & valid_bits(word, columns);
   }
 }
 
@@ -71,182 +63,248 @@ contrastive_transpose_bits_kernel(const uint32_t* __restrict__ bits, int64_t row
   }
 }
 
-// The words of one row of BitRows, four at a time.
+// Four words of a row of packed bits from `word` on, 0 beyond the last; of no row all are 0.
 template <bool kAligned>
-struct BitRow {
-  const uint32_t *first, *second;
-  int words, group_start, group_end;
+__device__ __forceinline__ void load_words(const uint32_t* row, int word, int words, uint32_t (&found)[kLaneWords]) {
+#pragma unroll
+  for (int i = 0; i < kLaneWords; ++i) found[i] = 0;
+  if (row == nullptr || word >= words) return;
+  if constexpr (kAligned) {
+    const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(row + word));
+    found[0] = loaded.x, found[1] = loaded.y, found[2] = loaded.z, found[3] = loaded.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) found[i] = word + i < words ? __ldg(row + word + i) : 0;
+  }
+}
 
-  __device__ BitRow(const BitRows& bits, int64_t row) : words(static_cast<int>(bits.words)) {
-    first = bits.first + row * bits.pitch;
-    second = bits.second == nullptr ? nullptr : bits.second + row * bits.pitch;
-    group_start = static_cast<int>(bits.group == 0 ? 0 : row / bits.group * bits.group);
-    group_end = group_start + static_cast<int>(bits.group);
+// A block lists the set bits of one row, and each of its warps those of some of the words, of all of them in order. The
+// row is read twice: its bits are counted, the block takes a place for them, and they are written there. The second time
+// the words come from the cache. Rows take their places in whatever order they come; what is listed does not depend on it.
+struct RowLister {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+
+  struct Shared {
+    int32_t of_warps[kWarps];
+    int64_t start;
+  };
+
+  int first, last;  // words of this warp
+
+  __device__ explicit RowLister(int words) {
+    const int share = static_cast<int>(divide_up(divide_up(words, kWarpWords), kWarps)) * kWarpWords;
+    first = static_cast<int>(threadIdx.x) / 32 * share;
+    last = first + share < words ? first + share : words;
   }
 
-  __device__ static void add(const uint32_t* row, int word, int words, uint32_t (&found)[kLaneWords]) {
-    if constexpr (kAligned) {
-      const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(row + word));
-      found[0] |= loaded.x;
-      found[1] |= loaded.y;
-      found[2] |= loaded.z;
-      found[3] |= loaded.w;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLaneWords; ++i) found[i] |= word + i < words ? __ldg(row + word + i) : 0;
+  // Calls body(word) for the words that a lane has the next four of; every lane of the warp does so.
+  template <class Body>
+  __device__ void for_words(const Body& body) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int start = first; start < last; start += kWarpWords) body(start + kLaneWords * lane);
+  }
+
+  // Where this warp lists its bits, of which each lane has counted some.
+  __device__ int64_t take_place(int32_t count, const ListedRows& rows, int64_t row) const {
+    auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    count = sum_over_lanes(count);
+    if (threadIdx.x % 32 == 0) shared.of_warps[warp] = count;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int64_t all = 0;
+      for (const int32_t of_warp : shared.of_warps) all += of_warp;
+      shared.start = take(rows.taken, all);
+      rows.ranges[2 * row] = shared.start;
+      rows.ranges[2 * row + 1] = shared.start + all;
+      if (shared.start + all > rows.capacity) *rows.does_not_fit = 1;
     }
+    __syncthreads();
+    int64_t at = shared.start;
+    for (int i = 0; i < warp; ++i) at += shared.of_warps[i];
+    return at;
   }
 
-  // The four from `word` on, 0 beyond the last.
-  __device__ void load(int word, uint32_t (&found)[kLaneWords]) const {
+  // Calls emit(place, column) for the bits that found(word, words) gives, from `at` on.
+  template <class Found, class Emit>
+  __device__ void list(int64_t at, int64_t capacity, const Found& found, const Emit& emit) const {
+    for_words([&](int word) {
+      uint32_t words[kLaneWords];
+      found(word, words);
+      int32_t count = 0;
 #pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) found[i] = 0;
-    if (word >= words) return;
-    add(first, word, words, found);
-    if (second != nullptr) add(second, word, words, found);
-    if (32 * word >= group_end || 32 * (word + kLaneWords) <= group_start) return;
+      for (int i = 0; i < kLaneWords; ++i) count += __popc(words[i]);
+      const int32_t of_lanes = running_sum_over_lanes(count);
+      int64_t place = at + of_lanes - count;
 #pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) found[i] &= bits_outside(word + i, group_start, group_end);
+      for (int i = 0; i < kLaneWords; ++i) {
+        for (uint32_t left = words[i]; left != 0; left &= left - 1, ++place) {
+          if (place < capacity) emit(place, 32 * (word + i) + __ffs(left) - 1);
+        }
+      }
+      at += __shfl_sync(kAllLanes, of_lanes, 31);
+    });
   }
 };
 
-// counts[i] = the number of set bits of row i.
+// counts[i] = the numbers of A_i, S_i and Den_i; and the columns of A_i or S_i in other images are listed.
 //
-// Grid (blocks of rows), a warp a row. Bytes: the masks once.
+// Grid (anchors). Bytes: the masks once; 4 written a listed pair.
 template <bool kAligned>
+HPK_KERNEL(RowLister::kThreads)
+contrastive_count_and_list_kernel(const __grid_constant__ PairBits bits, int32_t* __restrict__ counts,
+                                  const __grid_constant__ ListedRows rows) {
+  auto* const of_warps = reinterpret_cast<int32_t(*)[3]>(shared_memory() + sizeof(RowLister::Shared));
+  const int64_t row = blockIdx.x, words = words_per_row(bits.anchors);
+  const auto* const negatives = bits.negatives == nullptr ? nullptr : bits.negatives + row % bits.group * words;
+  const auto* const positives = bits.positives + row * words;
+  const auto* const specific = bits.specific == nullptr ? nullptr : bits.specific + row * words;
+  const int64_t image = row / bits.group * bits.group;
+  const RowLister lister(static_cast<int>(words));
+
+  const auto across = [&](int word, const uint32_t (&agnostic)[kLaneWords], uint32_t (&found)[kLaneWords]) {
+    load_words<kAligned>(specific, word, static_cast<int>(words), found);
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+      found[i] = (found[i] | agnostic[i]) & bits_outside(word + i, image, image + bits.group);
+    }
+  };
+  int32_t found[3] = {}, listed = 0;
+  lister.for_words([&](int word) {
+    uint32_t agnostic[kLaneWords], other[kLaneWords];
+    load_words<kAligned>(positives, word, static_cast<int>(words), agnostic);
+    load_words<kAligned>(negatives, word, static_cast<int>(words), other);
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+      found[0] += __popc(agnostic[i]);
+      found[2] += __popc(agnostic[i] | other[i]);
+    }
+    if (specific != nullptr) {
+      load_words<kAligned>(specific, word, static_cast<int>(words), other);
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i) found[1] += __popc(other[i]);
+    }
+    if (rows.ranges != nullptr) {
+      across(word, agnostic, other);
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i) listed += __popc(other[i]);
+    }
+  });
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    found[i] = sum_over_lanes(found[i]);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32][i] = found[i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 3) {
+    int32_t sum = 0;
+    for (int warp = 0; warp < RowLister::kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
+    if (threadIdx.x == 2 && negatives == nullptr) sum = static_cast<int32_t>(bits.anchors) - 1;  // all but itself
+    if (threadIdx.x == 2 && negatives != nullptr) sum -= test_bit(negatives, row);  // nor if it is drawn
+    counts[3 * row + threadIdx.x] = sum;
+  }
+  if (rows.ranges == nullptr) return;
+  const int64_t at = lister.take_place(listed, rows, row);
+  lister.list(
+      at, rows.capacity,
+      [&](int word, uint32_t(&listed_words)[kLaneWords]) {
+        uint32_t agnostic[kLaneWords];
+        load_words<kAligned>(positives, word, static_cast<int>(words), agnostic);
+        across(word, agnostic, listed_words);
+      },
+      [&](int64_t place, int column) { rows.columns[place] = column; });
+}
+
+// ranges[j]: the places that column j takes in its stage, one for each position that has drawn it.
+//
+// Grid (blocks of columns), a thread a column. Bytes: R transposed once. Lanes of a warp are of one stage.
 HPK_KERNEL(kThreads)
-contrastive_count_bits_kernel(BitRows bits, int32_t* __restrict__ counts) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (row >= bits.rows) return;
-  const BitRow<kAligned> own(bits, row);
-  const int lane = threadIdx.x % 32;
+contrastive_take_slots_kernel(const uint32_t* __restrict__ positions, int64_t words, int64_t columns,
+                              int64_t stage_columns, int64_t capacity, int64_t* __restrict__ ranges,
+                              int64_t* __restrict__ taken, int64_t* __restrict__ does_not_fit) {
+  const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   int32_t count = 0;
-  for (int word = kLaneWords * lane; word < own.words; word += kWarpWords) {
+  if (column < columns) {
+    for (int64_t word = 0; word < words; ++word) count += __popc(positions[column * words + word]);
+  }
+  const int32_t of_lanes = running_sum_over_lanes(count), all = __shfl_sync(kAllLanes, of_lanes, 31);
+  int64_t start = 0;
+  if (threadIdx.x % 32 == 0 && column < columns) {
+    start = take(taken + column / stage_columns, all);
+    if (start + all > capacity) *does_not_fit = 1;
+  }
+  start = __shfl_sync(kAllLanes, start, 0) + of_lanes;
+  if (column >= columns) return;
+  ranges[2 * column] = start - count;
+  ranges[2 * column + 1] = start;
+}
+
+// The set bits of each row of R, and their slots: the first of the column's, and one further for each earlier position.
+//
+// Grid (positions). Bytes: R once; 8 written a set bit; for each half of a row of R transposed, from cache.
+template <bool kAligned>
+HPK_KERNEL(RowLister::kThreads)
+contrastive_list_sampled_kernel(const uint32_t* __restrict__ negatives, int64_t anchors,
+                                const uint32_t* __restrict__ positions, int64_t position_words,
+                                const int64_t* __restrict__ slot_ranges, int32_t* __restrict__ slots,
+                                const __grid_constant__ ListedRows rows) {
+  const int64_t row = blockIdx.x, words = words_per_row(anchors);
+  const RowLister lister(static_cast<int>(words));
+  const auto load = [&](int word, uint32_t(&found)[kLaneWords]) {
+    load_words<kAligned>(negatives + row * words, word, static_cast<int>(words), found);
+  };
+  int32_t count = 0;
+  lister.for_words([&](int word) {
     uint32_t found[kLaneWords];
-    own.load(word, found);
+    load(word, found);
 #pragma unroll
     for (int i = 0; i < kLaneWords; ++i) count += __popc(found[i]);
-  }
-  count = sum_over_lanes(count);
-  if (lane == 0) counts[row] = count;
+  });
+  const int64_t at = lister.take_place(count, rows, row);
+  lister.list(at, rows.capacity, load, [&](int64_t place, int column) {
+    const uint32_t* const of_column = positions + column * position_words;
+    int64_t slot = slot_ranges[2 * int64_t{column}];
+    for (int64_t word = 0; 32 * word < row; ++word) slot += __popc(of_column[word] & low_bits(row - 32 * word));
+    rows.columns[place] = column;
+    slots[place] = static_cast<int32_t>(slot);
+  });
 }
 
-constexpr int kScanThreads = 512, kScanWarps = kScanThreads / 32;
-constexpr int kScanItems = 16;  // of each thread, at a time
-
-// offsets[i] = counts[0] + ... + counts[i - 1]; enabled = 0 if their sum is above the capacity.
-//
-// One block, 8192 rows at a time: it takes microseconds for as many rows as there are. Bytes: 12 a row.
-HPK_KERNEL(kScanThreads)
-contrastive_list_offsets_kernel(const int32_t* __restrict__ counts, int64_t count, int64_t capacity,
-                                int64_t* __restrict__ offsets, int32_t* __restrict__ enabled) {
-  auto* const of_warps = reinterpret_cast<int64_t*>(shared_memory());
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t before = 0;  // the sum of all counts of the turns so far
-  for (int64_t start = 0; start < count; start += kScanThreads * kScanItems) {
-    const int64_t first = start + threadIdx.x * kScanItems;
-    int32_t own[kScanItems];
-    int64_t total = 0;
-#pragma unroll
-    for (int i = 0; i < kScanItems; ++i) {
-      own[i] = first + i < count ? counts[first + i] : 0;
-      total += own[i];
-    }
-    const int64_t of_lanes = running_sum_over_lanes(total);
-    if (lane == 31) of_warps[warp] = of_lanes;
-    __syncthreads();
-    const int64_t of_others = running_sum_over_lanes(lane < kScanWarps ? of_warps[lane] : 0);
-    const int64_t of_earlier = __shfl_sync(kAllLanes, of_others, warp - 1);
-    int64_t sum = before + (warp == 0 ? 0 : of_earlier) + of_lanes - total;
-#pragma unroll
-    for (int i = 0; i < kScanItems; ++i) {
-      if (first + i < count) offsets[first + i] = sum;
-      sum += own[i];
-    }
-    before += __shfl_sync(kAllLanes, of_others, kScanWarps - 1);
-    __syncthreads();  // all have read the sums of the warps
-  }
-  if (threadIdx.x == 0) {
-    offsets[count] = before;
-    if (enabled != nullptr && before > capacity) *enabled = 0;
-  }
+// Whether 16 bytes of each row can be read at a time.
+bool are_aligned(std::initializer_list<const uint32_t*> masks, int64_t words) {
+  uintptr_t starts = 0;
+  for (const uint32_t* mask : masks) starts |= reinterpret_cast<uintptr_t>(mask);
+  return starts % 16 == 0 && words % kLaneWords == 0;
 }
-
-// columns[offsets[i]:] = the columns of the set bits of row i, ascending.
-//
-// Grid (blocks of rows), a warp a row. Bytes: the masks once; 4 written a set bit.
-template <bool kAligned>
-HPK_KERNEL(kThreads)
-contrastive_list_bits_kernel(BitRows bits, const int64_t* __restrict__ offsets, const int32_t* __restrict__ enabled,
-                             int64_t capacity, int32_t* __restrict__ columns) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (row >= bits.rows || *enabled == 0) return;
-  const BitRow<kAligned> own(bits, row);
-  const int lane = threadIdx.x % 32;
-  int64_t end = offsets[row];
-  uint32_t next[kLaneWords];
-  own.load(kLaneWords * lane, next);
-  for (int start = 0; start < own.words; start += kWarpWords) {
-    uint32_t found[kLaneWords];
-    int32_t count = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
-      found[i] = next[i];
-      count += __popc(found[i]);
-    }
-    const int word = start + kLaneWords * lane;
-    own.load(word + kWarpWords, next);  // on its way while these are listed
-    const int32_t of_lanes = running_sum_over_lanes(count);
-    int64_t at = end + of_lanes - count;
-#pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
-      for (uint32_t left = found[i]; left != 0; left &= left - 1, ++at) {
-        if (at < capacity) columns[at] = 32 * (word + i) + __ffs(left) - 1;
-      }
-    }
-    end += __shfl_sync(kAllLanes, of_lanes, 31);
-  }
-}
-
-// Whether 16 bytes can be read at a time: then rows start at multiples of them, and are as long.
-bool is_aligned(const BitRows& bits) {
-  const auto starts = reinterpret_cast<uintptr_t>(bits.first) | reinterpret_cast<uintptr_t>(bits.second);
-  return starts % 16 == 0 && bits.pitch % kLaneWords == 0 && bits.words % kLaneWords == 0;
-}
-
-unsigned blocks_of(const BitRows& bits) { return static_cast<unsigned>(divide_up(bits.rows, kWarps)); }
 
 }  // namespace
 
 void draw_negatives_cuda(const int64_t* seed, uint64_t threshold, int64_t rows, int64_t columns, uint32_t* bits,
-                         int32_t* counts, cudaStream_t stream) {
-  launch(contrastive_draw_negatives_kernel, static_cast<unsigned>(rows), kThreads, kWarps * sizeof(int32_t), stream,
-         seed, threshold, columns, bits, counts);
-}
-
-void transpose_bits_cuda(const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed,
                          cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(divide_up(words_per_row(columns), kSide)),
-                  static_cast<unsigned>(divide_up(words_per_row(rows), kSide)));
-  constexpr size_t shared = 32 * kSide * (kSide + 1) * sizeof(uint32_t);
-  launch(contrastive_transpose_bits_kernel, grid, 32 * kSide, shared, stream, bits, rows, columns, transposed);
+  launch(contrastive_draw_negatives_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, seed, threshold, columns,
+         bits);
 }
 
-void count_bits_cuda(const BitRows& bits, int32_t* counts, cudaStream_t stream) {
-  const auto kernel = is_aligned(bits) ? contrastive_count_bits_kernel<true> : contrastive_count_bits_kernel<false>;
-  launch(kernel, blocks_of(bits), kThreads, 0, stream, bits, counts);
+void count_and_list_cuda(const PairBits& bits, int32_t* counts, const ListedRows& rows, cudaStream_t stream) {
+  const bool aligned = are_aligned({bits.positives, bits.specific, bits.negatives}, words_per_row(bits.anchors));
+  const auto kernel = aligned ? contrastive_count_and_list_kernel<true> : contrastive_count_and_list_kernel<false>;
+  constexpr size_t shared = sizeof(RowLister::Shared) + RowLister::kWarps * 3 * sizeof(int32_t);
+  launch(kernel, static_cast<unsigned>(bits.anchors), RowLister::kThreads, shared, stream, bits, counts, rows);
 }
 
-void list_offsets_cuda(const int32_t* counts, int64_t count, int64_t capacity, int64_t* offsets, int32_t* enabled,
-                       cudaStream_t stream) {
-  launch(contrastive_list_offsets_kernel, 1, kScanThreads, kScanWarps * sizeof(int64_t), stream, counts, count,
-         capacity, offsets, enabled);
-}
-
-void list_bits_cuda(const BitRows& bits, const int64_t* offsets, const int32_t* enabled, int64_t capacity,
-                    int32_t* columns, cudaStream_t stream) {
-  const auto kernel = is_aligned(bits) ? contrastive_list_bits_kernel<true> : contrastive_list_bits_kernel<false>;
-  launch(kernel, blocks_of(bits), kThreads, 0, stream, bits, offsets, enabled, capacity, columns);
+void list_sampled_cuda(const uint32_t* negatives, int64_t positions, int64_t anchors, uint32_t* transposed,
+                       const Slots& slots, const ListedRows& rows, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(divide_up(words_per_row(anchors), kSide)),
+                  static_cast<unsigned>(divide_up(words_per_row(positions), kSide)));
+  constexpr size_t tile = 32 * kSide * (kSide + 1) * sizeof(uint32_t);
+  launch(contrastive_transpose_bits_kernel, grid, 32 * kSide, tile, stream, negatives, positions, anchors, transposed);
+  const int64_t words = words_per_row(positions);
+  launch(contrastive_take_slots_kernel, static_cast<unsigned>(divide_up(anchors, kThreads)), kThreads, 0, stream,
+         transposed, words, anchors, slots.stage_columns, slots.capacity, slots.ranges, slots.taken, rows.does_not_fit);
+  const bool aligned = are_aligned({negatives}, words_per_row(anchors));
+  const auto kernel = aligned ? contrastive_list_sampled_kernel<true> : contrastive_list_sampled_kernel<false>;
+  launch(kernel, static_cast<unsigned>(positions), RowLister::kThreads, sizeof(RowLister::Shared), stream, negatives,
+         anchors, transposed, words, slots.ranges, slots.slots, rows);
 }
 
 }  // namespace hpk

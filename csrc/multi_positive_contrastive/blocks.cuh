@@ -9,243 +9,411 @@
 
 namespace hpk {
 
+constexpr float kLog2OfE = 1.44269504f, kLogOf2 = 0.693147181f;
+// The most that logits under a constant shift may be apart: exp of it is far from the least normal number.
+constexpr float kMostApart = 80;
+
 // What the kernels of blocks need besides the operands of their engine.
 struct BlockArguments {
   ContrastiveMasks masks;
-  bool within;
-  const int32_t* enabled;
+  bool within, has_lists;
+  const int64_t* state;
   float scale;
+
+  // Of all pairs where there are no lists, or not all fit; within images where they do.
+  __device__ bool run() const { return within ? state[0] == 0 : !has_lists || state[0] != 0; }
 };
 
 template <class T>
 BlockArguments arguments_of(const BlockPairs<T>& pairs) {
-  return {pairs.masks, pairs.within, pairs.enabled, pairs.scale};
+  return {pairs.masks, pairs.within, pairs.has_lists, pairs.state, pairs.scale};
 }
 
-// Sums the logits of each row over its pairs.
-template <class Geometry, bool kAll>
+// Calls run(left_row, right_row) with what an engine that gathers takes: the rows of a strip and the columns of its tiles.
+template <class Geometry, class Run>
+__device__ __forceinline__ void with_rows_of(const Scope& scope, const Run& run) {
+  const auto held = [&](int anchor) { return scope.holds(anchor) ? anchor : -1; };
+  run([&](int r) { return held(scope.row + r); },
+      [&](int tile, int c) { return held(scope.column + tile * Geometry::kColumns + c); });
+}
+
+// Sums the logits of each row over its pairs. `log_sum` counts in exponents of 2 until finish().
+template <class Engine, bool kAll>
 struct SumLogits {
+  using Geometry = typename Engine::Geometry;
   static constexpr int kWords = Geometry::kColumnBlocks / 4;  // of a tile's row, that a thread has columns of
 
   const BlockArguments& arguments;
   Scope scope;
+  bool bounded;  // the greatest logit is known, and stays
   RowSums sums[Geometry::kRowBlocks][2];
+  MaskWords<kWords> ahead[2];
 
-  __device__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
-    const int first_word = (scope.column + tile * Geometry::kColumns) / 32;
+  // No logit is above `greatest`.
+  __device__ SumLogits(const BlockArguments& arguments_, const Scope& scope_, float greatest)
+      : arguments(arguments_), scope(scope_), bounded(2 * greatest <= kMostApart), sums{}, ahead{} {
+    if (!bounded) return;
+#pragma unroll
+    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sums[m][h].log_sum.greatest = kLog2OfE * greatest;
+    }
+  }
+
+  // Reads the words of the thread's first two rows of a tile: for the first before the tile is there, and so on. There are
+  // registers for two rows.
+  __device__ __forceinline__ void read(int tile) {
+    read(tile, 0);
+    read(tile, 1);
+  }
+
+  __device__ __forceinline__ void operator()(const Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
+    constexpr int kRows = 2 * Geometry::kRowBlocks;
+    if constexpr (Engine::kGathers) read(tile);
+    const int word = first_word(team.thread, tile);
+    uint32_t inside[kWords];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) inside[w] = inside_bits(scope, word + w);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      PairWords pairs[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const MaskWords<kWords>& own = ahead[r % 2];
+        pairs[w] = pair_words<kAll>(own.agnostic[w], own.specific[w], own.drawn[w], inside[w],
+                                    row_of(team.thread, r), word + w, team.thread % 4 * 2);
+      }
+      if (r + 2 < kRows) {
+        read(tile, r + 2);
+      } else if constexpr (!Engine::kGathers) {
+        read(tile + Geometry::kTeams, r + 2 - kRows);
+      }
+      add(sums[r / 2][r % 2], products.values[r / 2], r % 2, pairs);
+    }
+  }
+
+  __device__ void finish() {
 #pragma unroll
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const int row = scope.row + Geometry::row(team.thread, m, h);
-          const int word = first_word + Geometry::column(team.thread, 4 * w, 0) / 32;
-          float logits[4][2];
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) logits[n][c] = arguments.scale * products.values[m][4 * w + n][2 * h + c];
-          }
-          add(sums[m][h], logits, pair_words<kAll>(arguments.masks, scope, row, word), team.thread % 4 * 2);
-        }
+        sums[m][h].log_sum.greatest *= kLogOf2;
+        sums[m][h].agnostic_sum *= arguments.scale;
+        sums[m][h].specific_sum *= arguments.scale;
       }
     }
   }
 
  private:
-  // The logits of 8 of the 32 columns of a word: of bits 8 n + first + c.
-  __device__ static void add(RowSums& row, const float (&logits)[4][2], const PairWords& words, int first) {
-    const uint32_t own = 0x03030303u << first;
-    if (((words.denominator | words.agnostic | words.specific) & own) == 0) return;
-    bool included[4][2];
+  __device__ __forceinline__ int row_of(int thread, int r) const { return scope.row + Geometry::row(thread, r / 2, r % 2); }
+
+  __device__ __forceinline__ void read(int tile, int r) {
+    const int thread = threadIdx.x % Geometry::kTeamThreads;
+    const int row = row_of(thread, r), first = first_word(thread, tile);
+    read_positives(arguments.masks, row, first, ahead[r % 2]);
+    if constexpr (!kAll) read_negatives(arguments.masks, row, first, ahead[r % 2]);
+  }
+
+  __device__ __forceinline__ int first_word(int thread, int tile) const {
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) >> 5;
+  }
+
+  // Adds products of a row: value 2 h + c of block 4 w + n is of bit 8 n + c of word w.
+  __device__ __forceinline__ void add(RowSums& row, const float (&products)[Geometry::kColumnBlocks][4], int h,
+                                      const PairWords (&pairs)[kWords]) const {
+    const float scale = arguments.scale * kLog2OfE;
+    LogSum& sum = row.log_sum;
+    if (!bounded) {
+      float greatest = sum.greatest;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool included = pairs[n / 4].denominator & (1u << (n % 4 * 8 + c));
+          greatest = included ? fmaxf(greatest, scale * products[n][2 * h + c]) : greatest;
+        }
+      }
+      if (greatest > sum.greatest) sum = {greatest, sum.total * exp2_of(sum.greatest - greatest)};
+    }
+    const float base = sum.greatest == kLogOfNothing ? 0 : sum.greatest;
+#pragma unroll
+    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int bit = 8 * n + first + c;
-        included[n][c] = words.denominator >> bit & 1u;
-        row.agnostic_sum += words.agnostic >> bit & 1u ? logits[n][c] : 0;
-        row.specific_sum += words.specific >> bit & 1u ? logits[n][c] : 0;
+        const float term = exp2_of(scale * products[n][2 * h + c] - base);
+        if (pairs[n / 4].denominator & (1u << (n % 4 * 8 + c))) sum.total += term;
       }
     }
-    row.agnostic_count += static_cast<float>(__popc(words.agnostic & own));
-    row.specific_count += static_cast<float>(__popc(words.specific & own));
-    add_logits(row.log_sum, logits, included);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if ((pairs[w].agnostic | pairs[w].specific) == 0) continue;  // most are
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float product = products[4 * w + n][2 * h + c];
+          if (pairs[w].agnostic & (1u << (8 * n + c))) row.agnostic_sum += product;
+          if (pairs[w].specific & (1u << (8 * n + c))) row.specific_sum += product;
+        }
+      }
+    }
   }
 };
 
-// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; counts of A
-// and S; sums of their l.
+// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A
+// and over S.
 //
 // Grid (strips, parts). FLOPs: 2 D a pair. Bytes: z once for each strip, from cache; 2 or 3 bits a pair.
 template <class Engine, bool kAll>
 HPK_KERNEL(Engine::kThreads, 1)
 contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                              const __grid_constant__ BlockArguments arguments, float* __restrict__ parts) {
+                              const __grid_constant__ BlockArguments arguments, const float* __restrict__ square,
+                              float* __restrict__ parts) {
   using Geometry = typename Engine::Geometry;
-  if (*arguments.enabled != arguments.within) return;
+  if (!arguments.run()) return;
   const ContrastiveMasks& masks = arguments.masks;
-  SumLogits<Geometry, kAll> consumer{
-      arguments, scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within), {}};
-  const Scope& scope = consumer.scope;
+  const Scope scope =
+      scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
+  SumLogits<Engine, kAll> consumer(arguments, scope, arguments.scale * *square);
   const TileRange all{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   const TileRange tiles = part_of(all, blockIdx.y, gridDim.y);
   if constexpr (Engine::kGathers) {
-    const auto left_row = [&](int r) { return scope.holds(scope.row + r) ? scope.row + r : -1; };
-    const auto right_row = [&](int tile, int c) {
-      const int column = scope.column + tile * Geometry::kColumns + c;
-      return scope.holds(column) ? column : -1;
-    };
-    Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
+    with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
+      Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
+    });
   } else {
-    Engine::run(operands, scope.row, tiles, shared_memory(), consumer);
+    consumer.read(static_cast<int>(tiles.first) + static_cast<int>(threadIdx.x) / Geometry::kTeamThreads);
+    Engine::run(operands, scope.row, tiles, shared_memory(), consumer, scope.column);
   }
+  consumer.finish();
   combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
     const int row = scope.row + r;
     if (!scope.holds(row)) return;
     const int64_t anchors = masks.anchors;
-    float* const part = parts + blockIdx.y * 5 * anchors + row;
+    float* const part = parts + blockIdx.y * 3 * anchors + row;
     part[0] = sums.log_sum.value();
-    part[anchors] = sums.agnostic_count;
-    part[2 * anchors] = sums.specific_count;
-    part[3 * anchors] = sums.agnostic_sum;
-    part[4 * anchors] = sums.specific_sum;
+    part[anchors] = sums.agnostic_sum;
+    part[2 * anchors] = sums.specific_sum;
   });
 }
 
 template <class Engine, class T>
-void launch_blocks_forward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, float* parts,
-                           cudaStream_t stream) {
+void launch_blocks_forward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const float* square,
+                           float* parts, cudaStream_t stream) {
   const int64_t anchors = pairs.masks.anchors, group = pairs.masks.group;
   const dim3 grid(static_cast<unsigned>(strips_of(Engine::Geometry::kRows, anchors, group, pairs.within)),
                   static_cast<unsigned>(contrastive_blocks_parts(anchors, group, pairs.within)));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
                                                        : contrastive_blocks_fwd_kernel<Engine, false>;
-  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs), parts);
+  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs), square,
+         parts);
 }
 
 // Turns products into g_ij + g_ji, and writes the gradient.
 template <class Engine, bool kAll>
 struct BlockGradient {
+  using Element = typename Engine::Element;
   using Geometry = typename Engine::Geometry;
   using SumGeometry = typename Engine::SumGeometry;
+  static constexpr int kWords = Geometry::kColumnBlocks / 4;  // of a tile's row, that a thread has columns of
 
   const BlockArguments& arguments;
+  const BlockSums& of_anchors;
   Scope scope;
-  bool symmetric;
-  const float* numbers;
-  float* grad;
-  int dim;
+  MaskWords<kWords> rows[2];
 
-  __device__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) const {
-    const ContrastiveMasks& masks = arguments.masks;
-    const int first_column = scope.column + tile * Geometry::kColumns;
-    const int first_position = kAll ? 0 : first_column % masks.group;
-    const int rows[] = {scope.row + Geometry::row(team.thread, 0, 0), scope.row + Geometry::row(team.thread, 0, 1)};
-    // Read for each tile, from cache: registers are short.
-    const AnchorNumbers of_rows[] = {numbers_of_anchor(rows[0]), numbers_of_anchor(rows[1])};
+  // The words of a tile in A and S. Read ahead they come while the tile is multiplied.
+  __device__ __forceinline__ void read(int tile) {
+    const int thread = threadIdx.x % Geometry::kTeamThreads;
 #pragma unroll
-    for (int w = 0; w < Geometry::kColumnBlocks / 4; ++w) {
-      const int word = (first_column + Geometry::column(team.thread, 4 * w, 0)) / 32;
-      const PairWords of_i[] = {pair_words<kAll>(masks, scope, rows[0], word),
-                                pair_words<kAll>(masks, scope, rows[1], word)};
+    for (int h = 0; h < 2; ++h) {
+      read_positives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
+    }
+  }
+
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
+    read(tile);  // registers are short
+    const auto of_anchor = [&](int anchor) {
+      return scope.holds(anchor) ? numbers_of(of_anchors.numbers, anchor) : AnchorNumbers{};
+    };
+    const AnchorNumbers of_rows[] = {of_anchor(row_of(team.thread, 0)), of_anchor(row_of(team.thread, 1))};
+    const int first = scope.column + tile * Geometry::kColumns;
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_anchor(first + column); });
+  }
+
+  // With the numbers of the strip's rows and the tile's columns, of which those of no anchor may be anything.
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team,
+                                         const float4* rows_numbers, const float4* columns_numbers) {
+    const auto of_place = [](float4 found) { return AnchorNumbers{found.x, found.y, found.z, found.w}; };
+    const AnchorNumbers of_rows[] = {of_place(rows_numbers[Geometry::row(team.thread, 0, 0)]),
+                                     of_place(rows_numbers[Geometry::row(team.thread, 0, 1)])};
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_place(columns_numbers[column]); });
+    read(tile + Geometry::kTeams);
+  }
+
+  __device__ void store(const Fragment<SumGeometry>& sums, const Team<Geometry>& team) const {
+    if (arguments.within) {
+      store(sums, team, static_cast<float*>(of_anchors.sums), 1);
+    } else {
+      store(sums, team, static_cast<Element*>(of_anchors.sums), *of_anchors.factor);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int row_of(int thread, int h) const { return scope.row + Geometry::row(thread, 0, h); }
+
+  // Of the thread's words.
+  __device__ __forceinline__ int first_column(int thread, int tile) const {
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) & ~31;
+  }
+
+  template <class Numbers>
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
+    if constexpr (!kAll) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        read_negatives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
+      }
+    }
+    const float shift = *of_anchors.shift;
+    shift == shift ? make_g<true>(products, tile, thread, i, numbers) : make_g<false>(products, tile, thread, i, numbers);
+  }
+
+  // kShared: all anchors have one shift, so that one exponential serves both directions.
+  template <bool kShared, class Numbers>
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
+    const float scale = arguments.scale * kLog2OfE;
+    const int own[2] = {row_of(thread, 0), row_of(thread, 1)};
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      PairWords of_i[2], of_j[2];
+      pairs_of(thread, tile, w, own, of_i, of_j);
 #pragma unroll
       for (int n = 4 * w; n < 4 * w + 4; ++n) {
-        float(&values)[4] = products.values[0][n];
-        // Nothing to do beyond the end. The branch also keeps the compiler from reading all columns' numbers at once.
-        if (((of_i[0].others | of_i[1].others) >> (Geometry::column(team.thread, n, 0) % 32) & 3u) == 0) {
-          values[0] = values[1] = values[2] = values[3] = 0;
-          continue;
-        }
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int place = Geometry::column(team.thread, n, c);
-          const AnchorNumbers j = numbers_of_anchor(first_column + place);
-          // Rows of a warp are in the same word.
-          const MirroredWords of_j = mirrored_words<kAll>(masks, scope, symmetric, first_column + place,
-                                                          first_position + place, rows[0] / 32);
+          const AnchorNumbers j = numbers(Geometry::column(thread, n, c));
+          const uint32_t bit = 1u << (n % 4 * 8 + c);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            float& value = values[2 * h + c];
-            value = g_of_pair(arguments.scale * value, of_rows[h], of_i[h], place % 32, j, of_j, rows[h] % 32);
+            float& value = products.values[0][n][2 * h + c];
+            const float of_row = exp2_of(scale * value - kLog2OfE * i[h].shift);
+            const float of_column = kShared ? of_row : exp2_of(scale * value - kLog2OfE * j.shift);
+            value = of_i[h].denominator & bit ? i[h].factor * of_row : 0;
+            if (of_j[h].denominator & bit) value += j.factor * of_column;
+          }
+        }
+      }
+      const uint32_t pulled = of_i[0].agnostic | of_i[0].specific | of_i[1].agnostic | of_i[1].specific |
+                              of_j[0].agnostic | of_j[0].specific | of_j[1].agnostic | of_j[1].specific;
+      if (pulled == 0) continue;  // most are not
+#pragma unroll
+      for (int n = 4 * w; n < 4 * w + 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const AnchorNumbers j = numbers(Geometry::column(thread, n, c));
+          const uint32_t bit = 1u << (n % 4 * 8 + c);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& value = products.values[0][n][2 * h + c];
+            if (of_i[h].agnostic & bit) value -= i[h].pull;
+            if (of_j[h].agnostic & bit) value -= j.pull;
+            if (of_i[h].specific & bit) value -= i[h].specific;
+            if (of_j[h].specific & bit) value -= j.specific;
           }
         }
       }
     }
   }
 
-  __device__ void store(const Fragment<SumGeometry>& sums, const Team<Geometry>& team) const {
+  // The relations of the thread's rows to 32 columns, and those of the columns to them.
+  __device__ __forceinline__ void pairs_of(int thread, int tile, int w, const int (&own)[2], PairWords (&of_i)[2],
+                                           PairWords (&of_j)[2]) const {
+    const int word = (first_column(thread, tile) >> 5) + w, first = thread % 4 * 2;
+    const uint32_t inside = inside_bits(scope, word);
+    uint32_t agnostic[2] = {rows[0].agnostic[w], rows[1].agnostic[w]};
+    uint32_t specific[2] = {rows[0].specific[w], rows[1].specific[w]}, drawn_by[2] = {};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      of_i[h] = pair_words<kAll>(agnostic[h], specific[h], rows[h].drawn[w], inside, own[h], word, first);
+    }
+    const ContrastiveMasks& masks = arguments.masks;
+    const int column = 32 * word + thread % 32;
+    if (!of_anchors.symmetric) {
+      transpose_words(word_of(masks, masks.positives, column, column, own[0]), own, agnostic);
+      transpose_words(word_of(masks, masks.specific, column, column, own[0]), own, specific);
+    }
+    if constexpr (!kAll) {
+      transpose_words(word_of(masks, masks.negatives, column, column % masks.group, own[0]), own, drawn_by);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
+  }
+
+  template <class Out>
+  __device__ __forceinline__ void store(const Fragment<SumGeometry>& sums, const Team<Geometry>& team, Out* out,
+                                        float factor) const {
     const int first = (static_cast<int>(blockIdx.y) * SumGeometry::kTeams + team.index) * SumGeometry::kColumns;
+    struct alignas(2 * sizeof(Out)) Pair {
+      Out first, second;
+    };
+    const bool in_pairs = of_anchors.dim % 2 == 0;
 #pragma unroll
-    for (int n = 0; n < SumGeometry::kColumnBlocks; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_of(team.thread, h);
+      if (!scope.holds(row)) continue;
+      Out* const of_row = out + int64_t{row} * of_anchors.dim;
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int row = scope.row + SumGeometry::row(team.thread, 0, part / 2);
-        const int feature = first + SumGeometry::column(team.thread, n, part % 2);
-        if (scope.holds(row) && feature < dim) grad[int64_t{row} * dim + feature] = sums.values[0][n][part];
+      for (int n = 0; n < SumGeometry::kColumnBlocks; ++n) {
+        const int feature = first + SumGeometry::column(team.thread, n, 0);
+        const Pair pair{Out(factor * sums.values[0][n][2 * h]), Out(factor * sums.values[0][n][2 * h + 1])};
+        if (in_pairs) {
+          if (feature < of_anchors.dim) *reinterpret_cast<Pair*>(of_row + feature) = pair;
+        } else {
+          if (feature < of_anchors.dim) of_row[feature] = pair.first;
+          if (feature + 1 < of_anchors.dim) of_row[feature + 1] = pair.second;
+        }
       }
     }
   }
-
- private:
-  __device__ __forceinline__ AnchorNumbers numbers_of_anchor(int anchor) const {
-    if (!scope.holds(anchor)) return {};
-    return numbers_of(numbers, arguments.masks.anchors, anchor);
-  }
-
-  // Bit `column` of the words of i, and bit `row` of those of j.
-  __device__ __forceinline__ float g_of_pair(float logit, const AnchorNumbers& i, const PairWords& of_i, int column,
-                                             const AnchorNumbers& j, const MirroredWords& of_j, int row) const {
-    const auto is_set = [](uint32_t word, int bit) { return (word >> bit & 1u) != 0; };
-    const bool other = is_set(of_i.others, column);
-    const bool agnostic = is_set(of_i.agnostic, column), specific = is_set(of_i.specific, column);
-    const bool mirrored_agnostic = symmetric ? agnostic : other && is_set(of_j.agnostic, row);
-    const bool mirrored_specific = symmetric ? specific : other && is_set(of_j.specific, row);
-    const bool in_j = other && (kAll || mirrored_agnostic || is_set(of_j.drawn, row));
-    float g = is_set(of_i.denominator, column) ? i.push * exp_of(logit - i.log_denominator) : 0;
-    g += in_j ? j.push * exp_of(logit - j.log_denominator) : 0;
-    g -= (agnostic ? i.pull : 0) + (mirrored_agnostic ? j.pull : 0);
-    return g - ((specific ? i.specific : 0) + (mirrored_specific ? j.specific : 0));
-  }
 };
 
-// grad_i = sum over the pairs of (g_ij + g_ji) z_j.
+// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.
 //
 // Grid (strips, blocks of features). FLOPs: 4 D a pair, 6 D if there are two blocks of features. Bytes: z once or twice
-// for each strip, from cache; 3 to 6 bits a pair; grad, float32, once.
+// for each strip, from cache; 3 to 6 bits a pair; sums once.
 template <class Engine, bool kAll>
 HPK_KERNEL(Engine::kThreads, 1)
 contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                              const __grid_constant__ BlockArguments arguments, bool symmetric,
-                              const float* __restrict__ numbers, float* __restrict__ grad, int dim) {
+                              const __grid_constant__ BlockArguments arguments,
+                              const __grid_constant__ BlockSums of_anchors) {
   using Geometry = typename Engine::Geometry;
-  if (*arguments.enabled != arguments.within) return;
+  if (!arguments.run()) return;
   const ContrastiveMasks& masks = arguments.masks;
-  const Scope scope = scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  const BlockGradient<Engine, kAll> consumer{arguments, scope, symmetric, numbers, grad, dim};
-  const TileRange tiles{0, tiles_of(Engine::kTileColumns, masks.anchors, masks.group, arguments.within)};
+  const Scope scope =
+      scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
+  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, {}};
+  const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
-    const auto left_row = [&](int r) { return scope.holds(scope.row + r) ? scope.row + r : -1; };
-    const auto right_row = [&](int tile, int c) {
-      const int column = scope.column + tile * Geometry::kColumns + c;
-      return scope.holds(column) ? column : -1;
-    };
-    Engine::run(operands, left_row, right_row, tiles, blockIdx.y, shared_memory(), consumer);
+    with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
+      Engine::run(operands, left_row, right_row, tiles, blockIdx.y, shared_memory(), consumer);
+    });
   } else {
-    Engine::run(operands, scope.row, tiles, shared_memory(), consumer);
+    consumer.read(static_cast<int>(threadIdx.x) / Geometry::kTeamThreads);
+    Engine::run(operands, scope.row, scope.column, tiles, shared_memory(), consumer);
   }
 }
 
 template <class Engine, class T>
-void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, bool symmetric,
-                            const float* numbers, float* grad, int dim, cudaStream_t stream) {
+void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const BlockSums& sums,
+                            cudaStream_t stream) {
   const int64_t strips = strips_of(Engine::Geometry::kRows, pairs.masks.anchors, pairs.masks.group, pairs.within);
-  const dim3 grid(static_cast<unsigned>(strips), Engine::feature_blocks(dim));
+  const dim3 grid(static_cast<unsigned>(strips), Engine::feature_blocks(sums.dim));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_bwd_kernel<Engine, true>
                                                        : contrastive_blocks_bwd_kernel<Engine, false>;
-  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(), stream, operands, arguments_of(pairs), symmetric, numbers,
-         grad, dim);
+  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(), stream, operands, arguments_of(pairs), sums);
 }
 
 }  // namespace hpk

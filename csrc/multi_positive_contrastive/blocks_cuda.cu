@@ -11,33 +11,28 @@ int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within) {
 }
 
 template <typename T>
-void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream) {
+void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream) {
 #ifdef HPK_WITH_SM90
   if constexpr (sizeof(T) == 2) {
-    if (!pairs.within && runs_on_sm90(pairs.z)) return contrastive_blocks_forward_sm90(pairs, parts, stream);
+    if (runs_on_sm90(pairs.z)) return contrastive_blocks_forward_sm90(pairs, square, parts, stream);
   }
 #endif
-  launch_blocks_forward<StripSm80<T>>({pairs.z, pairs.z}, pairs, parts, stream);
+  launch_blocks_forward<StripSm80<T>>({pairs.z, pairs.z}, pairs, square, parts, stream);
 }
 
 template <typename T>
-void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
-                                      int dim, cudaStream_t stream) {
+void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, const BlockSums& sums, cudaStream_t stream) {
 #ifdef HPK_WITH_SM90
   if constexpr (sizeof(T) == 2) {
-    if (!pairs.within && runs_on_sm90(pairs.z)) {
-      return contrastive_blocks_backward_sm90(pairs, symmetric, numbers, grad, dim, stream);
-    }
+    if (runs_on_sm90(pairs.z)) return contrastive_blocks_backward_sm90(pairs, sums, stream);
   }
 #endif
-  with_gradient_engine(pairs.z, [&](auto engine) {
-    launch_blocks_backward<decltype(engine)>({pairs.z, pairs.z}, pairs, symmetric, numbers, grad, dim, stream);
-  });
+  launch_blocks_backward<GradientSm80<T>>({pairs.z, pairs.z}, pairs, sums, stream);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                           \
-  template void contrastive_blocks_forward_cuda<T>(const BlockPairs<T>&, float*, cudaStream_t);                      \
-  template void contrastive_blocks_backward_cuda<T>(const BlockPairs<T>&, bool, const float*, float*, int, cudaStream_t);
+#define HPK_INSTANTIATE(T)                                                                                       \
+  template void contrastive_blocks_forward_cuda<T>(const BlockPairs<T>&, const float*, float*, cudaStream_t);    \
+  template void contrastive_blocks_backward_cuda<T>(const BlockPairs<T>&, const BlockSums&, cudaStream_t);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(__half)
 HPK_INSTANTIATE(__nv_bfloat16)

@@ -1,41 +1,71 @@
 // Launch signatures of the CUDA kernels of multi_positive_contrastive, whose formulas are in multi_positive_contrastive.h.
 // All tensors are contiguous unless a pitch or stride says otherwise; relations are bit-packed.
 //
-// Lists: the columns of the set bits of row i, ascending, are columns[offsets[i]] to columns[offsets[i + 1] - 1]. Kernels
-// that read or write lists do nothing unless *enabled, which says that all columns fit.
+// Lists: the columns of the set bits of row i, ascending, are columns[ranges[i][0]] to columns[ranges[i][1] - 1]. What
+// they have in common, and `state`, is described in hpkernels/ops/multi_positive_contrastive/routes.py.
 #pragma once
 
 #include "common/cuda.h"
 
 namespace hpk {
 
-// R as bits (rows, words_per_row(columns)): bit j of row i is set if its random word is below `threshold`; and how many
-// are set in each row.
+// R as bits (rows, words_per_row(columns)): bit j of row i is set if its random word is below `threshold`.
 void draw_negatives_cuda(const int64_t* seed, uint64_t threshold, int64_t rows, int64_t columns, uint32_t* bits,
-                         int32_t* counts, cudaStream_t stream);
-
-// The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
-void transpose_bits_cuda(const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed,
                          cudaStream_t stream);
 
-// The bits of `rows` rows of `words` words, `pitch` words apart: those of one mask, or of two together. With a group,
-// row i is without the columns of its own, which are `group` from i / group * group on; 0 is for no groups.
-struct BitRows {
-  const uint32_t *first, *second;  // second is null for one mask
-  int64_t rows, words, pitch, group;
+// A and S, or null for no S, (anchors, words), and R (group, words), or null for every other anchor.
+struct PairBits {
+  const uint32_t *positives, *specific, *negatives;
+  int64_t anchors, group;
 };
 
-// How many bits of each row are set.
-void count_bits_cuda(const BitRows& bits, int32_t* counts, cudaStream_t stream);
+// Lists of rows, which take their places of `columns` in whatever order they come. Where one does not fit,
+// *does_not_fit becomes 1.
+struct ListedRows {
+  int64_t* ranges;   // (rows, 2)
+  int32_t* columns;  // (capacity,)
+  int64_t capacity;
+  int64_t *taken, *does_not_fit;
+};
 
-// offsets (count + 1): the sums of the counts before each row, and of all. If there is `enabled`, it becomes 0 where
-// the last is above `capacity`.
-void list_offsets_cuda(const int32_t* counts, int64_t count, int64_t capacity, int64_t* offsets, int32_t* enabled,
-                       cudaStream_t stream);
+// counts (anchors, 3): how many pairs of each anchor are in A, S and Den. If there are ranges, those of A or S in other
+// images are listed.
+void count_and_list_cuda(const PairBits& bits, int32_t* counts, const ListedRows& rows, cudaStream_t stream);
 
-// The lists of the set bits; what is beyond `capacity` is left out.
-void list_bits_cuda(const BitRows& bits, const int64_t* offsets, const int32_t* enabled, int64_t capacity,
-                    int32_t* columns, cudaStream_t stream);
+// Where the gradients of sampled columns are staged: those of column j, of stage j / stage_columns, at places ranges[j][0]
+// to ranges[j][1] - 1, and that of an entry of the lists at slots[entry]. stage_columns is a multiple of 32.
+struct Slots {
+  int64_t* ranges;  // (anchors, 2)
+  int32_t* slots;   // (capacity of the lists,)
+  int64_t stage_columns, capacity;
+  int64_t* taken;  // (stages,)
+};
+
+// Lists the rows of R (positions, words), with their slots; `transposed` is what R's transpose takes.
+void list_sampled_cuda(const uint32_t* negatives, int64_t positions, int64_t anchors, uint32_t* transposed,
+                       const Slots& slots, const ListedRows& rows, cudaStream_t stream);
+
+// weights (anchors, 4) and images[0] and [1], 0 before: as Kernels.weigh of routes.py has them, from counts (anchors, 3).
+struct Weighting {
+  bool joint, reweight, keep_specific_only;
+};
+void weigh_cuda(const int32_t* counts, int64_t anchors, int64_t group, const float* specific_weight,
+                const Weighting& weighting, float* weights, int64_t* images, cudaStream_t stream);
+
+// *greatest, 0 before: the greatest sum of squares of a row, the greatest finite number if it is above that; NaN if a
+// number of any row is not finite.
+template <typename T>
+void greatest_square_cuda(const Rows<T>& z, float* greatest, cudaStream_t stream);
+
+// Row statistics as backward takes them: see Kernels.scale_rows of routes.py. rows and numbers (branches, anchors, 4);
+// lowest, highest (log-denominators), grad_losses, shifts and factors (branches,).
+struct ScaledRows {
+  const float *rows, *greatest, *lowest, *highest, *grad_losses;
+  int64_t branches, anchors;
+  float temperature, greatest_g, most_apart;
+  float *numbers, *shifts, *factors;
+};
+void scale_rows_cuda(const ScaledRows& rows, cudaStream_t stream);
 
 // Listed pairs of anchors: each is in A, in S or in both. Row i of the lists is columns[ranges[2 i]] and so on, before
 // ranges[2 i + 1], ascending. They count where state[0] is 0; without lists `ranges` is null.
@@ -88,40 +118,49 @@ template <typename T>
 void contrastive_rows_backward_cuda(const ListedPairs<T>& pairs, const StagedColumns<T>& staged, const float* numbers,
                                     float* sums, const float* factor, T* out, int out_dim, cudaStream_t stream);
 
-// Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed.
+// Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed. `aligned` says that four words
+// can be read at once from multiples of four.
 struct ContrastiveMasks {
   const uint32_t *positives, *specific, *negatives;
   int anchors, group;
+  bool aligned;
 };
 
-// The pairs of all anchors in tiles, or those within each image. Does nothing unless *enabled == within.
+// The pairs of all anchors in tiles, or those within each image. Where there are lists, those within images are taken if
+// state[0] is 0, and all others if not.
 template <typename T>
 struct BlockPairs {
   Rows<T> z;
   ContrastiveMasks masks;
-  bool within;
-  const int32_t* enabled;
+  bool within, has_lists;
+  const int64_t* state;
   float scale;  // of logits
 };
 
 // In how many parts the columns are cut: the more the fewer rows there are.
 int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within);
 
-// parts (contrastive_blocks_parts, 5, N): over a part of the columns, of each anchor log sum over Den of exp of the
-// logits, the numbers of pairs in A and in S, and the sums of their logits.
+// parts (contrastive_blocks_parts, 3, N): over a part of the columns, of each anchor log sum over Den of exp of the logits,
+// and the sums of those in A and in S. No logit is above scale * *square.
 template <typename T>
-void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream);
+void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
 template <typename T>
-void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, float* parts, cudaStream_t stream);
+void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
 
-// grad_i (dim numbers, contiguous) = sum over the pairs of (g_ij + g_ji) z_j, with `numbers` (4, N) as above. `symmetric`
-// says that A and S are.
+// What backward knows of the anchors, `numbers` (N, 4): shift, factor of exp(logit - shift), pull and specific pull. If
+// *shift is not NaN, it is that of all. `symmetric` says that A and S are. `sums` has `dim` numbers a row, contiguous.
+struct BlockSums {
+  const float *numbers, *shift, *factor;
+  void* sums;
+  int dim;
+  bool symmetric;
+};
+
+// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.
 template <typename T>
-void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
-                                      int dim, cudaStream_t stream);
+void contrastive_blocks_backward_cuda(const BlockPairs<T>& pairs, const BlockSums& sums, cudaStream_t stream);
 template <typename T>
-void contrastive_blocks_backward_sm90(const BlockPairs<T>& pairs, bool symmetric, const float* numbers, float* grad,
-                                      int dim, cudaStream_t stream);
+void contrastive_blocks_backward_sm90(const BlockPairs<T>& pairs, const BlockSums& sums, cudaStream_t stream);
 
 // The negatives of each patch position, which the anchors there share; those of their own images do not count. Lists as
 // above, a row a position.

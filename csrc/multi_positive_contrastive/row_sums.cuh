@@ -6,15 +6,13 @@
 
 namespace hpk {
 
-// Over the pairs of a row that have been seen: log sum over Den of exp of the logits; pairs in A and S, and their logits.
+// Over the pairs of a row that have been seen: log sum over Den of exp of the logits, and sums of those in A and in S.
 struct RowSums {
   LogSum log_sum;
-  float agnostic_count = 0, specific_count = 0, agnostic_sum = 0, specific_sum = 0;
+  float agnostic_sum = 0, specific_sum = 0;
 
   HPK_HOST_DEVICE void add(const RowSums& other) {
     log_sum.add(other.log_sum);
-    agnostic_count += other.agnostic_count;
-    specific_count += other.specific_count;
     agnostic_sum += other.agnostic_sum;
     specific_sum += other.specific_sum;
   }

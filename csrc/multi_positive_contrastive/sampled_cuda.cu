@@ -248,7 +248,7 @@ void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float
     }
   }
 #endif
-  using Engine = GradientSm80<T, 512>;
+  using Engine = GradientSm80<T>;
   const typename Engine::Operands operands{pairs.z, pairs.z};
   const auto* const of_anchors = reinterpret_cast<const float4*>(numbers);
   const auto positions = static_cast<unsigned>(pairs.group);

@@ -256,29 +256,42 @@ if triton is not None:
     ):  # fmt: skip
         """`row_products` whose bits are those of the same two rows in any other tile, whichever of them is left.
 
+        Rows beyond the last have the products of the last: a mask of rows would make the loop longer by a third.
         Three products of TF32 are summed apart: Triton's own "tf32x3" adds the two small ones to one another in an
         order that depends on which matrix is left.
         """
+        left = row_addresses(left, left_rows, left_stride, left_count)
+        right = row_addresses(right, right_rows, right_stride, right_count)
+        sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
         if PRECISION == "tf32x3":
-            sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
             of_left_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
             of_right_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
             for start in range(0, dim, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                a = load_rows(left, left_rows, left_stride, columns, left_step, left_count, dim)
-                b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
+                a = load_features(left, start, left_step, dim, BLOCK_D)
+                b = load_features(right, start, right_step, dim, BLOCK_D)
                 large_a, large_b = to_tf32(a), to_tf32(b)
                 of_left_rests = multiply(to_tf32(a - large_a), tl.trans(large_b), of_left_rests, "tf32")
                 of_right_rests = multiply(large_a, tl.trans(to_tf32(b - large_b)), of_right_rests, "tf32")
                 sums = multiply(large_a, tl.trans(large_b), sums, "tf32")
             rests = of_left_rests + of_right_rests  # NaN where a factor is infinite
-            products = tl.where(tl.abs(sums) == float("inf"), sums, sums + rests)
+            sums = tl.where(tl.abs(sums) == float("inf"), sums, sums + rests)
         else:
-            products = row_products(
-                left, left_rows, left_stride, left_step, left_count,
-                right, right_rows, right_stride, right_step, right_count, dim, PRECISION, BLOCK_D,
-            )  # fmt: skip
-        return products
+            for start in range(0, dim, BLOCK_D):
+                a = load_features(left, start, left_step, dim, BLOCK_D)
+                b = load_features(right, start, right_step, dim, BLOCK_D)
+                sums = multiply(a, tl.trans(b), sums, PRECISION)
+        return sums
+
+    @triton.jit
+    def row_addresses(base, rows, stride, count):
+        """Where rows of a matrix start, (rows, 1); those beyond the last are the last."""
+        return base + tl.minimum(rows, count - 1).to(tl.int64)[:, None] * stride
+
+    @triton.jit
+    def load_features(rows, start, step, dim, BLOCK_D: tl.constexpr):
+        """BLOCK_D features of rows that are given by their addresses; 0 beyond the last feature."""
+        columns = start + tl.arange(0, BLOCK_D)
+        return tl.load(rows + columns.to(tl.int64)[None, :] * step, mask=(columns < dim)[None, :], other=0.0)
 
     @triton.jit
     def to_tf32(x):

@@ -123,14 +123,20 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
         for rate, specific in ((0.02, None), (0.02, bits["specific"]), (1.0, bits["specific"])):
             what = f"of the loss, rate {rate:g}{', specific' if specific is not None else ''}"
             relations = bits["features"], specific
-            weight = given["weight"] * (specific is not None)
+            weight, drawn, options = (
+                given["weight"] * (specific is not None),
+                (None, given["seed"]),
+                ("joint", True, False),
+            )
+            row_bytes = sizes.dim * branches[0].element_size()
+            pairs = contrastive.prepare(*relations, weight, *drawn, group, rate, *options, True, row_bytes)
             losses, rows = contrastive.forward(
-                branches, *relations, weight, None, given["seed"], group, 0.6, 1.0, rate, "joint", True, False
+                branches, *relations, weight, *drawn, pairs, group, 0.6, 1.0, rate, *options
             )
             yield f"value {what}", losses
             gradients = contrastive.backward(
                 given["grad_losses"].to(losses.dtype),
-                branches, *relations, None, given["seed"], rows, group, 0.6, rate, True,
+                branches, *relations, *drawn, pairs, rows, group, 0.6, rate, True,
             )  # fmt: skip
             yield from ((f"gradient {what}", gradient) for gradient in gradients)
     if has("local_propagation"):

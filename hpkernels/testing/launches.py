@@ -107,7 +107,7 @@ def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
 class Sizes:
     """B, (H, W), D, Df and M of a training step, heads and features of each of the attention; as in the paper.
 
-    The patches of `large_grid` are more than one program holds the logits of.
+    A row of logits of `large_grid` takes several warps.
     """
 
     images: int = 64
@@ -226,10 +226,12 @@ def _multi_positive_contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Cal
 
     def call(rate: float, with_specific: bool, symmetric: bool = True) -> tuple[Tensor, ...]:
         relations = (discover(z, threshold), discover(other, threshold) if with_specific else None)
-        options = (sizes.group, TEMPERATURE, 1.0, rate, "joint", True, False)
-        losses, rows = kernels.forward([z], *relations, weight, None, seed, *options)
+        drawn, options, row_bytes = (None, seed), ("joint", True, False), sizes.dim * z.element_size()
+        pairs = kernels.prepare(*relations, weight, *drawn, sizes.group, rate, *options, symmetric, row_bytes)
+        settings = (sizes.group, TEMPERATURE, 1.0, rate)
+        losses, rows = kernels.forward([z], *relations, weight, *drawn, pairs, *settings, *options)
         settings = (sizes.group, TEMPERATURE, rate, symmetric)
-        return losses, rows, *kernels.backward(grad_losses, [z], *relations, None, seed, rows, *settings)
+        return losses, rows, *kernels.backward(grad_losses, [z], *relations, *drawn, pairs, rows, *settings)
 
     return {
         "sampled": partial(call, NEGATIVE_RATE, False),

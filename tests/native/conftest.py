@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpkernels import _native
 from hpkernels.ops import _cuda
 
 
@@ -93,25 +92,6 @@ def run(exercises):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """Have the engine for sm_90a take what it can, on an emulator that was built with it."""
-    if _native.EMULATED:
-        compiled = _native.architectures(Path(os.environ[_native.EMULATED_VARIABLE]))
-        if "without wgmma" in compiled:
-            pytest.skip(f"the CUDA kernels are {compiled}")
-    monkeypatch.setenv("HPKERNELS_SM90", "1")
-
-
-@pytest.fixture(params=["0", "1"], ids=["sm_80", "sm_90a"])
-def engine(request, monkeypatch):
-    """Either engine; on a GPU of another kind than sm_90 both are that of sm_80."""
-    if request.param == "1":
-        request.getfixturevalue("hopper")
-    monkeypatch.setenv("HPKERNELS_SM90", request.param)
-    return request.param
 
 
 @pytest.fixture

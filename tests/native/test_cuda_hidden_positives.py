@@ -8,7 +8,7 @@ import torch
 from hpkernels import backends
 from hpkernels.ops import _cuda
 from hpkernels.ops.hidden_positives import reference
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops.hidden_positives.bits import unpack_bits, words_per_row
 from hpkernels.testing import available_cases
 
 OP = "hidden_positives"
@@ -55,8 +55,42 @@ def test_parts(find, one_case):
     check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
 
 
+@pytest.mark.parametrize("anchors", [33, 250, 512, 700])
+def test_every_word_is_written(find, one_case, anchors):
+    """Words that are written one by one, in twos and in fours, from a tile on the diagonal and from others."""
+    features, _ = whole_numbers(one_case, anchors, 8)
+    threshold = features.new_full((-(-anchors // 256) * 256,), torch.nan, dtype=torch.float32)
+    threshold[:anchors] = torch.inf
+    bits = torch.full((anchors + 1, words_per_row(anchors)), -1, dtype=torch.int32, device=features.device)
+    torch.ops.hpkernels_cuda.hidden_positives(features, threshold, bits[:anchors])
+    assert not bits[:anchors].any() and (bits[anchors] == -1).all()
+
+
+@pytest.mark.parametrize("missing", [1, 256])
+def test_thresholds_that_are_not_padded(one_case, missing):
+    features, _ = whole_numbers(one_case, 300, 8)
+    bits = torch.empty(300, 10, dtype=torch.int32, device=features.device)
+    with pytest.raises(RuntimeError, match="must be padded"):
+        torch.ops.hpkernels_cuda.hidden_positives(features, torch.zeros(512 - missing, device=features.device), bits)
+
+
 def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
     check(find, *whole_numbers(one_case, 150, 520))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+def test_products_are_those_of_masked_topk(find, engine, case, k):
+    """To the bit: no anchor is nearer to one of the pool than its nearest is, and each is if that were a bit less."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 96, generator=generator).to(case.device, case.dtype)
+    in_pool, others = features[:170], features[170:]
+    nearest = backends.implementation("masked_topk", "cuda").forward(others, in_pool, k)[0][:, 0]
+    threshold = torch.cat([nearest.new_full((170,), torch.inf), nearest])
+    found = unpack_bits(find(features, threshold).cpu(), 300)
+    assert not found[170:, :170].any()
+    lower = torch.cat([threshold[:170], torch.nextafter(nearest, nearest.new_tensor(-torch.inf))])
+    assert unpack_bits(find(features, lower).cpu(), 300)[170:, :170].any(dim=1).all()
 
 
 @pytest.mark.parametrize("limit", [torch.inf, -torch.inf, torch.nan])

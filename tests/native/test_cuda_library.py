@@ -23,13 +23,13 @@ from hpkernels.ops.local_propagation import reference
 HOST_LOOP = """
 #include "local_propagation/stencil.h"
 using namespace hpk;
-template <bool transposed, bool whole>
+template <bool transposed>
 static void by_runs(const float* input, const float* weights, const StencilShape& shape, float* output) {
   const int height = shape.height, width = shape.width, patches = height * width;
   alignas(16) float zeros[4 * kRunPatches] = {};
   for (int64_t image = shape.batch; image-- > 0;) {
-    for (int index = height * runs_across(width); index-- > 0;) {
-      const StencilRun<transposed, whole> run(weights + image * 9 * patches, height, width, index);
+    for (int index = patches / kRunPatches; index-- > 0;) {
+      const StencilRun<transposed> run(weights + image * 9 * patches, height, width, index);
       auto rows = run.rows(input + image * shape.dim * patches, zeros + kRunPatches);
       for (int64_t plane = 0; plane < shape.dim; ++plane, rows.next_plane()) {
         float sums[kRunPatches];
@@ -49,10 +49,8 @@ static void by_tasks(const float* input, const float* weights, const StencilShap
   }
 APPLY(apply_forward_by_tasks, by_tasks<false>)
 APPLY(apply_backward_by_tasks, by_tasks<true>)
-APPLY(apply_forward_by_runs, (by_runs<false, false>))
-APPLY(apply_backward_by_runs, (by_runs<true, false>))
-APPLY(apply_forward_by_whole_runs, (by_runs<false, true>))
-APPLY(apply_backward_by_whole_runs, (by_runs<true, true>))
+APPLY(apply_forward_by_runs, by_runs<false>)
+APPLY(apply_backward_by_runs, by_runs<true>)
 """
 
 
@@ -92,13 +90,13 @@ SHAPES = [
     (1, 2, 1, 4),
     (1, 5, 5, 12),
 ]
-WAYS = [("tasks", 1), ("tasks", 3), ("tasks", 5), ("tasks", 9), ("runs", 3), ("whole_runs", 3)]
+WAYS = [("tasks", 1), ("tasks", 3), ("tasks", 5), ("tasks", 9), ("runs", 3)]
 
 
 @pytest.mark.parametrize(
     ("shape", "how", "window"),
-    # Whole runs are of four patches.
-    [(shape, *way) for shape in SHAPES for way in WAYS if way[0] != "whole_runs" or shape[3] % 4 == 0],
+    # Runs are of four patches.
+    [(shape, *way) for shape in SHAPES for way in WAYS if way[0] != "runs" or shape[3] % 4 == 0],
 )
 @pytest.mark.parametrize("direction", ["apply_forward", "apply_backward"])
 def test_body_of_the_kernels(stencil, direction, shape, how, window, generator):

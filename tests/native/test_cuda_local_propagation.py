@@ -43,17 +43,17 @@ def assert_weights_close(actual, query, key, *options):
 
 # A strip that is whole, or several of which one is not; tiles likewise.
 @each_dtype
-@pytest.mark.parametrize("grid", [(8, 8), (9, 15)], ids=str)
-@pytest.mark.parametrize("workspace", [1, 100_000, 32 << 20], ids=lambda size: f"{size} bytes")
-def test_passes(dtype, grid, workspace, generator, monkeypatch):
+@pytest.mark.parametrize("grid", [(8, 16), (9, 15)], ids=str)
+@pytest.mark.parametrize("workspace", [1, 160_000, 32 << 20], ids=lambda size: f"{size} bytes")
+def test_passes(dtype, grid, workspace, engine, generator, monkeypatch):
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", workspace)
     query, key = tokens(generator, 3, 2, 1, math.prod(grid), 24, dtype)
     options = (*grid, 28.0, 0.1, 0.9, 3, 1)
     assert_weights_close(cuda.weights_forward(query, key, *options), query, key, *options)
 
 
-# A row takes a warp with 8, 16, 25 and 32 numbers a lane.
-@pytest.mark.parametrize("grid", [(16, 16), (17, 17), (28, 28), (29, 28)], ids=str)
+# A row takes a warp with 25 and 32 numbers a lane.
+@pytest.mark.parametrize("grid", [(17, 17), (28, 28), (29, 28)], ids=str)
 @pytest.mark.parametrize(("low", "high", "window"), [(0.1, 0.9, 5), (0.0, 1.0, 3)])
 def test_rows_of_a_warp(grid, low, high, window, generator):
     query, key = tokens(generator, 1, 1, 0, math.prod(grid), 8, torch.float16)
@@ -90,8 +90,8 @@ def weights_of_last_patches(query, key, first, height, width):
     return weights
 
 
-# A row takes a block with 8, 16 and 32 numbers a thread, or is read again and again; the number of patches is odd.
-@pytest.mark.parametrize("grid", [(33, 33), (43, 61), (59, 71), (91, 95)], ids=str)
+# A row is read again and again by a block; the number of patches is odd.
+@pytest.mark.parametrize("grid", [(33, 33), (59, 71)], ids=str)
 def test_rows_of_a_block(grid, generator):
     """A single strip, that of the last patches of the first image: the others stay as they were."""
     height, width = grid
@@ -141,7 +141,7 @@ def test_tokens_of_any_layout(dtype, generator):
 # several stages, of which the last is partial; images of the most runs that a block takes, and of one more.
 STENCILS = {
     "whole runs": ((2, 70, 6, 8), 3, 0),
-    "partial runs": ((3, 37, 5, 7), 3, 0),
+    "rows that are no whole runs": ((3, 40, 4, 6), 3, 0),
     "single column": ((1, 9, 9, 1), 3, 0),
     "most runs": ((1, 3, 16, 112), 3, 0),
     "more runs": ((1, 3, 16, 116), 3, 0),

@@ -208,6 +208,7 @@ def test_opcheck(case):
     assert {name: names.count(name) for name in names} == {
         "hpkernels::masked_topk": 2,
         "hpkernels::hidden_positives": 2,
+        "hpkernels::contrastive_pairs": 1,
         "hpkernels::multi_positive_contrastive": 1,
         "hpkernels::multi_positive_contrastive_backward": 1,
     }

@@ -195,17 +195,21 @@ def test_opcheck(case):
     batch = Batch(case, dim=3)
     weight = torch.full((), 0.4, dtype=values_dtype(case.dtype), device=case.device)
     seed = torch.full((), 7, device=case.device)
+    prepare = torch.ops.hpkernels.contrastive_pairs.default
     forward = torch.ops.hpkernels.multi_positive_contrastive.default
     backward = torch.ops.hpkernels.multi_positive_contrastive_backward.default
     z_mixed = batch.z.flip(0)
     for specific, negatives, others in ((None, None, [None]), (batch.specific.bits, batch.negatives, [None, z_mixed])):
         masks = (batch.positives.bits, specific)
-        settings = (12, 0.3, 1.5, 0.1, "joint", True, False, False, case.backend)
+        drawn, weighting = (negatives, seed), ("joint", True, False, False)
+        pairs = prepare(*masks, weight, *drawn, 12, 0.1, *weighting, 12, case.backend)
+        drawn = (*drawn, pairs)
+        settings = (12, 0.3, 1.5, 0.1, *weighting, case.backend)
         for other in others:
             for z in (batch.z, batch.z.detach().clone().requires_grad_()):
-                torch.library.opcheck(forward, (z, other, *masks, weight, negatives, seed, *settings))
-            losses, rows = forward(batch.z, other, *masks, weight, negatives, seed, *settings)
-            relations = (*masks, negatives, seed, rows)
+                torch.library.opcheck(forward, (z, other, *masks, weight, *drawn, *settings))
+            losses, rows = forward(batch.z, other, *masks, weight, *drawn, *settings)
+            relations = (*masks, *drawn, rows)
             torch.library.opcheck(
                 backward,
                 (torch.ones_like(losses), batch.z, other, *relations, 12, 0.3, 0.1, False, case.backend),
@@ -618,15 +622,16 @@ def test_small_coefficients_keep_their_digits(case, rate, symmetric):
     log_denominator = torch.full((anchors,), math.log(50176.0))
     push = torch.where(torch.arange(anchors) < group, 1.0, 1e-3)
     pull = torch.where(torch.arange(anchors) < group, 1e-2, 1e-7)
-    rows = torch.stack((log_denominator, push, pull, torch.zeros(anchors)))[None].to(case.device)
-    settings = (group, 0.6, rate, symmetric)
+    rows = torch.stack((log_denominator, push, pull, torch.zeros(anchors)), dim=1)[None].to(case.device)
+    settings, weighting = (group, 0.6, rate, symmetric), ("joint", True, False)
 
     def gradient(backend, z, rows):
         kernels = backends.implementation(OP, backend)
         seed, grad_losses = torch.tensor(3, device=z.device), torch.full((1,), 2.0**17, device=z.device)
-        (grad,) = kernels.backward(
-            grad_losses.to(rows.dtype), [z], bits.to(z.device), None, None, seed, rows, *settings
-        )
+        relations, weight = (bits.to(z.device), None), torch.zeros((), device=z.device)
+        row_bytes = dim * z.element_size()
+        pairs = kernels.prepare(*relations, weight, None, seed, group, rate, *weighting, symmetric, row_bytes)
+        (grad,) = kernels.backward(grad_losses.to(rows.dtype), [z], *relations, None, seed, pairs, rows, *settings)
         return grad.cpu().double()
 
     expected = gradient("reference", z.double(), rows.double())

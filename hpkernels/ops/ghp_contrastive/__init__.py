@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hpkernels import backends
@@ -116,9 +117,8 @@ def ghp_contrastive(
     positives, specific_positives = found[0][1], found[1][1] if len(found) > 1 else None
     loss = mean_loss(op, z, z_mixed, positives, specific_positives, options, loss_backend)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
-    for threshold, _ in found:
-        loss = loss + (threshold * 0).sum().to(loss.dtype)
-    return loss
+    thresholds = torch.cat([threshold for threshold, _ in found])
+    return loss + thresholds.amax().to(loss.dtype) * 0
 
 
 def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: str, pool: Tensor) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, comparable_products, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, multiply, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["forward", "supports"]
@@ -23,43 +23,72 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     tiles = triton.cdiv(anchors, config["BLOCK_N"])
     inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
     constants = {"PRECISION": _triton.comparable_precision(features)} | config
-    _triton.launch(hidden_positives_fwd_kernel, (tiles * (tiles + 1) // 2,), *inputs, **constants)
+    _triton.launch(hidden_positives_fwd_kernel, (programs(tiles, config["GROUP"]),), *inputs, **constants)
     return bits
 
 
-@triton.jit(do_not_specialize=["words", "tiles"])
+def programs(tiles: int, group: int) -> int:
+    """How many programs `tile_of_triangle` gives tiles, or none, to."""
+    squares = triton.cdiv(tiles, group)
+    return squares * (squares + 1) // 2 * group**2
+
+
+@triton.jit(do_not_specialize=["anchors", "words", "tiles"])
 def hidden_positives_fwd_kernel(
     features, stride, step, threshold, bits, anchors, dim, words, tiles,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """bits[i, j // 32] bit j % 32 = i != j and <f_i, f_j> > min(r_i, r_j)
 
     A program has one tile of pairs i < j, and writes it and its transpose: N² / 8 bytes in all. Each program reads two
     tiles of features, 2 BLOCK_N D elements.
     """
-    # Rows a and tiles - 1 - a of the triangle have tiles + 1 tiles together, so it folds into a rectangle.
-    fold, at = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
-    unfolded = at < tiles - fold
-    row = tl.where(unfolded, fold, tiles - 1 - fold)
-    column = tl.where(unfolded, fold + at, at - 1)
+    row, column = tile_of_triangle(tl.program_id(0), tiles, GROUP)
+    if (row > column) | (column >= tiles):
+        return
     rows, columns = row * BLOCK_N + tl.arange(0, BLOCK_N), column * BLOCK_N + tl.arange(0, BLOCK_N)
     products = comparable_products(
         features, rows, stride, step, anchors, features, columns, stride, step, anchors, dim, PRECISION, BLOCK_D
     )
+    if row == column:
+        products = tl.where(rows[:, None] < columns[None, :], products, float("-inf"))
     # No product is greater than NaN, the threshold of the padding.
     of_rows = tl.load(threshold + rows, mask=rows < anchors, other=float("nan"))[:, None]
     of_columns = tl.load(threshold + columns, mask=columns < anchors, other=float("nan"))[None, :]
     above = products > tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
-    above = (above & (rows[:, None] < columns[None, :])).to(tl.int32)
-
-    places = tl.arange(0, 32)
-    right = tl.sum(tl.reshape(above, (BLOCK_N, BLOCK_N // 32, 32)) << places[None, None, :], axis=2)
-    left = tl.trans(tl.sum(tl.reshape(above, (BLOCK_N // 32, 32, BLOCK_N)) << places[None, :, None], axis=1))
+    above = tl.where(above, 1.0, 0.0).to(tl.float16)
+    right, left = _packed(above), _packed(tl.trans(above))
     if row == column:  # each holds the half that the other lacks
         right = right | left
         left = right
     _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), right, anchors, words)
     _store_words(bits, columns, row * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), left, anchors, words)
+
+
+@triton.jit
+def tile_of_triangle(program, tiles, GROUP: tl.constexpr):
+    """Row and column of a program's tile; below the diagonal or beyond the last column there is none.
+
+    The programs that run at a time are those of about one square of GROUP x GROUP tiles, whose features lie in L2.
+    """
+    # Rows a and squares - 1 - a of the triangle have squares + 1 squares together, so it folds into a rectangle.
+    squares = tl.cdiv(tiles, GROUP)
+    square, inside = program // (GROUP * GROUP), program % (GROUP * GROUP)
+    fold, at = square // (squares + 1), square % (squares + 1)
+    unfolded = at < squares - fold
+    row = tl.where(unfolded, fold, squares - 1 - fold)
+    column = tl.where(unfolded, fold + at, at - 1)
+    return row * GROUP + inside % GROUP, column * GROUP + inside // GROUP
+
+
+@triton.jit
+def _packed(bits):
+    """Words of 32 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact."""
+    places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, bits.shape[1] // 8)[None, :]
+    powers = tl.where(places // 8 == word_bytes, 1 << (places % 8), 0).to(tl.float16)
+    packed = multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
+    packed = tl.reshape(packed, (bits.shape[0], bits.shape[1] // 32, 4))
+    return tl.sum(packed << (8 * tl.arange(0, 4))[None, None, :], axis=2)
 
 
 @triton.jit

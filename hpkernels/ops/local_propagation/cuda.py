@@ -19,7 +19,7 @@ __all__ = ["apply_backward", "apply_forward", "supports", "weights_forward"]
 WORKSPACE_BYTES = 32 << 20
 """What the logits of a pass may take, unless those of a single strip of rows take more."""
 
-STRIP_ROWS = 64
+STRIP_ROWS = 128
 """Patches whose weights are computed together: each image is cut into such strips, see local_propagation.h."""
 
 

@@ -1,7 +1,7 @@
-"""Triton kernels of `local_propagation`: rows of logits and their quantiles in registers, and a stencil that gathers.
+"""Triton kernels of `local_propagation`: logits by tensor cores, quantiles of a row in registers, a gathering stencil.
 
-The mean over heads of <q, k> is one product of full width, heads * d, read in place. A row of logits lives in registers
-until its window is written: straight from the product where a tile of rows fits there, else by way of a workspace.
+The mean over heads of <q, k> is one product of full width, heads * d, read in place. The logits go to a workspace that
+stays in the second-level cache, pass by pass; a warp then has a row of them in registers.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import load_rows, multiply, supports
+from hpkernels.ops._triton import load_features, load_rows, multiply, row_addresses, supports
 
 __all__ = ["apply_backward", "apply_forward", "supports", "weights_forward"]
 
-WORKSPACE_BYTES = 64 << 20
-"""What the logits of a pass may take where rows are longer."""
+WORKSPACE_BYTES = 24 << 20
+"""What the logits of a pass may take, unless those of a single tile of rows take more."""
 
-MOST_BYTES = 2048
-"""The longest rows that stay in the registers of the product, as elements of `query`: float32 takes more of them."""
-
-_LEAST_COLUMNS = 16  # of a product
+_COLUMNS_OF_A_WARP = 1024
+_MOST_WARPS = 16
 _ROUNDING = tl.constexpr(8 * torch.finfo(torch.float32).eps)
 
 
@@ -46,22 +44,16 @@ def weights_forward(
     product = (query, key, *query.stride(), *key.stride(), patches, heads, dim, 1 / (heads * math.sqrt(dim)))
     row = (height, width, sigma / patches, *_ranks(low, patches), *_ranks(high, patches))
     weights = query.new_zeros((images, window * window, height, width), dtype=torch.float32)
-    columns = max(_LEAST_COLUMNS, triton.next_power_of_2(patches))
-
-    if columns * query.element_size() <= MOST_BYTES:
-        config = _triton.configuration(weights_fwd_kernel, query) | {"WINDOW": window, "BLOCK_COLUMNS": columns}
-        grid = (images * triton.cdiv(patches, config["BLOCK_ROWS"]),)
-        _triton.launch(weights_fwd_kernel, grid, *product, weights, *row, **config)
-        return weights
-
     config = _triton.configuration(logits_fwd_kernel, query)
     rows, row_tiles = config["BLOCK_ROWS"], triton.cdiv(patches, config["BLOCK_ROWS"])
     tiles, column_tiles = images * row_tiles, triton.cdiv(patches, config["BLOCK_COLUMNS"])
-    step = min(tiles, max(1, WORKSPACE_BYTES // (4 * rows * patches)))
-    logits = query.new_empty((step * rows, patches), dtype=torch.float32)
+    passes = triton.cdiv(tiles, max(1, WORKSPACE_BYTES // (4 * rows * patches)))
+    logits = query.new_empty((triton.cdiv(tiles, passes) * rows, patches), dtype=torch.float32)
+    columns = triton.next_power_of_2(patches)
     row_config = _triton.configuration(rows_fwd_kernel, logits) | {"WINDOW": window, "BLOCK_COLUMNS": columns}
-    for first in range(0, tiles, step):
-        last = min(first + step, tiles)
+    row_config["num_warps"] = min(_MOST_WARPS, row_config["num_warps"] * triton.cdiv(columns, _COLUMNS_OF_A_WARP))
+    for i in range(passes):
+        first, last = (tiles * end // passes for end in (i, i + 1))
         start, stop = (tile // row_tiles * patches + tile % row_tiles * rows for tile in (first, last))
         grid = ((last - first) * column_tiles,)
         _triton.launch(logits_fwd_kernel, grid, *product, logits, first, start, **config)
@@ -98,31 +90,6 @@ def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
     return result
 
 
-@triton.jit
-def weights_fwd_kernel(
-    query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
-    patches, heads, dim, scale,
-    weights, height, width, sigma, low, low_next, low_part, high, high_next, high_part,
-    WINDOW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """weights[b, cell, i] = T_ij / c_i for the j at `cell` of the window of i; cells outside the image stay 0.
-
-    A tile of whole rows of logits, formed, clamped and normalised in registers. Bytes: query once; key once for
-    every BLOCK_ROWS patches, from cache; weights, window² * 4 a patch.
-    """
-    row_tiles = tl.cdiv(patches, BLOCK_ROWS)
-    image, rows = tl.program_id(0) // row_tiles, _tile(tl.program_id(0) % row_tiles, BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_COLUMNS)
-    logits = _logits(
-        query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
-        patches, heads, dim, scale, image, rows, columns, BLOCK_D,
-    )  # fmt: skip
-    _store_window(
-        logits, image, rows, columns, rows < patches,
-        weights, height, width, sigma, low, low_next, low_part, high, high_next, high_part, WINDOW,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["first_tile", "first_row"])
 def logits_fwd_kernel(
     query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
@@ -150,9 +117,9 @@ def rows_fwd_kernel(
     logits, weights, first_row, last_row, height, width, sigma, low, low_next, low_part, high, high_next, high_part,
     WINDOW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """weights[b, cell, i] = T_ij / c_i as in `weights_fwd_kernel`, for rows of logits that are in memory.
+    """weights[b, cell, i] = T_ij / c_i for the j at `cell` of the window of i; cells outside the image stay 0.
 
-    Bytes: logits once, G * 4 a patch; weights, window² * 4 a patch.
+    Rows of logits are clamped and normalised in registers. Bytes: logits once, G * 4 a patch; weights, window² * 4.
     """
     patches = height * width
     local = _tile(tl.program_id(0), BLOCK_ROWS)
@@ -209,15 +176,14 @@ def _logits(
     patches, heads, dim, scale, image, rows, columns, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The tile (rows, columns) of one image's logits: one product over all heads, so that loads overlap throughout."""
-    query += image.to(tl.int64) * query_image
-    key += image.to(tl.int64) * key_image
+    query = row_addresses(query + image.to(tl.int64) * query_image, rows, query_token, patches)
+    key = row_addresses(key + image.to(tl.int64) * key_image, columns, key_token, patches)
     steps = tl.cdiv(dim, BLOCK_D)
     sums = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for step in range(heads * steps):
-        head = tl.cast(step // steps, tl.int64)
-        features = step % steps * BLOCK_D + tl.arange(0, BLOCK_D)
-        a = load_rows(query + head * query_head, rows, query_token, features, query_step, patches, dim)
-        b = load_rows(key + head * key_head, columns, key_token, features, key_step, patches, dim)
+        head, start = tl.cast(step // steps, tl.int64), step % steps * BLOCK_D
+        a = load_features(query + head * query_head, start, query_step, dim, BLOCK_D)
+        b = load_features(key + head * key_head, start, key_step, dim, BLOCK_D)
         sums = multiply(a, tl.trans(b), sums, "ieee")
     return sums * scale
 
@@ -233,7 +199,7 @@ def _store_window(
     """
     patches = height * width
     keys = tl.where((columns < patches)[None, :], _reordered(logits.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
-    low_key, high_key = _order_statistics(keys, low, high)
+    low_key, high_key = _order_statistics(keys, patches, low, high)
     least = _interpolated(keys, low_key, low_next, low_part)[:, None]
     most = _interpolated(keys, high_key, high_next, high_part)[:, None]
 
@@ -265,25 +231,46 @@ def _reordered(bits):
 
 
 @triton.jit
-def _order_statistics(keys, first_rank, second_rank):
-    """Of each row, the keys of two ranks (from 0): each is the largest number that at most `rank` keys are below.
+def _order_statistics(keys, count, first_rank, second_rank):
+    """Of each row of `count` keys, and then greatest numbers, the keys of two ranks (from 0).
 
-    Found bit by bit, with as many steps for any values, NaN included.
+    Each is bracketed, and the bracket halved until it holds no other key, or one number, which may be several keys.
     """
-    first = tl.full((keys.shape[0],), -0x80000000, tl.int32)
-    second = first
-    for step in range(32):
-        bit = tl.full((1,), 1, tl.int32) << (31 - step)
-        trial = first ^ bit
-        first = tl.where(_count_below(keys, trial) <= first_rank, trial, first)
-        trial = second ^ bit
-        second = tl.where(_count_below(keys, trial) <= second_rank, trial, second)
-    return first, second
+    low = tl.min(keys, axis=1)
+    high = tl.max(tl.where(tl.arange(0, keys.shape[1])[None, :] < count, keys, -0x80000000), axis=1)
+    below, held = tl.zeros_like(low), tl.zeros_like(low) + count
+    other_low, other_high, other_below, other_held = low, high, below, held
+    while tl.max(tl.maximum(_unknown(low, high, held), _unknown(other_low, other_high, other_held)), axis=0) > 0:
+        low, high, below, held = _halved(keys, low, high, below, held, first_rank)
+        other_low, other_high, other_below, other_held = _halved(
+            keys, other_low, other_high, other_below, other_held, second_rank
+        )
+    return _least_from(keys, low), _least_from(keys, other_low)
 
 
 @triton.jit
-def _count_below(keys, bound):
-    return tl.sum((keys < bound[:, None]).to(tl.int32), axis=1)
+def _unknown(low, high, held):
+    return ((held > 1) & (low < high)).to(tl.int32)
+
+
+@triton.jit
+def _halved(keys, low, high, below, held, rank):
+    """The half with the key of `rank` of a bracket [low, high], which holds so many keys, and so many are below."""
+    middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up
+    below_middle = tl.sum((keys < middle[:, None]).to(tl.int32), axis=1)
+    lower = below_middle > rank
+    held = tl.where(lower, below_middle - below, held + below - below_middle)
+    return (
+        tl.where(lower, low, middle),
+        tl.where(lower, middle - 1, high),
+        tl.where(lower, below, below_middle),
+        held,
+    )
+
+
+@triton.jit
+def _least_from(keys, bound):
+    return tl.min(tl.where(keys >= bound[:, None], keys, 0x7FFFFFFF), axis=1)
 
 
 @triton.jit

@@ -38,10 +38,10 @@ def forward(
     groups = (None if group is None else group.contiguous() for group in (query_group, pool_group))
     inputs = (query, pool, mask, *groups)
     parts = _parts(len(query), len(pool))
-    if k == 1:
+    if k == 1 and mask is None and query_group is None:
         values = query.new_empty((len(query), parts), dtype=torch.float32)
         indices = torch.empty_like(values, dtype=torch.int64)
-        _kernels.masked_topk_top1(*inputs, values, indices)
+        _kernels.masked_topk_top1(query, pool, values, indices)
         if parts > 1:
             values, part = values.max(dim=1, keepdim=True)  # the first of equal maxima
             indices = indices.gather(1, part)

@@ -1,7 +1,7 @@
 """Triton kernels of `masked_topk`: the products of a tile of queries and a tile of references never leave registers.
 
 The pool is split over programs when there are few queries; PyTorch combines what the parts found. More than `MOST_KEPT`
-values of a row do not fit in registers: blocks of rows then take the steps of the reference.
+values of a row do not fit in registers: blocks of rows then take the steps of the reference, and so do gradients.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, comparable_products, load_rows, supports
+from hpkernels.ops._triton import aligned_rows, comparable_products, supports
 from hpkernels.ops.masked_topk import reference
+from hpkernels.ops.masked_topk.reference import backward
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -41,6 +42,8 @@ def forward(
     query, pool = aligned_rows(query), aligned_rows(pool)
     kernel = masked_topk_top1_fwd_kernel if k == 1 else masked_topk_fwd_kernel
     config = {"PRECISION": _triton.comparable_precision(query)} | _triton.configuration(kernel, query)
+    if k == 1 and (mask is not None or query_group is not None):  # which take registers
+        config |= {name: config[name] // 2 for name in ("BLOCK_N", "BLOCK_M", "num_warps")}
     queries, references = len(query), len(pool)
     parts, share = _split(references, config["BLOCK_M"], triton.cdiv(queries, config["BLOCK_N"]))
     grid = (triton.cdiv(queries, config["BLOCK_N"]), parts)
@@ -63,31 +66,6 @@ def forward(
     return _values_and_indices(keys.topk(k, dim=1).values)
 
 
-def backward(grad_values: Tensor, indices: Tensor, query: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of query and pool: each value is one inner product, so its gradient is the other factor."""
-    given = pool.shape[1]
-    query, pool = aligned_rows(query), aligned_rows(pool)
-    (queries, k), (references, dim) = indices.shape, pool.shape
-    grad_values, indices = grad_values.contiguous(), indices.contiguous()
-    grad_query = query.new_empty((queries, dim))
-    config = _triton.configuration(masked_topk_query_bwd_kernel, pool)
-    grid = (triton.cdiv(queries, config["BLOCK_N"]), triton.cdiv(dim, config["BLOCK_D"]))
-    inputs = (indices, grad_values, pool, *pool.stride(), grad_query, queries, references, k, dim)
-    _triton.launch(masked_topk_query_bwd_kernel, grid, *inputs, **config)
-
-    # Entries of indices in the order of the references they name, so that each reference sums a range of them.
-    named, order = indices.flatten().sort(stable=True)
-    first = torch.searchsorted(named, torch.arange(references + 1, device=named.device))
-    config = _triton.configuration(masked_topk_pool_bwd_kernel, query)
-    columns = triton.cdiv(dim, config["BLOCK_D"])
-    parts, _ = _split(len(order), config["BLOCK_E"], references * columns)
-    sums = pool.new_empty((parts, references, dim), dtype=torch.float32)
-    inputs = (order, first, grad_values, query, *query.stride(), sums, queries, references, k, dim)
-    _triton.launch(masked_topk_pool_bwd_kernel, (references, columns, parts), *inputs, **config)
-    grad_pool = sums.sum(dim=0).to(pool.dtype)
-    return grad_query[:, :given].contiguous(), grad_pool[:, :given].contiguous()
-
-
 def _split(count: int, block: int, others: int) -> tuple[int, int]:
     """In how many parts to split `count`, each of `others` programs, and a part's length, a multiple of `block`."""
     tiles = triton.cdiv(count, block)
@@ -103,7 +81,7 @@ def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
     return values, (~keys & 0x7FFFFFFF).masked_fill(~(values > -torch.inf), -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "references", "share"])
 def masked_topk_top1_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
@@ -124,19 +102,18 @@ def masked_topk_top1_fwd_kernel(
             query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
             mask, mask_stride, mask_step, query_group, pool_group, PRECISION, BLOCK_D,
         )  # fmt: skip
-        greatest = tl.max(products, axis=1)  # which passes over NaN
+        greatest = tl.reduce(products, 1, _greater)
+        # Of references beyond the last, which are the last again, none is the first.
         first = tl.min(tl.where(products == greatest[:, None], columns[None, :], _LAST_INDEX), axis=1)
         index = tl.where(greatest > value, first, index)
-        value = tl.maximum(value, greatest, propagate_nan=tl.PropagateNan.ALL)
-        is_nan = tl.max((products != products).to(tl.int32), axis=1) > 0
-        value = tl.where(is_nan, float("nan"), value)
+        value = _greater(value, greatest)
     index = tl.where(value > float("-inf"), index, -1)
     at = rows.to(tl.int64) * tl.num_programs(1) + part
     tl.store(values + at, value, mask=rows < queries)
     tl.store(indices + at, index.to(tl.int64), mask=rows < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "references", "share"])
 def masked_topk_fwd_kernel(
     query, query_stride, query_step, queries, pool, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, share,
@@ -158,6 +135,7 @@ def masked_topk_fwd_kernel(
             query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
             mask, mask_stride, mask_step, query_group, pool_group, PRECISION, BLOCK_D,
         )  # fmt: skip
+        products = tl.where((columns < references)[None, :], products, float("-inf"))
         beats = ~(products <= _value(tl.min(best, axis=1))[:, None])  # NaN does; an equal value comes too late
         candidates = tl.where(beats, _keys(products, columns[None, :]), _LEAST_KEY)
         rounds = tl.minimum(tl.max(tl.sum(beats.to(tl.int32), axis=1), axis=0), k)
@@ -175,22 +153,24 @@ def _allowed_products(
     query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references, dim,
     mask, mask_stride, mask_step, query_group, pool_group, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """<query_i, pool_m> of a tile, float32; -inf where m may not be chosen."""
+    """<query_i, pool_m> of a tile, float32; -inf where m may not be chosen. Beyond the last is the last again."""
     products = comparable_products(
         query, rows, query_stride, query_step, queries, pool, columns, pool_stride, pool_step, references,
         dim, PRECISION, BLOCK_D,
     )  # fmt: skip
-    allowed = (columns < references)[None, :]
-    if mask is not None:
-        # Rows beyond the last take its mask: the fewer predicates, the fewer registers.
-        at = mask + tl.minimum(rows, queries - 1).to(tl.int64)[:, None] * mask_stride
-        at += columns.to(tl.int64)[None, :] * mask_step
-        allowed = tl.load(at, mask=allowed, other=0)
+    rows, columns = tl.minimum(rows, queries - 1), tl.minimum(columns, references - 1)
     if query_group is not None:
-        own = tl.load(query_group + rows, mask=rows < queries, other=-1)[:, None]
-        other = tl.load(pool_group + columns, mask=columns < references, other=-1)[None, :]
-        allowed = allowed & ((own != other) | (own < 0))
-    return tl.where(allowed, products, float("-inf"))
+        own, other = tl.load(query_group + rows)[:, None], tl.load(pool_group + columns)[None, :]
+        products = tl.where((own != other) | (own < 0), products, float("-inf"))
+    if mask is not None:
+        at = mask + rows.to(tl.int64)[:, None] * mask_stride + columns.to(tl.int64)[None, :] * mask_step
+        products = tl.where(tl.load(at), products, float("-inf"))
+    return products
+
+
+@triton.jit
+def _greater(one, other):
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -207,51 +187,3 @@ def _value(key):
     """The value in a key."""
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["queries", "references"])
-def masked_topk_query_bwd_kernel(
-    indices, grad_values, pool, pool_stride, pool_step, grad_query, queries, references, k, dim,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad_query_i = sum_t grad_values[i, t] pool[indices[i, t]]
-
-    Reads k rows of the pool, and 12 k bytes, a query and writes one row.
-    """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for t in range(k):
-        at = rows.to(tl.int64) * k + t
-        chosen = tl.load(indices + at, mask=rows < queries, other=-1)
-        weight = tl.load(grad_values + at, mask=chosen >= 0, other=0.0)
-        sums += weight[:, None] * load_rows(pool, chosen, pool_stride, columns, pool_step, references, dim)
-    at = grad_query + rows.to(tl.int64)[:, None] * dim + columns[None, :]
-    inside = (rows < queries)[:, None] & (columns < dim)[None, :]
-    tl.store(at, sums.to(grad_query.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["queries", "references"])
-def masked_topk_pool_bwd_kernel(
-    order, first, grad_values, query, query_stride, query_step, sums, queries, references, k, dim,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """sums[s, m] = sum over {(i, t) in part s of those with indices[i, t] = m} of grad_values[i, t] query_i
-
-    Entries (i, t) of reference m are order[first[m] : first[m + 1]]. Reads 12 bytes and a row of queries an entry.
-    """
-    m, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start, stop = tl.load(first + m), tl.load(first + m + 1)
-    share = tl.cdiv(stop - start, tl.num_programs(2))
-    start += part * share
-    stop = tl.minimum(start + share, stop)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for at in range(start, stop, BLOCK_E):
-        places = at + tl.arange(0, BLOCK_E)
-        entries = tl.load(order + places, mask=places < stop, other=-1)
-        weights = tl.load(grad_values + entries, mask=entries >= 0, other=0.0)
-        rows = tl.where(entries >= 0, entries // k, -1)
-        products = weights[:, None] * load_rows(query, rows, query_stride, columns, query_step, queries, dim)
-        total += tl.sum(products, axis=0)
-    tl.store(sums + (part * references + m) * dim + columns, total, mask=columns < dim)

@@ -73,9 +73,9 @@ def multi_positive_contrastive(
 
     Notes:
         Logits and sums are float32 (float64) whatever the dtype of `z`. Negatives are drawn by a counter-based
-        generator, the same bits on every backend, and redrawn in backward. Gradients reach `z` only; double backward
-        is refused. Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; the reference
-        works on blocks of rows in up to 256 MiB.
+        generator, the same bits on every backend. Gradients reach `z` only; double backward is refused.
+        Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; on a GPU also R and the lists
+        of pairs, of up to half of the bytes of a mask. The reference works on blocks of rows in up to 256 MiB.
 
     Example:
         >>> import torch, hpkernels
@@ -129,22 +129,32 @@ def mean_loss(
     backend: str,
 ) -> Tensor:
     """The mean loss of one branch or two, which share their relations, for arguments that have been checked."""
+    masks = (positives.bits, None if specific is None else specific.bits, options.specific_weight)
+    drawn = (options.negatives, options.seed)
+    weighting = (options.variant, options.reweight, options.keep_specific_only)
+    symmetric = positives.symmetric and (specific is None or specific.symmetric)
+    pairs = registration.contrastive_pairs(
+        *masks,
+        *drawn,
+        options.anchors_per_image,
+        options.negative_rate,
+        *weighting,
+        symmetric,
+        z.shape[1] * z.element_size(),
+        backend,
+    )
     losses, _ = registration.multi_positive_contrastive(
         z,
         z_mixed,
-        positives.bits,
-        None if specific is None else specific.bits,
-        options.specific_weight,
-        options.negatives,
-        options.seed,
+        *masks,
+        *drawn,
+        pairs,
         options.anchors_per_image,
         options.temperature,
         options.scale,
         options.negative_rate,
-        options.variant,
-        options.reweight,
-        options.keep_specific_only,
-        positives.symmetric and (specific is None or specific.symmetric),
+        *weighting,
+        symmetric,
         backend,
     )
     mean: Tensor = losses.mean()

@@ -18,9 +18,9 @@ from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
 from hpkernels.ops._blocks import blocks
 from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
-from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
+from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, prepare, stacked
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "prepare", "supports"]
 
 _SIDE = 1024  # anchors of a block at the most: whole images, or a part of one
 
@@ -32,6 +32,7 @@ def forward(
     specific_weight: Tensor,
     negatives: Tensor | None,
     seed: Tensor,
+    pairs: list[Tensor],
     anchors_per_image: int,
     temperature: float,
     scale: float,
@@ -40,7 +41,7 @@ def forward(
     reweight: bool,
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
     (accumulate,) = check.accumulation(branches[0].dtype)
     anchors = len(branches[0])
     if specific_weight == 0:
@@ -83,6 +84,7 @@ def backward(
     specific: Tensor | None,
     negatives: Tensor | None,
     seed: Tensor,
+    pairs: list[Tensor],
     rows: Tensor,
     anchors_per_image: int,
     temperature: float,
@@ -91,7 +93,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits and negatives are computed again."""
     anchors = len(branches[0])
-    if not rows[:, 3].any():  # as in forward
+    if not rows[..., 3].any():  # as in forward
         specific = None
     positives, specific = _contiguous(positives, specific)
     drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
@@ -101,7 +103,7 @@ def backward(
     kernels, route = torch.ops.hpkernels_cpu, choose_route(positives, specific, drawn)
     drawn_t = None if route == "pairs" else _transposed(drawn, anchors)
     grads = []
-    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
+    for grad_loss, z, statistics in zip(grad_losses, branches, rows.mT.contiguous(), strict=True):
         vectors = z.detach().to(rows.dtype).contiguous()
         grad_z = torch.zeros_like(vectors)
         for block, columns, products, mirrored in _blocks(vectors, route, anchors_per_image):

@@ -55,7 +55,7 @@ def contrastive_loss(
     reweight: bool = False,
     keep_specific_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics: dense, the specification; differentiable in z.
+    """The loss and the (N, 4) row statistics: dense, the specification; differentiable in z.
 
     `positives` and `specific` are (N, N) bool, `negatives` (G, N).
     """
@@ -85,7 +85,7 @@ def contrastive_loss(
     pulls = pull[:, None] * agnostic + pull_specific[:, None] * task
     loss = (push * log_denominator).sum() - (pulls * logits).sum()
     loss = loss + (z.detach() * 0).sum(dtype=logits.dtype)  # 0, or NaN if z is not finite
-    return loss, torch.stack((log_denominator.where(usable, 0), push, pull, pull_specific))
+    return loss, torch.stack((log_denominator.where(usable, 0), push, pull, pull_specific), dim=1)
 
 
 def loss_of_statistics(
@@ -97,7 +97,7 @@ def loss_of_statistics(
     specific_weight: Tensor | float,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the (4, N) row statistics, for backends that sum over the pairs of each anchor by themselves.
+    """The loss and the (N, 4) row statistics, for backends that sum over the pairs of each anchor by themselves.
 
     `log_denominator` (N,) is -inf where Den is empty; then the numbers of positives and the sums of their logits, (N,)
     each; `options` are those of `anchor_coefficients`.
@@ -106,7 +106,7 @@ def loss_of_statistics(
     push, pull, pull_specific = anchor_coefficients(agnostic_count, specific_count, usable, specific_weight, **options)
     log_denominator = log_denominator.where(usable, 0)
     loss = (push * log_denominator - pull * agnostic_logits - pull_specific * specific_logits).sum()
-    return loss, torch.stack((log_denominator, push, pull, pull_specific))
+    return loss, torch.stack((log_denominator, push, pull, pull_specific), dim=1)
 
 
 def anchor_coefficients(
@@ -152,6 +152,11 @@ def mean_coefficients(mass: Tensor, kept: Tensor, anchors_per_image: int, reweig
     return (1 / (divisor.where(kept, 1) * images)).where(kept, 0).flatten()
 
 
+def prepare(*_: Any) -> list[Tensor]:
+    """Nothing: the relations are read where they are needed."""
+    return []
+
+
 def forward(
     branches: list[Tensor],
     positives: Tensor,
@@ -159,6 +164,7 @@ def forward(
     specific_weight: Tensor,
     negatives: Tensor | None,
     seed: Tensor,
+    pairs: list[Tensor],
     anchors_per_image: int,
     temperature: float,
     scale: float,
@@ -167,7 +173,7 @@ def forward(
     reweight: bool,
     keep_specific_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
+    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
     (accumulate,) = check.accumulation(branches[0].dtype)
     vectors = [z.detach().to(accumulate) for z in branches]
     relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
@@ -202,7 +208,7 @@ def forward(
     for z, (log_denominator, agnostic_log_p, specific_log_p) in zip(vectors, sums, strict=True):
         loss = -(pull * agnostic_log_p + pull_specific * specific_log_p).sum()
         loss = loss + (z * 0).sum()  # 0, or NaN if z is not finite
-        results.append((loss, torch.stack((log_denominator, push, pull, pull_specific))))
+        results.append((loss, torch.stack((log_denominator, push, pull, pull_specific), dim=1)))
     return stacked(results)
 
 
@@ -219,6 +225,7 @@ def backward(
     specific: Tensor | None,
     negatives: Tensor | None,
     seed: Tensor,
+    pairs: list[Tensor],
     rows: Tensor,
     anchors_per_image: int,
     temperature: float,
@@ -234,9 +241,9 @@ def backward(
         of_columns = relations.of_columns(block, of_rows if symmetric else None)
         for z, statistics, grad in zip(vectors, rows, grads, strict=True):
             logits = (z[block] @ z.T).div_(temperature)
-            pairs = _gradient_of_logits(logits, statistics[:, block, None], *of_rows)
-            pairs += _gradient_of_logits(logits, statistics[:, None], *of_columns)
-            torch.mm(pairs, z, out=grad[block])
+            of_logits = _gradient_of_logits(logits, statistics.T[:, block, None], *of_rows)
+            of_logits += _gradient_of_logits(logits, statistics.T[:, None], *of_columns)
+            torch.mm(of_logits, z, out=grad[block])
     scales = grad_losses / temperature
     return [grad.mul_(factor).to(z.dtype) for grad, factor, z in zip(grads, scales, branches, strict=True)]
 

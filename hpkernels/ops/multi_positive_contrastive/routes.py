@@ -76,8 +76,15 @@ class Pairs(NamedTuple):
 
     @property
     def stage_columns(self) -> int:
-        """How many columns are staged at a time."""
-        return math.ceil(len(self.weights) / self.stages)
+        """How many columns are staged at a time, a multiple of 32."""
+        return 32 * math.ceil(len(self.weights) / 32 / self.stages)
+
+    def columns_of(self, stage: int | None) -> tuple[int, int]:
+        """The columns [first, last) of a stage; all of them for None."""
+        anchors = len(self.weights)
+        if stage is None:
+            return 0, anchors
+        return stage * self.stage_columns, min((stage + 1) * self.stage_columns, anchors)
 
     def stage_capacity(self, rate: float) -> int:
         """The places of a stage."""
@@ -204,7 +211,7 @@ class Kernels(Protocol):
     ) -> None:
         """Add what is staged to the sums of the columns of a stage.
 
-        With `factor` also the listed positives, and `out` gets the sums times it, in the dtype of z, of as many features
+        With `factor` also the listed positives, and `out` gets the sums times it, in the dtype of z, as many features
         as it has; else `out` is `sums`. Without a stage these are all anchors, and nothing is staged.
         """
 
@@ -285,13 +292,19 @@ def forward(
     branches: list[Tensor],
     positives: Tensor,
     specific: Tensor | None,
+    specific_weight: Tensor,
     negatives: Tensor | None,
+    seed: Tensor,
     prepared: list[Tensor],
     group: int,
     temperature: float,
     scale: float,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
+    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32)).
+
+    What else the op is given, `prepare` has taken into account.
+    """
     pairs = _pairs(prepared, positives, specific, negatives, group)
     rows = pairs.weights.new_empty((len(branches), *pairs.weights.shape))
     losses = []
@@ -322,6 +335,7 @@ def backward(
     positives: Tensor,
     specific: Tensor | None,
     negatives: Tensor | None,
+    seed: Tensor,
     prepared: list[Tensor],
     rows: Tensor,
     group: int,
@@ -331,22 +345,23 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of the branches from their row statistics; logits are computed again."""
     pairs = _pairs(prepared, positives, specific, negatives, group)
-    grads = []
-    of_branches = zip(branches, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
-    for branch, numbers, shift, factor in of_branches:
-        z, grad = kernels.aligned_rows(branch), torch.empty_like(branch, memory_format=torch.contiguous_format)
-        scale = 1 / temperature
+    scale, vectors = 1 / temperature, [kernels.aligned_rows(z) for z in branches]
+    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in branches]
+    if pairs.lists is not None:  # what one branch needs, the next can take over
+        places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
+        staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
+        sums = torch.empty_like(vectors[0], dtype=torch.float32)
+    of_branches = zip(vectors, grads, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
+    for z, grad, numbers, shift, factor in of_branches:
         kernels.blocks_backward(z, pairs, False, symmetric, scale, numbers, shift, factor, grad)
-        if pairs.lists is not None:
-            sums = torch.empty_like(z, dtype=torch.float32)
-            kernels.blocks_backward(z, pairs, True, symmetric, scale, numbers, shift, factor, sums)
-            staged = z.new_empty((pairs.stage_capacity(rate), kernels.staged_rows(z, group), z.shape[1]))
-            for stage in range(pairs.stages):
-                kernels.sampled_backward(z, pairs, stage, scale, numbers, sums, staged)
-                only = pairs.stages == 1  # then the sums are complete, and all is done in one
-                last = (factor, grad) if only else (None, sums)
-                kernels.rows_backward(z, pairs, stage, scale, numbers, sums, staged, *last)
-            if pairs.stages > 1:
-                kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
-        grads.append(grad)
+        if pairs.lists is None:
+            continue
+        kernels.blocks_backward(z, pairs, True, symmetric, scale, numbers, shift, factor, sums)
+        for stage in range(pairs.stages):
+            kernels.sampled_backward(z, pairs, stage, scale, numbers, sums, staged)
+            # With one stage the sums are complete then, and all is done in one.
+            last = (factor, grad) if pairs.stages == 1 else (None, sums)
+            kernels.rows_backward(z, pairs, stage, scale, numbers, sums, staged, *last)
+        if pairs.stages > 1:
+            kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
     return grads

@@ -1,278 +1,321 @@
-"""Triton kernels of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
+"""The Triton backend of `multi_positive_contrastive`, without any N x N tensor: see ``reference.py`` for the formulas.
 
-Two routes give the same result. "blocks": tiles of all pairs. "lists": tiles of the pairs of each image, which hold
-most positives; across images the sampled negatives of each patch position, which its anchors share, and the listed
-positives. The host rules lists out where they cannot pay; where they may, the kernels of both routes are launched and a
-number on the device, from the counts of the bits, lets those of one do nothing. So no call waits for the device.
+``routes.py`` says in which order the kernels run; here is how each is launched. Its functions are ``routes.Kernels``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, supports
-from hpkernels.ops.hidden_positives.bits import as_bits
-from hpkernels.ops.multi_positive_contrastive import lists
-from hpkernels.ops.multi_positive_contrastive import triton_bits as bits
-from hpkernels.ops.multi_positive_contrastive.reference import loss_of_statistics, stacked
+from hpkernels.ops._triton import supports
+from hpkernels.ops.hidden_positives.bits import words_per_row
+from hpkernels.ops.multi_positive_contrastive import routes
+from hpkernels.ops.multi_positive_contrastive.routes import Pairs
+from hpkernels.ops.multi_positive_contrastive.triton_bits import (
+    draw_negatives_kernel,
+    list_negatives_kernel,
+    list_positives_kernel,
+    transpose_negatives_kernel,
+)
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
-    PARTS,
     contrastive_blocks_bwd_kernel,
     contrastive_blocks_fwd_kernel,
 )
-from hpkernels.ops.multi_positive_contrastive.triton_pairs import (
-    contrastive_pairs_bwd_kernel,
-    contrastive_pairs_fwd_kernel,
+from hpkernels.ops.multi_positive_contrastive.triton_rows import (
+    contrastive_rows_bwd_kernel,
+    contrastive_rows_fwd_kernel,
+    contrastive_scale_kernel,
+    contrastive_square_kernel,
+    contrastive_weigh_kernel,
 )
 from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
     sampled_columns_bwd_kernel,
-    sampled_gather_bwd_kernel,
     sampled_rows_bwd_kernel,
     sampled_rows_fwd_kernel,
 )
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["aligned_rows", "backward", "forward", "prepare", "supports"]
 
-_PROGRAMS = 512  # that columns are split to reach where there are few rows or positions
-_SPLITS = 4  # at least, of each position's list in the gradients of its columns
-
-
-class _Pairs:
-    """The masks, the negatives, and with `lists_allowed` the lists; `enabled`, on the device, is 1 for lists.
-
-    They are the same for all branches, which have one shape.
-    """
-
-    def __init__(self, branches, positives, specific, negatives, seed, group, rate, lists_allowed) -> None:
-        self.positives = positives.contiguous()
-        self.specific = None if specific is None else specific.contiguous()
-        self.anchors, self.dim = branches[0].shape
-        self.group, self.rate = group, rate
-        self.negatives = bits.draw(seed, group, self.anchors, rate) if negatives is None else as_bits(negatives)
-        self.enabled = positives.new_zeros(())
-        self.lists = self._find_lists() if lists_allowed else None
-
-    def _find_lists(self) -> lists.Lists:
-        capacity = lists.capacity(self.anchors)
-        sampled_capacity = lists.sampled_capacity(self.group, self.anchors, self.rate)
-        across = (self.positives, self.specific, self.group)
-        offsets = bits.offsets_of(bits.count(*across))
-        sampled_offsets = bits.offsets_of(bits.count(self.negatives))
-        fit = (offsets[-1] <= capacity) & (sampled_offsets[-1] <= sampled_capacity)
-        self.enabled = fit.to(torch.int32)
-        columns = bits.columns_of(self.positives, offsets, self.enabled, capacity, self.specific, self.group)
-        sampled = bits.columns_of(self.negatives, sampled_offsets, self.enabled, sampled_capacity)
-        return lists.Lists(offsets, columns, sampled_offsets, sampled)
-
-    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, S and R bit-packed; A again if there is no S, for the kernels do not read it then."""
-        return self.positives, self.positives if self.specific is None else self.specific, self.negatives
-
-    def sizes(self) -> tuple[int, int, int, int]:
-        """N, D, words of a row of masks, G."""
-        return self.anchors, self.dim, self.positives.shape[1], self.group
+_PROGRAMS = 512  # that columns are split to reach where there are few rows
 
 
-def forward(
-    branches: list[Tensor],
-    positives: Tensor,
-    specific: Tensor | None,
-    specific_weight: Tensor,
-    negatives: Tensor | None,
-    seed: Tensor,
-    anchors_per_image: int,
-    temperature: float,
-    scale: float,
-    negative_rate: float,
-    variant: str,
-    reweight: bool,
-    keep_specific_only: bool,
-) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, 4, N), for bit-packed positives (N, ceil(N / 32))."""
-    branches = [aligned_rows(z).contiguous() for z in branches]
-    lists_allowed = lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
-    pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    results = []
-    for z in branches:
-        parts = _blocks_forward(pairs, z, 1 / temperature, within=False)
-        if lists_allowed:
-            within = _blocks_forward(pairs, z, 1 / temperature, within=True)
-            parts = torch.cat((parts, within, _lists_forward(pairs, z, 1 / temperature)))
-        loss, statistics = loss_of_statistics(
-            parts[:, 0].logsumexp(dim=0),
-            *parts[:, 1:].sum(dim=0),
-            specific_weight,
-            anchors_per_image=anchors_per_image,
-            scale=scale,
-            variant=variant,
-            reweight=reweight,
-            keep_specific_only=keep_specific_only,
-        )
-        results.append((loss + (z * 0).sum(dtype=loss.dtype), statistics))  # of 0, or of NaN if z is not finite
-    return stacked(results)
+def aligned_rows(matrix: Tensor) -> Tensor:
+    """A contiguous matrix (R, D) with D a multiple of 16."""
+    return _triton.aligned_rows(matrix).contiguous()
 
 
-def backward(
-    grad_losses: Tensor,
-    branches: list[Tensor],
-    positives: Tensor,
-    specific: Tensor | None,
-    negatives: Tensor | None,
-    seed: Tensor,
-    rows: Tensor,
-    anchors_per_image: int,
-    temperature: float,
-    negative_rate: float,
-    symmetric: bool,
-) -> list[Tensor]:
-    """The gradients of the branches from their row statistics; logits, negatives and lists are computed again."""
-    given = branches[0].shape[1]
-    branches = [aligned_rows(z).contiguous() for z in branches]
-    lists_allowed = symmetric and lists.allowed(len(positives), anchors_per_image, negatives, negative_rate)
-    pairs = _Pairs(branches, positives, specific, negatives, seed, anchors_per_image, negative_rate, lists_allowed)
-    stages = []
-    if lists_allowed:
-        stages = lists.stages(bits, pairs.negatives, pairs.anchors, pairs.dim, negative_rate)
-    grads = []
-    for grad_loss, z, statistics in zip(grad_losses, branches, rows, strict=True):
-        numbers, factor = lists.scaled(statistics)
-        grad_z = torch.empty_like(z, dtype=rows.dtype)
-        _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=False, symmetric=symmetric)
-        if lists_allowed:
-            _blocks_backward(pairs, z, numbers, grad_z, 1 / temperature, within=True, symmetric=True)
-            _lists_backward(pairs, stages, z, numbers, grad_z, 1 / temperature)
-        grads.append((grad_z[:, :given] * (grad_loss * factor / temperature)).to(z.dtype))
-    return grads
+def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
+    words = words_per_row(columns)
+    bits = torch.empty((rows, words), dtype=torch.int32, device=seed.device)
+    config = _triton.configuration(draw_negatives_kernel, bits)
+    grid = (rows, triton.cdiv(words, config["BLOCK_WORDS"]))
+    _triton.launch(draw_negatives_kernel, grid, bits, seed, columns, words, int(rate * 2**32), **config)
+    return bits
 
 
-def _empty_parts(pairs: _Pairs, parts: int) -> Tensor:
-    """Parts of the rows that add nothing."""
-    empty = pairs.positives.new_zeros((parts, PARTS.value, pairs.anchors), dtype=torch.float32)
-    empty[:, 0] = -torch.inf
-    return empty
+def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
+    lists, negatives = pairs.lists, pairs.negatives
+    anchors, (positions, words) = len(pairs.weights), negatives.shape
+    transposed = negatives.new_empty((2, anchors, words_per_row(positions)))
+    config = _triton.configuration(transpose_negatives_kernel, negatives)
+    _triton.launch(
+        transpose_negatives_kernel,
+        (pairs.stages, triton.cdiv(pairs.stage_columns, config["BLOCK_COLUMNS"])),
+        *(negatives, *transposed, lists.slot_ranges, pairs.state, positions, anchors, words, transposed.shape[2]),
+        *(pairs.stage_columns, slot_capacity),
+        **config,
+    )
+    _triton.launch(
+        list_negatives_kernel,
+        (positions,),
+        *(negatives, *transposed, lists.slot_ranges, lists.sampled_ranges, lists.sampled_columns, lists.slots),
+        *(pairs.state, words, transposed.shape[2], len(lists.slots), _longest_list(pairs)),
+        **_triton.configuration(list_negatives_kernel, negatives),
+    )
 
 
-def _row_blocks(pairs: _Pairs, rows: int, within: bool) -> int:
-    if within:
-        return pairs.anchors // pairs.group * triton.cdiv(pairs.group + 31, rows)
-    return triton.cdiv(pairs.anchors, rows)
+def count_and_list(pairs: Pairs, counts: Tensor) -> None:
+    anchors, words = pairs.positives.shape
+    ranges, columns = pairs.lists[:2] if pairs.lists is not None else (pairs.state, counts)
+    _triton.launch(
+        list_positives_kernel,
+        (anchors,),
+        *(*_masks(pairs), counts, ranges, columns, pairs.state, anchors, words, pairs.group, len(columns)),
+        HAS_SPECIFIC=pairs.specific is not None,
+        SAMPLED=pairs.negatives is not None,
+        LISTED=pairs.lists is not None,
+        **_triton.configuration(list_positives_kernel, counts),
+    )
 
 
-def _blocks_forward(pairs: _Pairs, z: Tensor, scale: float, within: bool) -> Tensor:
-    config = _triton.configuration(contrastive_blocks_fwd_kernel, z)
-    blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
-    tiles = triton.cdiv(pairs.group + 31 if within else pairs.anchors, config["BLOCK_COLUMNS"])
-    splits = min(tiles, triton.cdiv(_PROGRAMS, blocks))
-    parts = _empty_parts(pairs, splits)
+def weigh(
+    pairs: Pairs, counts: Tensor, specific_weight: Tensor, variant: str, reweight: bool, keep_specific_only: bool
+) -> None:
+    _triton.launch(
+        contrastive_weigh_kernel,
+        (len(counts) // pairs.group,),
+        *(counts, specific_weight, pairs.weights, pairs.state, pairs.group),
+        JOINT=variant == "joint",
+        REWEIGHT=reweight,
+        KEEP_SPECIFIC_ONLY=keep_specific_only,
+        **_triton.configuration(contrastive_weigh_kernel, counts),
+    )
+
+
+def greatest_square(z: Tensor) -> Tensor:
+    square = z.new_zeros((), dtype=torch.int32)
+    config = _triton.configuration(contrastive_square_kernel, z)
+    grid = (triton.cdiv(len(z), config["BLOCK_ROWS"]),)
+    _triton.launch(contrastive_square_kernel, grid, z, square, *z.shape, **config)
+    return square.view(torch.float32)
+
+
+def blocks_parts(z: Tensor, group: int, within: bool) -> int:
+    config = _products(contrastive_blocks_fwd_kernel, z)
+    tiles = triton.cdiv(group + 31 if within else len(z), config["BLOCK_COLUMNS"])
+    return min(tiles, triton.cdiv(_PROGRAMS, _row_blocks(z, group, config["BLOCK_ROWS"], within)))
+
+
+def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor) -> None:
+    config = _products(contrastive_blocks_fwd_kernel, z)
     _triton.launch(
         contrastive_blocks_fwd_kernel,
-        (blocks, splits),
-        *(z, *pairs.masks(), pairs.enabled, parts, scale, *pairs.sizes()),
-        HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z),
-        ENABLED_IF=int(within),
-        WITHIN=within,
-        **config,
-    )
-    return parts
-
-
-def _blocks_backward(
-    pairs: _Pairs, z: Tensor, numbers: Tensor, grad: Tensor, scale: float, within: bool, symmetric: bool
-) -> None:
-    config = _triton.configuration(contrastive_blocks_bwd_kernel, z)
-    blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
-    _triton.launch(
-        contrastive_blocks_bwd_kernel,
-        (blocks, triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
-        *(z, *pairs.masks(), pairs.enabled, numbers, grad, scale, *pairs.sizes()),
-        HAS_SPECIFIC=pairs.specific is not None,
-        PRECISION=_triton.precision(z),
-        ENABLED_IF=int(within),
-        WITHIN=within,
-        SYMMETRIC=symmetric,
-        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        (_row_blocks(z, pairs.group, config["BLOCK_ROWS"], within), len(parts)),
+        *(z, *_masks(pairs), pairs.state, square, parts, scale, *_sizes(z), pairs.positives.shape[1], pairs.group),
+        **_block_constants(z, pairs, within),
         **config,
     )
 
 
-def _lists_forward(pairs: _Pairs, z: Tensor, scale: float) -> Tensor:
-    sampled, listed = parts = _empty_parts(pairs, 2)
-    of_pairs, images = pairs.lists, pairs.anchors // pairs.group
-    config = _triton.configuration(sampled_rows_fwd_kernel, z)
+def sampled_forward(z: Tensor, pairs: Pairs, scale: float, log_sums: Tensor) -> None:
+    lists = pairs.lists
+    config = _products(sampled_rows_fwd_kernel, z)
     _triton.launch(
         sampled_rows_fwd_kernel,
-        (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"])),
-        *(z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, sampled, scale),
-        *(pairs.anchors, pairs.dim, pairs.group),
+        (pairs.group, triton.cdiv(len(z) // pairs.group, config["BLOCK_ROWS"])),
+        *(z, lists.sampled_columns, lists.sampled_ranges, pairs.state, log_sums, scale, *_sizes(z), pairs.group),
         PRECISION=_triton.precision(z),
         **config,
     )
+
+
+def rows_forward(
+    z: Tensor,
+    pairs: Pairs,
+    scale: float,
+    loss_scale: float,
+    square: Tensor,
+    parts: Tensor,
+    within: Tensor | None,
+    log_sums: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
+    losses = parts.new_empty(len(z))
+    ranges, columns = pairs.lists[:2] if pairs.lists is not None else (pairs.state, pairs.positives)
+    given = (parts, parts if within is None else within, parts if log_sums is None else log_sums)
     _triton.launch(
-        contrastive_pairs_fwd_kernel,
-        (pairs.anchors,),
-        *(z, *pairs.masks(), of_pairs.columns, of_pairs.offsets, pairs.enabled, listed, scale, *pairs.sizes()),
+        contrastive_rows_fwd_kernel,
+        (len(z),),
+        *(z, *_masks(pairs), columns, ranges, pairs.state, pairs.weights, square, *given, rows, losses),
+        *(scale, loss_scale, *_sizes(z), pairs.positives.shape[1], pairs.group, len(given[0]), len(given[1])),
         HAS_SPECIFIC=pairs.specific is not None,
-        **_triton.configuration(contrastive_pairs_fwd_kernel, z),
+        LISTED=pairs.lists is not None,
+        **_whole_rows(contrastive_rows_fwd_kernel, z),
     )
-    return parts
+    return losses
 
 
-def _lists_backward(
-    pairs: _Pairs, stages: list[lists.Stage], z: Tensor, numbers: Tensor, grad: Tensor, scale: float
-) -> None:
-    of_pairs, images = pairs.lists, pairs.anchors // pairs.group
-    config = _triton.configuration(contrastive_pairs_bwd_kernel, z)
+def scale_rows(rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    branches, anchors, _ = rows.shape
+    least, greatest = rows.aminmax(dim=1)
+    numbers, (shifts, factors) = torch.empty_like(rows), rows.new_empty((2, branches))
+    config = _triton.configuration(contrastive_scale_kernel, rows)
     _triton.launch(
-        contrastive_pairs_bwd_kernel,
-        (pairs.anchors, triton.cdiv(pairs.dim, config["BLOCK_D"])),
-        *(z, *pairs.masks(), of_pairs.columns, of_pairs.offsets, pairs.enabled, numbers, grad, scale, *pairs.sizes()),
-        HAS_SPECIFIC=pairs.specific is not None,
+        contrastive_scale_kernel,
+        (triton.cdiv(anchors, config["BLOCK_ANCHORS"]), branches),
+        *(rows, least, greatest, grad_losses, numbers, shifts, factors, anchors, 1 / temperature),
+        *(routes.MOST_APART, routes.GREATEST_G / 4),
+        BRANCHES=branches,
         **config,
     )
-    sampled = (z, of_pairs.sampled_columns, of_pairs.sampled_offsets, pairs.enabled, numbers)
-    sizes = (pairs.anchors, pairs.dim, pairs.group)
-    config = _triton.configuration(sampled_rows_bwd_kernel, z)
+    return numbers, shifts, factors
+
+
+def blocks_backward(
+    z: Tensor,
+    pairs: Pairs,
+    within: bool,
+    symmetric: bool,
+    scale: float,
+    numbers: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    sums: Tensor,
+) -> None:
+    config = _products(contrastive_blocks_bwd_kernel, z)
+    blocks = _row_blocks(z, pairs.group, config["BLOCK_ROWS"], within)
+    _triton.launch(
+        contrastive_blocks_bwd_kernel,
+        (blocks, triton.cdiv(sums.shape[1], config["BLOCK_GRAD"])),
+        *(z, *_masks(pairs), pairs.state, numbers, shift, factor, sums, scale, *_sizes(z), sums.shape[1]),
+        *(pairs.positives.shape[1], pairs.group),
+        SYMMETRIC=symmetric,
+        **_block_constants(z, pairs, within),
+        **config,
+    )
+
+
+def staged_rows(z: Tensor, group: int) -> int:
+    return 1
+
+
+def sampled_backward(
+    z: Tensor, pairs: Pairs, stage: int, scale: float, numbers: Tensor, sums: Tensor, staged: Tensor
+) -> None:
+    lists = pairs.lists
+    images = len(z) // pairs.group
+    piece = (*_sizes(z), pairs.group, *pairs.columns_of(stage))
+    constants = {"PIECE": pairs.stages > 1, "PRECISION": _triton.precision(z)}
+    config = _products(sampled_rows_bwd_kernel, z)
     _triton.launch(
         sampled_rows_bwd_kernel,
-        (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(pairs.dim, config["BLOCK_GRAD"])),
-        *(*sampled, grad, scale, *sizes),
-        PRECISION=_triton.precision(z),
-        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        (pairs.group, triton.cdiv(images, config["BLOCK_ROWS"]), triton.cdiv(z.shape[1], config["BLOCK_GRAD"])),
+        *(z, lists.sampled_columns, lists.sampled_ranges, pairs.state, numbers, sums, scale, *piece),
+        **constants,
         **config,
     )
-    for stage in stages:
-        _sampled_columns_backward(pairs, stage, sampled, sizes, grad, scale)
-
-
-def _sampled_columns_backward(
-    pairs: _Pairs, stage: lists.Stage, sampled: tuple, sizes: tuple, grad: Tensor, scale: float
-) -> None:
-    """What the sampled columns get from the rows: products by position are staged, and gathered by column."""
-    z, *_ = sampled
-    config = _triton.configuration(sampled_columns_bwd_kernel, z)
-    gather = _triton.configuration(sampled_gather_bwd_kernel, grad)
-    staged = grad.new_empty((stage.capacity, pairs.dim))
-    words = stage.positions.shape[1]
-    features = triton.cdiv(pairs.dim, config["BLOCK_GRAD"])
-    tiles = triton.cdiv(math.ceil(pairs.rate * pairs.anchors), config["BLOCK_COLUMNS"])  # of a list, as expected
-    splits = min(max(tiles, 1), max(_SPLITS, triton.cdiv(_PROGRAMS, stage.count * features)))
+    config = _products(sampled_columns_bwd_kernel, z)
+    longest = min(_longest_list(pairs), pairs.stage_columns)
     _triton.launch(
         sampled_columns_bwd_kernel,
-        (stage.count, splits, features),
-        *(*sampled, stage.positions, stage.slots, staged, scale, *sizes, words, stage.first_word, stage.capacity),
-        PRECISION=_triton.precision(z),
-        WHOLE=config["BLOCK_GRAD"] >= pairs.dim,
+        (pairs.group, triton.cdiv(longest, config["BLOCK_COLUMNS"]), triton.cdiv(z.shape[1], config["BLOCK_GRAD"])),
+        *(z, lists.sampled_columns, lists.slots, lists.sampled_ranges, pairs.state, numbers, staged, scale, *piece),
+        **constants,
         **config,
     )
+
+
+def rows_backward(
+    z: Tensor,
+    pairs: Pairs,
+    stage: int | None,
+    scale: float,
+    numbers: Tensor,
+    sums: Tensor,
+    staged: Tensor | None,
+    factor: Tensor | None,
+    out: Tensor,
+) -> None:
+    lists, (first, last) = pairs.lists, pairs.columns_of(stage)
+    given = (sums if staged is None else staged, sums if factor is None else factor)
     _triton.launch(
-        sampled_gather_bwd_kernel,
-        (triton.cdiv(pairs.anchors, gather["BLOCK_COLUMNS"]), triton.cdiv(pairs.dim, gather["BLOCK_GRAD"])),
-        *(staged, stage.slots, pairs.enabled, grad, pairs.anchors, pairs.dim, stage.capacity),
-        **gather,
+        contrastive_rows_bwd_kernel,
+        (last - first,),
+        *(z, *_masks(pairs), lists.columns, lists.ranges, lists.slot_ranges, pairs.state, numbers, *given, sums, out),
+        *(scale, z.shape[1], out.shape[1], pairs.positives.shape[1], pairs.group, first),
+        GATHERED=staged is not None,
+        LAST=factor is not None,
+        HAS_SPECIFIC=pairs.specific is not None,
+        **_whole_rows(contrastive_rows_bwd_kernel, z),
     )
+
+
+def _longest_list(pairs: Pairs) -> int:
+    """Of a position, above what is expected of it as in ``routes.sampled_capacity``."""
+    expected = len(pairs.lists.slots) / pairs.group
+    return math.ceil(expected + 10 * math.sqrt(expected) + 64)
+
+
+def _masks(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """A, S and R bit-packed; A again for what is missing, for the kernels do not read it then."""
+    specific, negatives = (pairs.positives if mask is None else mask for mask in (pairs.specific, pairs.negatives))
+    return pairs.positives, specific, negatives
+
+
+def _sizes(z: Tensor) -> tuple[int, int]:
+    """N and D."""
+    return len(z), z.shape[1]
+
+
+def _block_constants(z: Tensor, pairs: Pairs, within: bool) -> dict[str, Any]:
+    return {
+        "WITHIN": within,
+        "HAS_SPECIFIC": pairs.specific is not None,
+        "SAMPLED": pairs.negatives is not None,
+        "PRECISION": _triton.precision(z),
+    }
+
+
+def _row_blocks(z: Tensor, group: int, rows: int, within: bool) -> int:
+    if within:
+        return len(z) // group * triton.cdiv(group + 31, rows)
+    return triton.cdiv(len(z), rows)
+
+
+def _products(kernel: Any, z: Tensor) -> dict[str, Any]:
+    """The configuration of a kernel of products, for rows of z: WHOLE if a program holds all of their features."""
+    config = _triton.configuration(kernel, z)
+    config["BLOCK_GRAD"] = min(config["BLOCK_GRAD"], triton.next_power_of_2(z.shape[1]))
+    return config | {"WHOLE": config["BLOCK_GRAD"] >= z.shape[1]}
+
+
+def _whole_rows(kernel: Any, z: Tensor) -> dict[str, Any]:
+    """The configuration of a kernel that keeps whole rows in registers: those of more features have more warps."""
+    config = _triton.configuration(kernel, z)
+    features = triton.next_power_of_2(z.shape[1])
+    warps = max(1, min(16, features // config.pop("WARP_D")))
+    return config | {"BLOCK_D": features, "num_warps": warps * config["num_warps"]}
+
+
+_this = sys.modules[__name__]
+prepare = functools.partial(routes.prepare, _this)
+forward = functools.partial(routes.forward, _this)
+backward = functools.partial(routes.backward, _this)

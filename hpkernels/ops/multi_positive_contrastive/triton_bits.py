@@ -1,14 +1,13 @@
-"""Triton kernels on packed bits: the drawn negatives, transposes, and lists of the columns of a row's set bits."""
+"""Triton kernels on packed bits: the drawn negatives, and lists of the columns of a row's set bits.
+
+Each row takes its place in a list by one atomic addition of its length, so a kernel that counts also lists. Where the
+rows are in memory depends on the order in which programs run; what a row holds does not.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from hpkernels.ops import _triton
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 
 @triton.jit
@@ -19,9 +18,9 @@ def bits_at(bits, rows, words, columns, inside):
 
 
 @triton.jit
-def tile_of_words(bits, rows, words, first, COLUMNS: tl.constexpr):
-    """The words of a tile (rows, COLUMNS) of bits from column `first` on, both multiples of 32; 0 for rows of -1."""
-    word = first // 32 + tl.arange(0, COLUMNS // 32)
+def words_from(bits, rows, words, first, COUNT: tl.constexpr):
+    """COUNT words (rows, COUNT) of bits from column `first` on, a multiple of 32; 0 for rows of -1."""
+    word = first // 32 + tl.arange(0, COUNT)
     inside = (rows >= 0)[:, None] & (word < words)[None, :]
     return tl.load(bits + rows.to(tl.int64)[:, None] * words + word[None, :], mask=inside, other=0)
 
@@ -29,8 +28,12 @@ def tile_of_words(bits, rows, words, first, COLUMNS: tl.constexpr):
 @triton.jit
 def bits_of(words):
     """The bits of words (R, W) as (R, 32 W) bool."""
-    is_set = ((words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1) != 0
-    return tl.reshape(is_set, (words.shape[0], 32 * words.shape[1]))
+    values = tl.full((), 1, tl.int32) << tl.arange(0, 32)
+    if words.shape[1] == 1:
+        is_set = (words & values[None, :]) != 0
+    else:
+        is_set = tl.reshape((words[:, :, None] & values[None, None, :]) != 0, (words.shape[0], 32 * words.shape[1]))
+    return is_set
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def population_count(words):
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x + (x >> 8) + (x >> 16) + (x >> 24)) & 0x3F).to(tl.int32)
+    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -69,129 +72,156 @@ def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl
     tl.store(bits + row.to(tl.int64) * words + word, drawn, mask=word < words)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "words", "words_transposed"])
-def transpose_bits_kernel(
-    bits, transposed, rows, columns, words, words_transposed, BLOCK_COLUMNS: tl.constexpr, BLOCK_WORDS: tl.constexpr
-):
-    """transposed[j] has bit i set where bits[i] has bit j.
-
-    Grid (blocks of columns j, blocks of words of i). Bytes: reads each word for 32 columns, from cache but once; writes
-    4 a word.
-    """
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    inside = column < columns
-    gathered = tl.zeros((BLOCK_COLUMNS, BLOCK_WORDS), tl.int32)
-    for bit in range(32):
-        row = 32 * word[None, :] + bit
-        is_set = bits_at(bits, row, words, column[:, None], inside[:, None] & (row < rows))
-        gathered |= is_set.to(tl.int32) << bit
-    at = transposed + column.to(tl.int64)[:, None] * words_transposed + word[None, :]
-    tl.store(at, gathered, mask=inside[:, None] & (word < words_transposed)[None, :])
-
-
 @triton.jit
-def listed_words(first, second, row, word, words, group, HAS_SECOND: tl.constexpr, ACROSS: tl.constexpr):
-    """Words of a row of `first`, or `second` as well; with ACROSS only columns outside of the row's group."""
-    at = row.to(tl.int64) * words + word
-    found = tl.load(first + at, mask=word < words, other=0)
-    if HAS_SECOND:
-        found |= tl.load(second + at, mask=word < words, other=0)
-    if ACROSS:
-        start = row // group * group
-        found &= ~low_bits(start + group - 32 * word) | low_bits(start - 32 * word)
-    return found
+def take_places(state, length, count, capacity):
+    """Where `count` more entries begin in a list whose length is state[length]; state[0] = 1 if they do not fit."""
+    first = tl.atomic_add(state + length, count.to(tl.int64), sem="relaxed")
+    tl.store(state, 1, mask=first + count > capacity)
+    return first
 
 
-@triton.jit(do_not_specialize=["words", "group"])
-def count_bits_kernel(
-    first, second, counts, words, group, HAS_SECOND: tl.constexpr, ACROSS: tl.constexpr, BLOCK_WORDS: tl.constexpr
-):
-    """counts[i]: the number of set bits of row i, as `listed_words` has them. Grid (rows,). Bytes: reads the rows."""
-    row = tl.program_id(0)
+@triton.jit(do_not_specialize=["rows", "columns", "words", "words_transposed", "stage_columns", "capacity"])
+def transpose_negatives_kernel(
+    negatives, transposed, below, slot_ranges, state, rows, columns, words, words_transposed, stage_columns, capacity,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+):  # fmt: skip
+    """transposed[j] has bit p set where negatives[p] has bit j; below[j, w] counts them in words before w.
+
+    Column j takes as many places of its stage as it has set bits: slot_ranges[j]. Grid (stages, blocks of columns).
+    Bytes: reads each word for 32 columns, from cache but once; writes 8 a word.
+    """
+    stage = tl.program_id(0)
+    column = stage * stage_columns + tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < tl.minimum((stage + 1) * stage_columns, columns)
+    counted = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    for start in range(0, words_transposed, BLOCK_WORDS):
+        word = start + tl.arange(0, BLOCK_WORDS)
+        gathered = tl.zeros((BLOCK_WORDS, BLOCK_COLUMNS), tl.int32)
+        for bit in range(32):
+            row = (32 * word + bit)[:, None]
+            is_set = bits_at(negatives, row, words, column[None, :], inside[None, :] & (row < rows))
+            gathered |= is_set.to(tl.int32) << bit
+        sizes = population_count(gathered)
+        at = column.to(tl.int64)[None, :] * words_transposed + word[:, None]
+        kept = inside[None, :] & (word < words_transposed)[:, None]
+        tl.store(transposed + at, gathered, mask=kept)
+        tl.store(below + at, counted[None, :] + tl.cumsum(sizes, axis=0) - sizes, mask=kept)
+        counted += tl.sum(sizes, axis=0)
+    ends = take_places(state, 5 + stage, tl.sum(counted, axis=0), capacity) + tl.cumsum(counted, axis=0)
+    tl.store(slot_ranges + 2 * column, ends - counted, mask=inside)
+    tl.store(slot_ranges + 2 * column + 1, ends, mask=inside)
+
+
+@triton.jit(do_not_specialize=["words", "words_transposed", "capacity", "longest"])
+def list_negatives_kernel(
+    negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed,
+    capacity, longest, BLOCK_WORDS: tl.constexpr,
+):  # fmt: skip
+    """List the columns of the set bits of each position, and the slot of each: the place in its column's range.
+
+    state[0] = 1 also if a list is longer than `longest`. Grid (positions,). Bytes: reads the rows, and 16 a set bit;
+    writes 8 a set bit.
+    """
+    position = tl.program_id(0)
+    row = negatives + position.to(tl.int64) * words
     counted = tl.zeros((BLOCK_WORDS,), tl.int32)
     for start in range(0, words, BLOCK_WORDS):
         word = start + tl.arange(0, BLOCK_WORDS)
-        counted += population_count(listed_words(first, second, row, word, words, group, HAS_SECOND, ACROSS))
-    tl.store(counts + row, tl.sum(counted, axis=0))
+        counted += population_count(tl.load(row + word, mask=word < words, other=0))
+    count = tl.sum(counted, axis=0)
+    end = take_places(state, 4, count, capacity)
+    tl.store(state, 1, mask=count > longest)
+    tl.store(ranges + 2 * position, end)
+    tl.store(ranges + 2 * position + 1, end + count)
+    if end + count <= capacity:
+        earlier = low_bits(position % 32)
+        for start in range(0, words, BLOCK_WORDS):
+            word = start + tl.arange(0, BLOCK_WORDS)
+            found = tl.load(row + word, mask=word < words, other=0)
+            sizes = population_count(found)
+            at = end + tl.cumsum(sizes, axis=0) - sizes
+            for _ in range(tl.max(sizes, axis=0)):
+                column = 32 * word + population_count((found & -found) - 1)  # of the lowest set bit
+                of_column = column.to(tl.int64) * words_transposed + position // 32
+                own = tl.load(transposed + of_column, mask=found != 0, other=0) & earlier
+                slot = tl.load(slot_ranges + 2 * column, mask=found != 0, other=0) + population_count(own)
+                slot += tl.load(below + of_column, mask=found != 0, other=0)
+                tl.store(columns + at, column, mask=found != 0)
+                tl.store(slots + at, slot.to(tl.int32), mask=found != 0)
+                found &= found - 1
+                at += 1
+            end += tl.sum(sizes, axis=0)
 
 
-@triton.jit(do_not_specialize=["capacity", "words", "group"])
-def list_bits_kernel(
-    first, second, offsets, enabled, columns, capacity, words, group,
-    HAS_SECOND: tl.constexpr, ACROSS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+@triton.jit
+def words_across(words_of_row, row, word, group):
+    """Words of a row without the columns of the row's own image."""
+    start = row // group * group
+    return words_of_row & (~low_bits(start + group - 32 * word) | low_bits(start - 32 * word))
+
+
+@triton.jit
+def listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC: tl.constexpr):
+    """Words of A or S of a row, in other images."""
+    at = row.to(tl.int64) * words + word
+    found = tl.load(positives + at, mask=word < words, other=0)
+    if HAS_SPECIFIC:
+        found |= tl.load(specific + at, mask=word < words, other=0)
+    return words_across(found, row, word, group)
+
+
+@triton.jit(do_not_specialize=["anchors", "words", "group", "capacity"])
+def list_positives_kernel(
+    positives, specific, negatives, counts, ranges, columns, state, anchors, words, group, capacity,
+    HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, LISTED: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """columns[offsets[i]:]: the columns of the set bits of row i, ascending, if enabled.
+    """counts (N, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
 
-    Grid (rows,). Bytes: reads the rows, writes 4 a set bit. A round for each set bit of the word that has most.
+    Grid (N,). Bytes: reads the rows, again from cache where they are listed; writes 4 a listed column. A round for each
+    set bit of the word that has most.
     """
-    if tl.load(enabled) == 0:
-        return
     row = tl.program_id(0)
-    end = tl.load(offsets + row)
+    agnostic_counted = tl.zeros((BLOCK_WORDS,), tl.int32)
+    specific_counted = tl.zeros((BLOCK_WORDS,), tl.int32)
+    denominator_counted = tl.zeros((BLOCK_WORDS,), tl.int32)
+    listed_counted = tl.zeros((BLOCK_WORDS,), tl.int32)
     for start in range(0, words, BLOCK_WORDS):
         word = start + tl.arange(0, BLOCK_WORDS)
-        found = listed_words(first, second, row, word, words, group, HAS_SECOND, ACROSS)
-        sizes = population_count(found)
-        at = end + tl.cumsum(sizes, axis=0) - sizes
-        for _ in range(tl.max(sizes, axis=0)):
-            lowest = population_count((found & -found) - 1)
-            tl.store(columns + at, 32 * word + lowest, mask=(found != 0) & (at < capacity))
-            found &= found - 1
-            at += 1
-        end += tl.sum(sizes, axis=0)
-
-
-def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
-    """The drawn negatives R bit-packed, (rows, ceil(columns / 32)) int32."""
-    words = words_per_row(columns)
-    bits = torch.empty((rows, words), dtype=torch.int32, device=seed.device)
-    config = _triton.configuration(draw_negatives_kernel, bits)
-    grid = (rows, triton.cdiv(words, config["BLOCK_WORDS"]))
-    _triton.launch(draw_negatives_kernel, grid, bits, seed, columns, words, int(rate * 2**32), **config)
-    return bits
-
-
-def transpose(bits: Tensor, columns: int) -> Tensor:
-    """The transpose of packed bits (R, ceil(columns / 32)), (columns, ceil(R / 32)) int32."""
-    rows, words = bits.shape
-    transposed = bits.new_empty((columns, words_per_row(rows)))
-    config = _triton.configuration(transpose_bits_kernel, bits)
-    grid = (triton.cdiv(columns, config["BLOCK_COLUMNS"]), triton.cdiv(transposed.shape[1], config["BLOCK_WORDS"]))
-    _triton.launch(transpose_bits_kernel, grid, bits, transposed, rows, columns, words, transposed.shape[1], **config)
-    return transposed
-
-
-def count(first: Tensor, second: Tensor | None = None, group: int | None = None) -> Tensor:
-    """Set bits of each row of one mask, or of the union of two, outside of the row's `group`, (R,) int32."""
-    first = first.contiguous()
-    rows, words = first.shape
-    counts = first.new_empty(rows)
-    config = _triton.configuration(count_bits_kernel, first)
-    constants = {"HAS_SECOND": second is not None, "ACROSS": group is not None}
-    arguments = (first, first if second is None else second, counts, words, group or 1)
-    _triton.launch(count_bits_kernel, (rows,), *arguments, **constants, **config)
-    return counts
-
-
-def offsets_of(counts: Tensor) -> Tensor:
-    """Where each row's list starts and the last one ends, (R + 1,) int64."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-
-
-def columns_of(
-    first: Tensor,
-    offsets: Tensor,
-    enabled: Tensor,
-    capacity: int,
-    second: Tensor | None = None,
-    group: int | None = None,
-) -> Tensor:
-    """The lists of the set bits that `count` counts, one after another, (capacity,) int32, if `enabled`."""
-    rows, words = first.shape
-    columns = first.new_empty(capacity)
-    config = _triton.configuration(list_bits_kernel, first)
-    constants = {"HAS_SECOND": second is not None, "ACROSS": group is not None}
-    arguments = (first, first if second is None else second, offsets, enabled, columns, capacity, words, group or 1)
-    _triton.launch(list_bits_kernel, (rows,), *arguments, **constants, **config)
-    return columns
+        at = row.to(tl.int64) * words + word
+        agnostic = tl.load(positives + at, mask=word < words, other=0)
+        agnostic_counted += population_count(agnostic)
+        found = agnostic
+        if HAS_SPECIFIC:
+            task = tl.load(specific + at, mask=word < words, other=0)
+            specific_counted += population_count(task)
+            found |= task
+        if SAMPLED:
+            drawn = tl.load(negatives + (row % group).to(tl.int64) * words + word, mask=word < words, other=0)
+            own = tl.where(word == row // 32, tl.full((), 1, tl.int32) << (row % 32), 0)
+            denominator_counted += population_count((agnostic | drawn) & ~own)
+        if LISTED:
+            listed_counted += population_count(words_across(found, row, word, group))
+    tl.store(counts + 3 * row, tl.sum(agnostic_counted, axis=0))
+    tl.store(counts + 3 * row + 1, tl.sum(specific_counted, axis=0))
+    if SAMPLED:
+        tl.store(counts + 3 * row + 2, tl.sum(denominator_counted, axis=0))
+    else:
+        tl.store(counts + 3 * row + 2, anchors - 1)
+    if LISTED:
+        count = tl.sum(listed_counted, axis=0)
+        end = take_places(state, 3, count, capacity)
+        tl.store(ranges + 2 * row, end)
+        tl.store(ranges + 2 * row + 1, end + count)
+        if end + count <= capacity:
+            for start in range(0, words, BLOCK_WORDS):
+                word = start + tl.arange(0, BLOCK_WORDS)
+                found = listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC)
+                sizes = population_count(found)
+                at = end + tl.cumsum(sizes, axis=0) - sizes
+                for _ in range(tl.max(sizes, axis=0)):
+                    tl.store(columns + at, 32 * word + population_count((found & -found) - 1), mask=found != 0)
+                    found &= found - 1
+                    at += 1
+                end += tl.sum(sizes, axis=0)
+    else:
+        tl.store(state, 1, mask=row == 0)

@@ -1,8 +1,10 @@
 """Triton kernels of the loss over tiles of all pairs, or of the pairs of each image, whose logits are never kept.
 
-The formulas are those of ``reference.py``. Forward keeps a row's log-sum with a running maximum, so rows of z may have
-any length. Backward forms g_ij + g_ji of a tile from the numbers of both anchors and multiplies it with z at once: no
-two programs add to one number.
+The formulas are those of ``reference.py``. Forward sums exp(logit - base), where the base is what no logit exceeds if
+that is small, else a running maximum, so rows of z may have any length. Backward forms g_ij + g_ji of a tile from the
+numbers of both anchors and multiplies it with z at once: no two programs add to one number.
+
+Logits are in units of log 2 inside of the kernels, for ``exp2`` is what GPUs compute.
 """
 
 from __future__ import annotations
@@ -10,11 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton import load_rows, multiply, products_and_tile, row_products
-from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, tile_of_words
+from hpkernels.ops._triton import load_rows, multiply, products_and_tile
+from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
 
-PARTS = tl.constexpr(5)
-"""Numbers of a part of a row: log-sum, counts of A and S, sums of their logits."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+MOST_BASE = tl.constexpr(40.0)
+"""Up to which a bound of all logits is the base of their log-sum: the least of them is exp(-2 * 40) of it."""
+
+
+@triton.jit
+def does_nothing(state, WITHIN: tl.constexpr):
+    """Whether the blocks of all pairs, or of those of each image, are of the route that is not taken."""
+    return (tl.load(state) != 0) == WITHIN
 
 
 @triton.jit
@@ -43,134 +52,176 @@ def anchors_from(start, first, last, COUNT: tl.constexpr):
 
 
 @triton.jit
-def positions_of(anchors, group):
-    """The patch positions of anchors; -1 for those of -1."""
-    return tl.where(anchors >= 0, anchors % group, -1)
+def words_between(first, last, start, COUNT: tl.constexpr):
+    """COUNT words from column `start` on, whose columns [first, last) are set."""
+    begin = start + 32 * tl.arange(0, COUNT)
+    return low_bits(last - begin) & ~low_bits(first - begin)
 
 
 @triton.jit
-def add_to_log_sum(greatest, total, logits, included):
-    """The greatest of each row's included logits so far, and the sum of exp(logit - greatest)."""
-    raised = tl.maximum(greatest, tl.max(tl.where(included, logits, float("-inf")), axis=1))
-    base = tl.where(raised == float("-inf"), 0.0, raised)
-    terms = tl.where(included, tl.exp(logits - base[:, None]), 0.0)
-    return raised, total * tl.exp(greatest - base) + tl.sum(terms, axis=1)
+def own_words(anchors, start, COUNT: tl.constexpr):
+    """COUNT words (anchors, COUNT) from column `start` on, where the column of each anchor itself is set."""
+    word = start // 32 + tl.arange(0, COUNT)
+    bit = tl.full((), 1, tl.int32) << (anchors & 31)
+    return tl.where((anchors >> 5)[:, None] == word[None, :], bit[:, None], 0)
 
 
 @triton.jit
-def log_sum_of(greatest, total):
-    """log of the sum, -inf if nothing was included."""
-    return tl.where(total > 0, greatest + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+def drawn_words(negatives, anchors, group, words, start, SAMPLED: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT words (anchors, COUNT) of R from column `start` on; if nothing was drawn all columns are negatives."""
+    if SAMPLED:
+        drawn = words_from(negatives, tl.where(anchors >= 0, anchors % group, -1), words, start, COUNT)
+    else:
+        drawn = tl.where((anchors >= 0)[:, None], tl.full((1, COUNT), -1, tl.int32), 0)
+    return drawn
+
+
+@triton.jit
+def raise_base(base, total, products, included, factor):
+    """The greatest of each row's included products so far, and the sum of exp2(factor (product - base)) for it."""
+    raised = tl.maximum(base, tl.max(tl.where(included, products, float("-inf")), axis=1))
+    total *= tl.exp2(factor * (base - tl.where(raised == float("-inf"), 0.0, raised)))
+    return raised, total
+
+
+@triton.jit
+def sum_of_terms(base, products, included, factor):
+    """The sum of exp2(factor (product - base)) over each row's included products."""
+    shift = factor * tl.where(base == float("-inf"), 0.0, base)
+    return tl.sum(tl.where(included, tl.exp2(factor * products - shift[:, None]), 0.0), axis=1)
+
+
+@triton.jit
+def log_sum_of(base, total, factor):
+    """The natural logarithm of the sum, -inf if nothing was included."""
+    log_sum = (factor * base + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E
+    return tl.where(total > 0, log_sum, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_blocks_fwd_kernel(
-    z, positives, specific, negatives, enabled, parts, scale, anchors, dim, words, group,
-    ENABLED_IF: tl.constexpr, WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, PRECISION: tl.constexpr,
+    z, positives, specific, negatives, state, square, parts, scale, anchors, dim, words, group,
+    WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; counts of A and S; sums of their l.
+    """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A and S.
 
-    Grid (blocks of rows, splits of the columns); parts (splits, PARTS, N). Does nothing unless enabled == ENABLED_IF.
-    FLOPs: 2 D a pair. Bytes: z once for each block of rows, from cache; 2 or 3 bits a pair.
+    Grid (blocks of rows, splits of the columns); parts (splits, 3, N). FLOPs: 2 D a pair. Bytes: z once for each block
+    of rows, from cache, and the rows again for each tile of columns if they are not WHOLE; 2 or 3 bits a pair.
     """
-    if tl.load(enabled) != ENABLED_IF:
+    if does_nothing(state, WITHIN):
         return
     row_start, first, last = scope_of(tl.program_id(0), anchors, group, WITHIN, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
+    features = tl.arange(0, BLOCK_GRAD)
+    own = load_rows(z, rows, dim, features, 1, anchors, dim)
     split = tl.program_id(1)
     column_start = first // 32 * 32
     share = tl.cdiv(tl.cdiv(last - column_start, BLOCK_COLUMNS), tl.num_programs(1)) * BLOCK_COLUMNS
     column_start += split * share
-    greatest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    factor = scale * LOG2_E
+    bound = tl.load(square)
+    running = (scale * bound <= MOST_BASE) == 0  # also if the bound is NaN
+    base = tl.zeros((BLOCK_ROWS,), tl.float32) + tl.where(running, float("-inf"), bound)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    agnostic_count = tl.zeros((BLOCK_ROWS,), tl.float32)
-    specific_count = tl.zeros((BLOCK_ROWS,), tl.float32)
     agnostic_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     specific_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
+    COUNT: tl.constexpr = BLOCK_COLUMNS // 32
     for start in range(column_start, tl.minimum(column_start + share, last), BLOCK_COLUMNS):
         columns = anchors_from(start, first, last, BLOCK_COLUMNS)
-        logits = scale * row_products(z, rows, dim, 1, anchors, z, columns, dim, 1, anchors, dim, PRECISION, BLOCK_D)
-        inside = (columns >= 0)[None, :]
-        agnostic_words = tile_of_words(positives, rows, words, start, BLOCK_COLUMNS)
-        drawn_words = tile_of_words(negatives, positions_of(rows, group), words, start, BLOCK_COLUMNS)
-        denominator = inside & (rows[:, None] != columns[None, :]) & bits_of(agnostic_words | drawn_words)
-        greatest, total = add_to_log_sum(greatest, total, logits, denominator)
-        agnostic = inside & bits_of(agnostic_words)
-        agnostic_count += tl.sum(agnostic.to(tl.float32), axis=1)
-        agnostic_sum += tl.sum(tl.where(agnostic, logits, 0.0), axis=1)
+        inside = words_between(first, last, start, COUNT)[None, :]
+        agnostic = words_from(positives, rows, words, start, COUNT) & inside
+        denominator = agnostic | (drawn_words(negatives, rows, group, words, start, SAMPLED, COUNT) & inside)
+        denominator &= ~own_words(rows, start, COUNT)
         if HAS_SPECIFIC:
-            task = inside & bits_of(tile_of_words(specific, rows, words, start, BLOCK_COLUMNS))
-            specific_count += tl.sum(task.to(tl.float32), axis=1)
-            specific_sum += tl.sum(tl.where(task, logits, 0.0), axis=1)
-    at = parts + split.to(tl.int64) * PARTS * anchors + rows
-    tl.store(at, log_sum_of(greatest, total), mask=rows >= 0)
-    tl.store(at + anchors, agnostic_count, mask=rows >= 0)
-    tl.store(at + 2 * anchors, specific_count, mask=rows >= 0)
-    tl.store(at + 3 * anchors, agnostic_sum, mask=rows >= 0)
-    tl.store(at + 4 * anchors, specific_sum, mask=rows >= 0)
+            task = words_from(specific, rows, words, start, COUNT) & inside
+        products, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        if running:
+            base, total = raise_base(base, total, products, bits_of(denominator), factor)
+        total += sum_of_terms(base, products, bits_of(denominator), factor)
+        agnostic_sum += tl.sum(tl.where(bits_of(agnostic), products, 0.0), axis=1)
+        if HAS_SPECIFIC:
+            specific_sum += tl.sum(tl.where(bits_of(task), products, 0.0), axis=1)
+    at = parts + split.to(tl.int64) * 3 * anchors + rows
+    tl.store(at, log_sum_of(base, total, factor), mask=rows >= 0)
+    tl.store(at + anchors, scale * agnostic_sum, mask=rows >= 0)
+    tl.store(at + 2 * anchors, scale * specific_sum, mask=rows >= 0)
 
 
 @triton.jit
-def load_numbers(numbers, anchors, rows):
-    """log-denominator, push, pull and specific pull of some rows, from (4, N)."""
-    at = numbers + rows
+def load_numbers(numbers, rows):
+    """r, f, pull and specific pull of some rows, from (N, 4); 0 for rows of -1. r is in units of log 2."""
+    at = numbers + 4 * rows
     inside = rows >= 0
-    log_denominator = tl.load(at, mask=inside, other=0.0)
-    push = tl.load(at + anchors, mask=inside, other=0.0)
-    pull = tl.load(at + 2 * anchors, mask=inside, other=0.0)
-    return log_denominator, push, pull, tl.load(at + 3 * anchors, mask=inside, other=0.0)
+    base = LOG2_E * tl.load(at, mask=inside, other=0.0)
+    push = tl.load(at + 1, mask=inside, other=0.0)
+    return base, push, tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_blocks_bwd_kernel(
-    z, positives, specific, negatives, enabled, numbers, grad, scale, anchors, dim, words, group,
-    ENABLED_IF: tl.constexpr, WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SYMMETRIC: tl.constexpr,
+    z, positives, specific, negatives, state, numbers, shift, factor, sums, scale, anchors, dim, width, words, group,
+    WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """grad_i = sum over the pairs of (g_ij + g_ji) z_j, with the numbers (4, N) of both anchors.
+    """sums_i = sum over the pairs of (g_ij + g_ji) z_j, with the numbers of both anchors; of all pairs times `factor`.
 
-    Grid (blocks of rows, blocks of features). Nothing is done unless enabled == ENABLED_IF. FLOPs: 4 D a pair. Bytes: z
-    once for each block of rows if it holds all features, else twice, from cache; 3 to 6 bits a pair; grad, float32,
-    once.
+    Grid (blocks of rows, blocks of features). FLOPs: 4 D a pair. Bytes: z once for each block of rows if it holds all
+    features, else twice, from cache; 3 to 6 bits a pair; sums (N, width) once.
     """
-    if tl.load(enabled) != ENABLED_IF:
+    if does_nothing(state, WITHIN):
         return
     row_start, first, last = scope_of(tl.program_id(0), anchors, group, WITHIN, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
     features = tl.program_id(1) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
-    log_i, push_i, pull_i, specific_i = load_numbers(numbers, anchors, rows)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_GRAD), tl.float32)
+    base_i, push_i, pull_i, specific_i = load_numbers(numbers, rows)
+    shared = LOG2_E * tl.load(shift)
+    gradient = tl.zeros((BLOCK_ROWS, BLOCK_GRAD), tl.float32)
+    COUNT: tl.constexpr = BLOCK_COLUMNS // 32
+    ROW_COUNT: tl.constexpr = BLOCK_ROWS // 32
     for start in range(first // 32 * 32, last, BLOCK_COLUMNS):
         columns = anchors_from(start, first, last, BLOCK_COLUMNS)
-        logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits *= scale
-        log_j, push_j, pull_j, specific_j = load_numbers(numbers, anchors, columns)
-        inside = (rows >= 0)[:, None] & (columns >= 0)[None, :]
-        other = inside & (rows[:, None] != columns[None, :])
-        agnostic_words = tile_of_words(positives, rows, words, start, BLOCK_COLUMNS)
-        drawn_words = tile_of_words(negatives, positions_of(rows, group), words, start, BLOCK_COLUMNS)
-        in_i = other & bits_of(agnostic_words | drawn_words)
-        g = tl.where(in_i, push_i[:, None] * tl.exp(logits - log_i[:, None]), 0.0)
-        to_j = inside & bits_of(agnostic_words)
-        drawn = tl.trans(bits_of(tile_of_words(negatives, positions_of(columns, group), words, row_start, BLOCK_ROWS)))
-        if SYMMETRIC:
-            in_j = other & (to_j | drawn)
-            g -= tl.where(to_j, pull_i[:, None] + pull_j[None, :], 0.0)
-        else:
-            to_i = inside & tl.trans(bits_of(tile_of_words(positives, columns, words, row_start, BLOCK_ROWS)))
-            in_j = other & (to_i | drawn)
-            g -= tl.where(to_j, pull_i[:, None], 0.0) + tl.where(to_i, pull_j[None, :], 0.0)
-        g += tl.where(in_j, push_j[None, :] * tl.exp(logits - log_j[None, :]), 0.0)
+        inside = words_between(first, last, start, COUNT)[None, :]
+        to_j = words_from(positives, rows, words, start, COUNT) & inside
+        in_i = to_j | (drawn_words(negatives, rows, group, words, start, SAMPLED, COUNT) & inside)
+        in_i &= ~own_words(rows, start, COUNT)
+        in_j = drawn_words(negatives, columns, group, words, row_start, SAMPLED, ROW_COUNT)
+        if not SYMMETRIC:
+            to_i = words_from(positives, columns, words, row_start, ROW_COUNT)
+            in_j |= to_i
+        in_j &= ~own_words(columns, row_start, ROW_COUNT)
         if HAS_SPECIFIC:
-            to_j = inside & bits_of(tile_of_words(specific, rows, words, start, BLOCK_COLUMNS))
+            task_j = words_from(specific, rows, words, start, COUNT) & inside
+            if not SYMMETRIC:
+                task_i = words_from(specific, columns, words, row_start, ROW_COUNT)
+        base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
+        logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        logits *= scale * LOG2_E
+        are_in_j = tl.trans(bits_of(in_j))
+        if SYMMETRIC:
+            are_in_j |= bits_of(to_j & in_i)
+        from_i = tl.where(bits_of(in_i), push_i[:, None], 0.0)
+        from_j = tl.where(are_in_j, push_j[None, :], 0.0)
+        if shared == shared:
+            g = (from_i + from_j) * tl.exp2(tl.minimum(logits - shared, 1.0))  # above 1 only of pairs in neither
+        else:
+            g = from_i * tl.exp2(tl.minimum(logits - base_i[:, None], 1.0))
+            g += from_j * tl.exp2(tl.minimum(logits - base_j[None, :], 1.0))
+        if SYMMETRIC:
+            g -= tl.where(bits_of(to_j), pull_i[:, None] + pull_j[None, :], 0.0)
+        else:
+            g -= tl.where(bits_of(to_j), pull_i[:, None], 0.0) + tl.where(tl.trans(bits_of(to_i)), pull_j[None, :], 0.0)
+        if HAS_SPECIFIC:
             if SYMMETRIC:
-                g -= tl.where(to_j, specific_i[:, None] + specific_j[None, :], 0.0)
+                g -= tl.where(bits_of(task_j), specific_i[:, None] + specific_j[None, :], 0.0)
             else:
-                to_i = inside & tl.trans(bits_of(tile_of_words(specific, columns, words, row_start, BLOCK_ROWS)))
-                g -= tl.where(to_j, specific_i[:, None], 0.0) + tl.where(to_i, specific_j[None, :], 0.0)
-        sums = multiply(g.to(tile.dtype), tile, sums, PRECISION)
-    at = grad + rows.to(tl.int64)[:, None] * dim + features[None, :]
-    tl.store(at, sums, mask=(rows >= 0)[:, None] & (features < dim)[None, :])
+                g -= tl.where(bits_of(task_j), specific_i[:, None], 0.0)
+                g -= tl.where(tl.trans(bits_of(task_i)), specific_j[None, :], 0.0)
+        gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
+    if not WITHIN:
+        gradient *= tl.load(factor)
+    at = sums + rows.to(tl.int64)[:, None] * width + features[None, :]
+    tl.store(at, gradient.to(sums.dtype.element_ty), mask=(rows >= 0)[:, None] & (features < width)[None, :])

@@ -9,9 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton import load_rows, multiply, products_and_tile, row_products
-from hpkernels.ops.multi_positive_contrastive.triton_bits import low_bits, population_count
-from hpkernels.ops.multi_positive_contrastive.triton_blocks import add_to_log_sum, load_numbers, log_sum_of
+from hpkernels.ops._triton import load_rows, multiply, products_and_tile
+from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
+    LOG2_E,
+    load_numbers,
+    log_sum_of,
+    raise_base,
+    sum_of_terms,
+)
 
 
 @triton.jit
@@ -28,128 +33,128 @@ def are_across(first_of_image, columns, group):
     return (columns >= 0)[None, :] & (before | (columns[None, :] >= first_of_image[:, None] + group))
 
 
+@triton.jit
+def piece_of(columns, ranges, row, first, last, PIECE: tl.constexpr):
+    """Where the list of a row, which ascends, has its columns: all, or with PIECE those in [first, last)."""
+    start = tl.load(ranges + 2 * row)
+    end = tl.load(ranges + 2 * row + 1)
+    if PIECE:
+        start = first_from(columns, start, end, first)
+        end = first_from(columns, start, end, last)
+    return start, end
+
+
+@triton.jit
+def first_from(columns, start, end, least):
+    """The first place in [start, end) whose column is `least` or more, by bisection."""
+    while start < end:
+        middle = (start + end) // 2
+        if tl.load(columns + middle) < least:
+            start = middle + 1
+        else:
+            end = middle
+    return start
+
+
 @triton.jit(do_not_specialize=["anchors", "group"])
 def sampled_rows_fwd_kernel(
-    z, columns, offsets, enabled, log_sums, scale, anchors, dim, group,
+    z, columns, ranges, state, log_sums, scale, anchors, dim, group,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
     """log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
 
     Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list.
     """
-    if tl.load(enabled) == 0:
+    if tl.load(state) != 0:
         return
     position = tl.program_id(0)
     rows, first_of_image = rows_at(position, tl.program_id(1), anchors // group, group, BLOCK_ROWS)
-    greatest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    features = tl.arange(0, BLOCK_GRAD)
+    own = load_rows(z, rows, dim, features, 1, anchors, dim)
+    factor = scale * LOG2_E
+    base = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    end = tl.load(offsets + position + 1)
-    for start in range(tl.load(offsets + position), end, BLOCK_COLUMNS):
+    first, end = piece_of(columns, ranges, position, 0, anchors, False)
+    for start in range(first, end, BLOCK_COLUMNS):
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
-        logits = scale * row_products(z, rows, dim, 1, anchors, z, column, dim, 1, anchors, dim, PRECISION, BLOCK_D)
-        greatest, total = add_to_log_sum(greatest, total, logits, are_across(first_of_image, column, group))
-    tl.store(log_sums + rows, log_sum_of(greatest, total), mask=rows >= 0)
+        products, _ = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        across = are_across(first_of_image, column, group)
+        base, total = raise_base(base, total, products, across, factor)
+        total += sum_of_terms(base, products, across, factor)
+    tl.store(log_sums + rows, log_sum_of(base, total, factor), mask=rows >= 0)
 
 
-@triton.jit(do_not_specialize=["anchors", "group"])
+@triton.jit(do_not_specialize=["anchors", "group", "first_column", "last_column"])
 def sampled_rows_bwd_kernel(
-    z, columns, offsets, enabled, numbers, grad, scale, anchors, dim, group,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
+    z, columns, ranges, state, numbers, sums, scale, anchors, dim, group, first_column, last_column,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """grad_i += sum over the negatives j of i in other images of push_i exp(l_ij - logDen_i) z_j.
+    """sums_i += sum over the negatives j of i in other images of f_i exp(l_ij - r_i) z_j, j in the piece.
 
     Grid (positions, blocks of images, blocks of features). FLOPs: 4 D a pair. Bytes: one row of z for each column of
-    each position's list, or two if the block has not all features; grad, float32, read and written once.
+    each position's list, or two if the block has not all features; sums read and written once.
     """
-    if tl.load(enabled) == 0:
+    if tl.load(state) != 0:
         return
     position = tl.program_id(0)
     rows, first_of_image = rows_at(position, tl.program_id(1), anchors // group, group, BLOCK_ROWS)
     features = tl.program_id(2) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
-    own = load_rows(z, rows, dim, features, 1, anchors, dim)
-    log_denominator, push, _, _ = load_numbers(numbers, anchors, rows)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_GRAD), tl.float32)
-    end = tl.load(offsets + position + 1)
-    for start in range(tl.load(offsets + position), end, BLOCK_COLUMNS):
-        at = start + tl.arange(0, BLOCK_COLUMNS)
-        column = tl.load(columns + at, mask=at < end, other=-1)
-        logits, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        across = are_across(first_of_image, column, group)
-        g = tl.where(across, push[:, None] * tl.exp(scale * logits - log_denominator[:, None]), 0.0)
-        sums = multiply(g.to(tile.dtype), tile, sums, PRECISION)
-    target = grad + rows.to(tl.int64)[:, None] * dim + features[None, :]
+    target = sums + rows.to(tl.int64)[:, None] * dim + features[None, :]
     inside = (rows >= 0)[:, None] & (features < dim)[None, :]
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
-
-
-@triton.jit
-def bits_below(bits, rows, words, first_word, position):
-    """The number of set bits of each row at positions from that of `first_word` on and below `position`."""
-    found = tl.zeros(rows.shape, tl.int32)
-    for word in range(first_word, position // 32 + 1):
-        loaded = tl.load(bits + rows.to(tl.int64) * words + word, mask=rows >= 0, other=0)
-        found += population_count(loaded & low_bits(position - 32 * word))
-    return found
-
-
-@triton.jit(do_not_specialize=["anchors", "group", "words", "first_word", "capacity"])
-def sampled_columns_bwd_kernel(
-    z, columns, offsets, enabled, numbers, positions, slots, staged, scale, anchors, dim, group,
-    words, first_word, capacity,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
-):  # fmt: skip
-    """staged[slot of (j, p)] = sum over the images of push_i exp(l_ij - logDen_i) z_i, i at p, j sampled there.
-
-    The slots of a column j follow one another from slots[j] on, in the order of its positions from 32 first_word on,
-    which are the set bits of positions[j]. Grid (positions, splits of their lists, blocks of features). FLOPs: 4 D a
-    pair. Bytes: a row of z, or two, for each image and block of columns; a row of float32 written for each (p, j).
-    """
-    if tl.load(enabled) == 0:
-        return
-    position = 32 * first_word + tl.program_id(0)
-    features = tl.program_id(2) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
-    end = tl.load(offsets + position + 1)
-    step = tl.num_programs(1) * BLOCK_COLUMNS
-    for start in range(tl.load(offsets + position) + tl.program_id(1) * BLOCK_COLUMNS, end, step):
+    gradient = tl.load(target, mask=inside, other=0.0)
+    own = load_rows(z, rows, dim, features, 1, anchors, dim)
+    base, push, _, _ = load_numbers(numbers, rows)
+    first, end = piece_of(columns, ranges, position, first_column, last_column, PIECE)
+    for start in range(first, end, BLOCK_COLUMNS):
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
-        own = load_rows(z, column, dim, features, 1, anchors, dim)
-        sums = tl.zeros((BLOCK_COLUMNS, BLOCK_GRAD), tl.float32)
-        for block in range(0, tl.cdiv(anchors // group, BLOCK_ROWS)):
-            rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
-            logits, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-            log_denominator, push, _, _ = load_numbers(numbers, anchors, rows)
-            across = tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :]
-            g = tl.where(across, push[None, :] * tl.exp(scale * logits - log_denominator[None, :]), 0.0)
-            sums = multiply(g.to(tile.dtype), tile, sums, PRECISION)
-        slot = tl.load(slots + column, mask=column >= 0, other=capacity)
-        slot += bits_below(positions, column, words, first_word, position)
-        inside = (slot < capacity)[:, None] & (features < dim)[None, :]
-        tl.store(staged + slot.to(tl.int64)[:, None] * dim + features[None, :], sums, mask=inside)
+        products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
+        # This is always so. Where Triton sees that one product takes the other, each group of four warps computes all.
+        if start < end:  # noqa: SIM108
+            g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
+        else:
+            g = terms
+        gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
+    tl.store(target, gradient, mask=inside)
 
 
-@triton.jit(do_not_specialize=["anchors", "capacity"])
-def sampled_gather_bwd_kernel(
-    staged, slots, enabled, grad, anchors, dim, capacity, BLOCK_COLUMNS: tl.constexpr, BLOCK_GRAD: tl.constexpr
-):
-    """grad_j += sum of staged[slots[j] : slots[j + 1]].
+@triton.jit(do_not_specialize=["anchors", "group", "first_column", "last_column"])
+def sampled_columns_bwd_kernel(
+    z, columns, slots, ranges, state, numbers, staged, scale, anchors, dim, group, first_column, last_column,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
+):  # fmt: skip
+    """staged[slot of (p, j)] = sum over the images of f_i exp(l_ij - r_i) z_i, i at p, j sampled there, in the piece.
 
-    Grid (blocks of columns, blocks of features). Bytes: reads what was staged, reads and writes grad, all float32.
+    Grid (positions, blocks of the longest list, blocks of features). FLOPs: 4 D a pair. Bytes: a row of z, or two, for
+    each image and block of columns; a row written for each (p, j).
     """
-    if tl.load(enabled) == 0:
+    if tl.load(state) != 0:
         return
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    features = tl.program_id(1) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
-    first = tl.load(slots + column, mask=column < anchors, other=0)
-    end = tl.minimum(tl.load(slots + column + 1, mask=column < anchors, other=0), capacity)
-    own = grad + column.to(tl.int64)[:, None] * dim + features[None, :]
-    inside = (column < anchors)[:, None] & (features < dim)[None, :]
-    sums = tl.load(own, mask=inside, other=0.0)
-    for step in range(0, tl.max(end - first, axis=0)):
-        slot = first + step
-        at = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
-        sums += tl.load(at, mask=inside & (slot < end)[:, None], other=0.0)
-    tl.store(own, sums, mask=inside)
+    position = tl.program_id(0)
+    first, end = piece_of(columns, ranges, position, first_column, last_column, PIECE)
+    at = first + tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if first + tl.program_id(1) * BLOCK_COLUMNS >= end:
+        return
+    features = tl.program_id(2) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
+    column = tl.load(columns + at, mask=at < end, other=-1)
+    own = load_rows(z, column, dim, features, 1, anchors, dim)
+    gradient = tl.zeros((BLOCK_COLUMNS, BLOCK_GRAD), tl.float32)
+    blocks = tl.cdiv(anchors // group, BLOCK_ROWS)
+    for block in range(0, blocks):
+        rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
+        products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        base, push, _, _ = load_numbers(numbers, rows)
+        terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
+        if block < blocks:  # as in the kernel above
+            g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
+        else:
+            g = terms
+        gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
+    slot = tl.load(slots + at, mask=at < end, other=0)
+    target = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
+    tl.store(target, gradient.to(staged.dtype.element_ty), mask=(at < end)[:, None] & (features < dim)[None, :])
