@@ -1,6 +1,5 @@
 #include "common/combine.cuh"
 #include "common/gathered_sm90.cuh"
-#include "multi_positive_contrastive/row_sums.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
 
 namespace hpk {
@@ -9,30 +8,40 @@ namespace {
 // Base 2, so that an exponential is one instruction.
 constexpr float kLog2E = 1.44269504f;
 
+// Sums of exponentials less the greatest one, which is known by its product.
 template <class Engine>
 struct SumColumns {
   using Geometry = typename Engine::Geometry;
 
   const SampledArguments& arguments;
-  int position, first_image;
-  LogSum sums[1][2];
+  int first_image;
+  float greatest[2], totals[2];
 
   __device__ __forceinline__ void add(const Fragment<Geometry>& products, const typename Engine::Columns& columns,
                                       const Team<Geometry>& team) {
+    const float scale = kLog2E * arguments.scale;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int image = first_image + Geometry::row(team.thread, 0, h);
-      float logits[Geometry::kColumnBlocks][2];
-      bool included[Geometry::kColumnBlocks][2];
+      const int first_of_image = (first_image + Geometry::row(team.thread, 0, h)) * arguments.group;
+      float included[Geometry::kColumnBlocks][2], raised = greatest[h];
 #pragma unroll
       for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          logits[n][c] = arguments.scale * products.values[0][n][2 * h + c];
-          included[n][c] = is_across(image * arguments.group, columns[n][c], arguments.group);
+          const bool across = is_across(first_of_image, columns[n][c], arguments.group);
+          included[n][c] = across ? products.values[0][n][2 * h + c] : kLogOfNothing;
+          raised = fmaxf(raised, included[n][c]);
         }
       }
-      add_logits(sums[0][h], logits, included);
+      const float base = raised == kLogOfNothing ? 0 : scale * raised;
+      float total = totals[h] * exp2_of(scale * greatest[h] - base);
+#pragma unroll
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) total += exp2_of(scale * included[n][c] - base);
+      }
+      greatest[h] = raised;
+      totals[h] = total;
     }
   }
 };
@@ -49,12 +58,14 @@ sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
   if (*arguments.state != 0) return;
   const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Engine::kRows;
   const List list(arguments, position);
-  SumColumns<Engine> consumer{arguments, position, first_image, {}};
+  SumColumns<Engine> consumer{arguments, first_image, {kLogOfNothing, kLogOfNothing}, {}};
   const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
   const auto right_row = [&](int j) { return list[j]; };
   const int columns = list.length > 0 ? list.length : 1;  // one that is none
   Engine::template run<false>(z, left_row, right_row, columns, shared_memory(), consumer);
-  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const LogSum& sum) {
+  LogSum sums[1][2];
+  for (int h = 0; h < 2; ++h) sums[0][h] = {arguments.scale * consumer.greatest[h], consumer.totals[h]};
+  combine_rows<Geometry>(sums, shared_memory(), [&](int r, const LogSum& sum) {
     const int anchor = left_row(r);
     if (anchor >= 0) log_sums[anchor] = sum.value();
   });
