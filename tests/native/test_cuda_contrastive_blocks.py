@@ -94,7 +94,7 @@ class Pairs:
         return z @ z.T * self.scale
 
     def backward(self, **options):
-        log_sums = self.expected_forward(torch.float64)[0]
+        log_sums = self.forward()[0].cpu().double()
         shift = log_sums.max() if self.shared else torch.tensor(torch.nan)
         shifts = shift.expand(len(self.z)) if self.shared else log_sums
         push, *pulls = self.coefficients.unbind(dim=1)
@@ -147,9 +147,10 @@ def test_logits_far_apart(one_case, within, drawn):
     Pairs(one_case, 24, within=within, drawn=drawn, temperature=0.01).check()  # as the shift is large
 
 
-def test_large_logits(one_case):
+def test_large_logits():
     """Of thousands: many a probability is 1, which it is only if log-sums and logits are rounded alike."""
-    Pairs(one_case, 24, within=False, length=10.0, temperature=0.03, shared=False).check()
+    case = next(case for case in CASES if case.dtype == torch.float32)  # others round more
+    Pairs(case, 24, within=False, length=30.0, temperature=0.07, shared=False).check()
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "every negative"])
