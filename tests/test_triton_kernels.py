@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from hpkernels.ops.hidden_positives.triton import programs, tile_of_triangle
+from hpkernels.ops.local_propagation.triton import _order_statistics
 
 ARCHITECTURES = {"interpreter", *TARGETS}
 ROW = Row("a_fwd_kernel", "sm_80", "2", "float16", "BLOCK_N=64 HAS_MASK=True", 4, 3, 128, shared_bytes=4096)
@@ -211,7 +212,7 @@ def tiles_kernel(found, tiles, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
 def test_discovery_visits_each_tile_of_the_triangle_once(group):
     """And those that run at a time are near one another."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for tiles in [*range(1, 4 * group + 2), 6 * group, 7 * group + 1]:
+    for tiles in [*range(1, 2 * group + 2), 3 * group, 4 * group + 1]:
         count = programs(tiles, group)
         found = torch.empty((2, triton.next_power_of_2(count)), dtype=torch.int32, device=device)
         tiles_kernel[1,](found, tiles, GROUP=group, PROGRAMS=found.shape[1])
@@ -221,6 +222,31 @@ def test_discovery_visits_each_tile_of_the_triangle_once(group):
         assert torch.unique(visited, dim=1).shape[1] == visited.shape[1] == tiles * (tiles + 1) // 2
         squares = places.unfold(1, group * group, group * group)
         assert (squares.amax(dim=2) - squares.amin(dim=2) < group).all()
+
+
+@triton.jit
+def order_statistics_kernel(keys, found, count, first, second, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
+    own = tl.load(keys + rows[:, None] * count + columns, mask=columns < count, other=0x7FFFFFFF)
+    one, other = _order_statistics(own, count, first, second)
+    tl.store(found + rows, one)
+    tl.store(found + ROWS + rows, other)
+
+
+def test_order_statistics_of_any_keys():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count, least, most = 21, -(2**31), 2**31 - 1
+    keys = torch.randint(least, most, (8, count), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    keys[1] = keys[1] % 5 - 2
+    keys[2], keys[3], keys[4] = 0, least, most
+    keys[5, ::2], keys[5, 1::2] = least, most
+    keys[6] = torch.arange(count) - 10
+    keys[7, :20] = most
+    found = torch.empty((2, 8), dtype=torch.int32, device=device)
+    for rank in range(count):
+        ranks = rank, count - 1 - rank
+        order_statistics_kernel[1,](keys.to(device), found, count, *ranks, ROWS=8, COLUMNS=32)
+        assert torch.equal(found.cpu(), keys.sort(dim=1).values[:, ranks].T)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
-// Sums of rows weighted by a function of their products, for both factors: cp.async and wgmma, sm_90a, 16-bit rows of up to
-// 512 elements.
+// Products of 64 rows i with any number of columns j, by cp.async and wgmma: sm_90a, 16-bit rows of up to 512 elements; i
+// and j may be any rows. And sums of rows weighted by a function of the products, for both factors:
 //
 //   gradient_i = sum over j of g_ij z_j,  gradient_j = sum over i of g_ij z_i,  g_ij = g(<z_i, z_j>)
 //
-// for 64 rows i and any number of columns j; i and j may be any rows. The 64 rows stay in shared memory, and columns come
-// in tiles of 128. A tile has four quarters: half c of its columns, 64, times side s of their elements, half of a row. A
-// warp of its own gathers each quarter. Team t makes g of half t, from quarters (t, 0) and (t, 1), and writes it to shared
-// memory as an operand, which is read as it lies for gradient_i, and transposed for gradient_j. Then, for either half c,
-// it adds g of half c times quarter (c, t) to its side of gradient_i, and makes side t of gradient_j of half c from the
-// rows, 64 elements at a time. So a tile takes three products, and each of its rows is read once.
+// The 64 rows stay in shared memory, and columns come in tiles of 128. A tile has four quarters: half c of its columns, 64,
+// times side s of their elements, half of a row. A warp of its own gathers each quarter. Team t makes the products of half
+// t, from quarters (t, 0) and (t, 1); and, for gradients, g of it, which it writes to shared memory as an operand, to be
+// read as it lies for gradient_i, and transposed for gradient_j. Then, for either half c, it adds g of half c times quarter
+// (c, t) to its side of gradient_i, and makes side t of gradient_j of half c from the rows, 64 elements at a time. So a tile
+// takes three products, and each of its rows is read once.
 //
 //   own_full     the rows are there
 //   full[c][s]   the quarter is there
 //   ready[c]     g of half c is
-//   empty[c][s]  the quarter has been read: by team s, which read it after ready[c], hence after team c
+//   empty[c][s]  the quarter has been read: by team c, or with gradients by team s, which read it after ready[c], hence
+//                after team c
 //   done[c]      g of half c has been read by both teams
 #pragma once
 
@@ -32,21 +33,25 @@ struct GatheredSm90 {
   static_assert(kDim == 128 || kDim == 256 || kDim == 512, "lanes share rows evenly");
   static_assert(kDim * int{sizeof(T)} <= kMostSm90Bytes, "longer than the rows that come here");
   using Element = T;
-  using Geometry = GradientGeometry90<64>;           // of products, of g and of 64 elements of gradient_j
+  // Of products, of g and of 64 elements of gradient_j.
+  struct Geometry : GradientGeometry90<64> {
+    static constexpr int kWarpsAcross = 1;
+  };
   using SumGeometry = GradientGeometry90<kDim / 2>;  // of a side of gradient_i
+  using Columns = int32_t[Geometry::kColumnBlocks][2];
   static constexpr int kThreads = hopper::kThreads;
   static constexpr int kRows = Geometry::kRows, kHalfColumns = Geometry::kColumns, kTileColumns = 2 * kHalfColumns;
 
   static constexpr size_t shared_bytes() { return sizeof(Shared); }
 
   // `rows` with left_row(r) for row i and right_row(j) for column j, or -1 for none, and so many columns, at least one.
-  // The consumer has three members; half h has the columns from 64 h on.
-  //   make_g(products, columns, team)            turns products into g, which is 0 where there is no row; right_row of
-  //                                              the columns of the half are in shared memory
+  // The consumer has a member, or for gradients three; half h has the columns from 64 h on.
+  //   add(products, columns, team)               gets the products of a half, and right_row of the thread's columns
+  //   make_g(products, columns, team)            turns them into g, which is 0 where there is no row
   //   store_columns(sums, half, element, team)   gets 64 elements of gradient_j: j by row
   //   store(sums, team)                          gets side team.index of gradient_i in the end
   // All threads of the block call it, but only the teams return. `memory` starts at a multiple of 1024 bytes.
-  template <class LeftRow, class RightRow, class Consumer>
+  template <bool kGradients, class LeftRow, class RightRow, class Consumer>
   __device__ static void run(const Rows<T>& rows, const LeftRow& left_row, const RightRow& right_row, int columns,
                              char* memory, Consumer& consumer) {
     auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -72,7 +77,7 @@ struct GatheredSm90 {
       hopper::exit_thread();
     }
     hopper::take_registers<kMultiplyRegisters>();
-    multiply(tiles, shared, {team, thread}, consumer);
+    multiply<kGradients>(tiles, shared, {team, thread}, consumer);
   }
 
  private:
@@ -168,7 +173,7 @@ struct GatheredSm90 {
     }
   }
 
-  template <class Consumer>
+  template <bool kGradients, class Consumer>
   __device__ static __forceinline__ void multiply(int tiles, Shared& shared, const Team<Geometry>& team,
                                                   Consumer& consumer) {
     using namespace cute;
@@ -218,55 +223,62 @@ struct GatheredSm90 {
         }
         hopper::commit_products();
       }
+      Columns names;
+#pragma unroll
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+        std::memcpy(names[n], shared.names[t][0] + Geometry::column(team.thread, n, 0), sizeof names[n]);
+      }
       hopper::wait_for_products<0>();
       warpgroup_fence_operand(product_sums);
+      if constexpr (!kGradients) {
+        for (int s = 0; s < 2; ++s) arrive(shared.empty[t][s]);
+        consumer.add(products, names, team);
+        __syncwarp();
+      } else {
+        consumer.make_g(products, names, team);
+        Barrier::wait(&shared.done[t], phase ^ 1);  // of the tile before; at once for the first
+        __syncwarp();  // wgmma is an instruction of whole warps
+        write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
+        hopper::fence_writes();
+        Barrier::arrive(&shared.ready[t]);
 
-      consumer.make_g(products, shared.names[t][0], team);
-      Barrier::wait(&shared.done[t], phase ^ 1);  // of the tile before; at once for the first
-      __syncwarp();  // wgmma is an instruction of whole warps
-      write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
-      hopper::fence_writes();
-      Barrier::arrive(&shared.ready[t]);
-
-      CUTE_NO_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int c = t ^ i;
-        Barrier::wait(&shared.ready[c], phase);
-        Barrier::wait(&shared.full[c][t], phase);
-        warpgroup_fence_operand(sums);
-        hopper::begin_products();
-        CUTE_UNROLL
-        for (int step = 0; step < size<2>(g); ++step) {
-          hopper::multiply(sum_mma, g(_, _, step, kGBox + c), columns(_, _, step, 2 * c + t), sums);
-        }
-        hopper::commit_products();
         CUTE_NO_UNROLL
-        for (int box = 0; box < kSideBoxes; ++box) {
-          auto of_columns = hopper::accumulators<Geometry>(column_mma, products);
-          column_mma.accumulate_ = GMMA::ScaleOut::Zero;
-          warpgroup_fence_operand(of_columns);
+        for (int i = 0; i < 2; ++i) {
+          const int c = t ^ i;
+          Barrier::wait(&shared.ready[c], phase);
+          Barrier::wait(&shared.full[c][t], phase);
+          warpgroup_fence_operand(sums);
           hopper::begin_products();
           CUTE_UNROLL
-          for (int step = 0; step < size<2>(own); ++step) {
-            hopper::multiply(column_mma, g_transposed(_, _, step, kGBox + c), own(_, _, step, t * kSideBoxes + box),
-                             of_columns);
-            column_mma.accumulate_ = GMMA::ScaleOut::One;
+          for (int step = 0; step < size<2>(g); ++step) {
+            hopper::multiply(sum_mma, g(_, _, step, kGBox + c), columns(_, _, step, 2 * c + t), sums);
           }
           hopper::commit_products();
-          if (box == 0) {
-            hopper::wait_for_products<1>();
-            arrive(shared.empty[c][t]);
+          CUTE_NO_UNROLL
+          for (int box = 0; box < kSideBoxes; ++box) {
+            auto of_columns = hopper::accumulators<Geometry>(column_mma, products);
+            column_mma.accumulate_ = GMMA::ScaleOut::Zero;
+            warpgroup_fence_operand(of_columns);
+            hopper::begin_products();
+            CUTE_UNROLL
+            for (int step = 0; step < size<2>(own); ++step) {
+              hopper::multiply(column_mma, g_transposed(_, _, step, kGBox + c), own(_, _, step, t * kSideBoxes + box),
+                               of_columns);
+              column_mma.accumulate_ = GMMA::ScaleOut::One;
+            }
+            hopper::commit_products();
+            hopper::wait_for_products<0>();
+            warpgroup_fence_operand(of_columns);
+            if (box == 0) arrive(shared.empty[c][t]);
+            if (box == kSideBoxes - 1) arrive(shared.done[c]);
+            consumer.store_columns(products, 2 * tile + c, (t * kSideBoxes + box) * hopper::kBoxDepth, team);
+            __syncwarp();
           }
-          hopper::wait_for_products<0>();
-          warpgroup_fence_operand(of_columns);
-          if (box == kSideBoxes - 1) arrive(shared.done[c]);
-          consumer.store_columns(products, 2 * tile + c, (t * kSideBoxes + box) * hopper::kBoxDepth, team);
-          __syncwarp();
+          warpgroup_fence_operand(sums);
         }
-        warpgroup_fence_operand(sums);
       }
     }
-    consumer.store(gradient, team);
+    if constexpr (kGradients) consumer.store(gradient, team);
   }
 
   // As an operand in a box. The lanes of a warp write to different banks.

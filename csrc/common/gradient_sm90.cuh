@@ -2,9 +2,9 @@
 //
 //   gradient_i = sum over j of g(<z_i, z_j>)_ij z_j      for 64 rows i; neither products nor g leave the SM
 //
-// Columns j come in tiles of 64, and there is room for two: tile u lies in place c = u % 2. Team c makes its g, and writes
-// it to shared memory as an operand. Both teams add g of every tile times its columns to their side of the gradient, one
-// half of the elements each; so side s of the columns of place c is a quarter of its own. Team t goes through
+// Columns j come in tiles of 64, and there is room for two: tile u lies in place c = u % 2. Team c makes its g, and
+// writes it to shared memory as an operand. Both teams add g of every tile times its columns to their side of the
+// gradient, half of the elements each; so side s of the columns of place c is a quarter of its own. Team t goes through
 //
 //   products of its tile u with quarter (t, t); the other team's g of tile u - 1 times quarter (1 - t, t);
 //   products with quarter (t, 1 - t); g of tile u; g of tile u times quarter (t, t)
@@ -12,6 +12,7 @@
 // half a round after the other team does, so that one multiplies while the other makes g, and quarters come one after
 // another, (t, t) before (t, 1 - t).
 //
+//   own_full     the rows are there, and their numbers
 //   full[c][s]   the bytes of the quarter are there; with (c, c) come the numbers of its columns
 //   ready[c]     g of place c is
 //   empty[c][s]  the quarter has been read: by team s, which read it after ready[c], hence after team c
@@ -55,9 +56,9 @@ struct GradientSm90 {
 
   // The gradient of rows from `first_row` on, from the columns of a range of tiles, which start at rows 64 tile +
   // first_column. The consumer has two members:
-  //   make_g(products, tile, team, numbers)  turns products into g, which is 0 beyond the last row; with what `numbers` of
-  //                                          the operands have for the columns
-  //   store(sums, team)                      gets side team.index of the gradient in the end
+  //   make_g(products, tile, team, of_rows, of_columns)  turns products into g, which is 0 beyond the last row, with
+  //                                                      the operands' numbers of rows and columns
+  //   store(sums, team)                                  gets side team.index of the gradient in the end
   // Team t has every second tile, from the first + t on. All threads of the block call it, but only the teams return.
   // `memory` starts at a multiple of 1024 bytes.
   template <class Consumer>
@@ -98,7 +99,7 @@ struct GradientSm90 {
     T own[kBoxes][kBoxElements];
     T columns[2][2][kSideBoxes][kBoxElements];
     T g[2][kBoxElements];
-    float4 numbers[2][Geometry::kColumns];
+    float4 own_numbers[Geometry::kRows], numbers[2][Geometry::kColumns];
     uint64_t own_full, full[2][2], ready[2], empty[2][2];
   };
   static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
@@ -119,10 +120,20 @@ struct GradientSm90 {
   static_assert(hopper::lies_as<Geometry>(ProductMma{}), "products lie otherwise");
   static_assert(hopper::lies_as<SumGeometry>(SumMma{}), "sums lie otherwise");
 
+  // Of the numbers of 64 rows from `first` on, as far as there are rows.
+  __device__ static __forceinline__ int number_bytes(const Operands& operands, int64_t first) {
+    const int64_t left = operands.count - first, rows = left < Geometry::kRows ? left : Geometry::kRows;
+    return rows > 0 ? static_cast<int>(rows * sizeof(float4)) : 0;
+  }
+
   // Loops over boxes stay loops: unrolled they would take more registers than this thread has.
   __device__ static __forceinline__ void load(const Operands& operands, int64_t first_row, int64_t first_column,
                                               TileRange tiles, Shared& shared) {
-    Barrier::arrive_and_expect_tx(&shared.own_full, kBoxes * kBoxBytes);
+    const int own_bytes = number_bytes(operands, first_row);
+    Barrier::arrive_and_expect_tx(&shared.own_full, kBoxes * kBoxBytes + own_bytes);
+    if (own_bytes > 0) {
+      hopper::load_bytes(operands.numbers + 4 * first_row, own_bytes, shared.own_numbers, &shared.own_full);
+    }
     CUTE_NO_UNROLL
     for (int box = 0; box < kBoxes; ++box) {
       hopper::load_box(operands.rows, first_row, box * hopper::kBoxDepth, shared.own[box], &shared.own_full);
@@ -130,12 +141,11 @@ struct GradientSm90 {
     int c = 0;
     uint32_t phase = 0;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const int64_t column = tile * Geometry::kColumns + first_column, left = operands.count - column;
-      const int columns = static_cast<int>(left < 0 ? 0 : left < Geometry::kColumns ? left : Geometry::kColumns);
+      const int64_t column = tile * Geometry::kColumns + first_column;
       CUTE_NO_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int s = c ^ i;
-        const int bytes = i == 0 ? columns * static_cast<int>(sizeof(float4)) : 0;
+        const int bytes = i == 0 ? number_bytes(operands, column) : 0;
         uint64_t* const full = &shared.full[c][s];
         Barrier::wait(&shared.empty[c][s], phase ^ 1);  // of the tile there before; at once for the first
         Barrier::arrive_and_expect_tx(full, kSideBoxes * kBoxBytes + bytes);
@@ -214,7 +224,7 @@ struct GradientSm90 {
       warpgroup_fence_operand(sums);
       if (follows) release(1 - t);
 
-      consumer.make_g(products, static_cast<int>(tile), team, shared.numbers[t]);
+      consumer.make_g(products, static_cast<int>(tile), team, shared.own_numbers, shared.numbers[t]);
       __syncwarp();  // wgmma is an instruction of whole warps
       write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
       hopper::fence_writes();

@@ -78,6 +78,9 @@ extern thread_local Block* current;
 void wait_for(const Meeting& meeting, unsigned passed);
 void pause_thread();
 
+// Where a kernel uses Hopper's barriers, copies of some warps take longer than those of others.
+void wait_as_long_as_copies_take();
+
 // For the scheduler: what goes on beside the threads.
 bool finish_something(Block& block);   // whether there was anything under way
 void maybe_finish_something(Block& block);

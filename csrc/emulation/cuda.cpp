@@ -235,6 +235,7 @@ void copy_async(void* to, const void* from, int valid) {
 void commit_copies() { current->running->copies.emplace_back(); }
 
 void wait_for_copies(int left) {
+  wait_as_long_as_copies_take();
   auto& groups = current->running->copies;
   while (static_cast<int>(groups.size()) - 1 > left) {
     for (const Copy& copy : groups.front()) {

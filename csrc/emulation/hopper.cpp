@@ -104,6 +104,13 @@ size_t next_box(Block& block) {
 
 }  // namespace
 
+void wait_as_long_as_copies_take() {
+  if (current->hopper == nullptr) return;
+  unsigned& rate = state().warps[own_warp()].copy_rate;
+  if (rate == 0) rate = 1024u >> current->random() % 8;
+  while (current->random() % 1024 >= rate) pause_thread();
+}
+
 uint32_t shared_address(const void* pointer) {
   const ptrdiff_t offset = static_cast<const char*>(pointer) - current->shared;
   if (offset < 0 || offset >= static_cast<ptrdiff_t>(current->shared_bytes)) fail("an address that is not of shared memory");

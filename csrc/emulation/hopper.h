@@ -1,7 +1,7 @@
 // TMA, barriers that count bytes, wgmma and setmaxnreg of sm_90a on the CPU, for the engines of common/*_sm90.cuh.
 //
-//   - Copies by TMA and products by wgmma end at random times, in random order; HPKERNELS_EMULATION_SEED chooses others.
-//     Until then what they write is NaN.
+//   - Copies by TMA and products by wgmma end at random times, in random order, and cp.async of a warp takes its time;
+//     HPKERNELS_EMULATION_SEED chooses others. Until then what they write is NaN.
 //   - Products are made from the descriptors that the instructions would get.
 //   - wgmma reads shared memory as it was at the last fence_writes(), but for what TMA has brought since.
 //   - What the hardware forbids is an error, and so is a deadlock.

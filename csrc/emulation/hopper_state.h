@@ -65,6 +65,7 @@ struct WarpState {
   bool begun = false;
   size_t instructions = 0;  // of the warp group, that this warp has come to
   int registers = 0;
+  unsigned copy_rate = 0;  // of 1024: how soon its copies by cp.async end
 };
 
 // What all warps of a warp group must come to, in this order.

@@ -29,7 +29,7 @@ BlockArguments arguments_of(const BlockPairs<T>& pairs) {
   return {pairs.masks, pairs.within, pairs.has_lists, pairs.state, pairs.scale};
 }
 
-// Calls run(left_row, right_row) with what an engine that gathers takes: the rows of a strip and the columns of its tiles.
+// Calls run(left_row, right_row) with what an engine that gathers takes: rows of a strip, and columns of its tiles.
 template <class Geometry, class Run>
 __device__ __forceinline__ void with_rows_of(const Scope& scope, const Run& run) {
   const auto held = [&](int anchor) { return scope.holds(anchor) ? anchor : -1; };
@@ -60,8 +60,8 @@ struct SumLogits {
     }
   }
 
-  // Reads the words of the thread's first two rows of a tile: for the first before the tile is there, and so on. There are
-  // registers for two rows.
+  // Reads the words of the thread's first two rows of a tile, for which there are registers. Those of each other row, and
+  // of the tile after, are read two rows ahead.
   __device__ __forceinline__ void read(int tile) {
     read(tile, 0);
     read(tile, 1);
@@ -105,15 +105,19 @@ struct SumLogits {
   }
 
  private:
-  __device__ __forceinline__ int row_of(int thread, int r) const { return scope.row + Geometry::row(thread, r / 2, r % 2); }
+  __device__ __forceinline__ int row_of(int thread, int r) const {
+    return scope.row + Geometry::row(thread, r / 2, r % 2);
+  }
 
   __device__ __forceinline__ void read(int tile, int r) {
     const int thread = threadIdx.x % Geometry::kTeamThreads;
-    read_rows<kAll>(arguments.masks, row_of(thread, r), first_word(thread, tile), ahead[r % 2]);
+    const int row = row_of(thread, r), first = first_word(thread, tile);
+    read_positives(arguments.masks, row, first, ahead[r % 2]);
+    if constexpr (!kAll) read_negatives(arguments.masks, row, first, ahead[r % 2]);
   }
 
   __device__ __forceinline__ int first_word(int thread, int tile) const {
-    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) / 32;
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) >> 5;
   }
 
   // Adds products of a row: value 2 h + c of block 4 w + n is of bit 8 n + c of word w.
@@ -158,8 +162,8 @@ struct SumLogits {
   }
 };
 
-// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A
-// and over S.
+// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l
+// over A and over S.
 //
 // Grid (strips, parts). FLOPs: 2 D a pair. Bytes: z once for each strip, from cache; 2 or 3 bits a pair.
 template <class Engine, bool kAll>
@@ -203,8 +207,8 @@ void launch_blocks_forward(const typename Engine::Operands& operands, const Bloc
                   static_cast<unsigned>(contrastive_blocks_parts(anchors, group, pairs.within)));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
                                                        : contrastive_blocks_fwd_kernel<Engine, false>;
-  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs), square,
-         parts);
+  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs),
+         square, parts);
 }
 
 // Turns products into g_ij + g_ji, and writes the gradient.
@@ -218,43 +222,35 @@ struct BlockGradient {
   const BlockArguments& arguments;
   const BlockSums& of_anchors;
   Scope scope;
-  AnchorNumbers i[2];  // of the thread's rows
+  bool shared;  // all anchors have one shift, so that one exponential serves both directions
   MaskWords<kWords> rows[2];
-  uint32_t drawn[kWords];  // of columns
 
-  // What is known of the pairs of a tile. Read ahead it comes while the tile is multiplied.
+  // The words of a tile in A and S. Read ahead they come while the tile is multiplied.
   __device__ __forceinline__ void read(int tile) {
-    const int thread = threadIdx.x % Geometry::kTeamThreads, column = first_column(thread, tile);
+    const int thread = threadIdx.x % Geometry::kTeamThreads;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row_of(thread, h);
-      i[h] = scope.holds(row) ? numbers_of(of_anchors.numbers, row) : AnchorNumbers{};
-      read_rows<kAll>(arguments.masks, row, column / 32, rows[h]);
-    }
-    if constexpr (!kAll) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int own = column + 32 * w + thread % 32;
-        drawn[w] = word_of(arguments.masks, arguments.masks.negatives, own, own % arguments.masks.group, row_of(thread, 0));
-      }
+      read_positives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
     }
   }
 
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team) {
-    if constexpr (Engine::kGathers) read(tile);  // registers are short
+    read(tile);  // registers are short
+    const auto of_anchor = [&](int anchor) {
+      return scope.holds(anchor) ? numbers_of(of_anchors.numbers, anchor) : AnchorNumbers{};
+    };
+    const AnchorNumbers of_rows[] = {of_anchor(row_of(team.thread, 0)), of_anchor(row_of(team.thread, 1))};
     const int first = scope.column + tile * Geometry::kColumns;
-    make_g(products, tile, team.thread, [&](int column) {
-      return scope.holds(first + column) ? numbers_of(of_anchors.numbers, first + column) : AnchorNumbers{};
-    });
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_anchor(first + column); });
   }
 
-  // With the numbers of the tile's columns, of which those of no anchor may be anything.
+  // With the numbers of the strip's rows and the tile's columns, of which those of no anchor may be anything.
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, const Team<Geometry>& team,
-                                         const float4* numbers) {
-    make_g(products, tile, team.thread, [&](int column) {
-      const float4 found = numbers[column];
-      return AnchorNumbers{found.x, found.y, found.z, found.w};
-    });
+                                         const float4* rows_numbers, const float4* columns_numbers) {
+    const auto of_place = [](float4 found) { return AnchorNumbers{found.x, found.y, found.z, found.w}; };
+    const AnchorNumbers of_rows[] = {of_place(rows_numbers[Geometry::row(team.thread, 0, 0)]),
+                                     of_place(rows_numbers[Geometry::row(team.thread, 0, 1)])};
+    make_g(products, tile, team.thread, of_rows, [&](int column) { return of_place(columns_numbers[column]); });
     read(tile + Geometry::kTeams);
   }
 
@@ -271,18 +267,24 @@ struct BlockGradient {
 
   // Of the thread's words.
   __device__ __forceinline__ int first_column(int thread, int tile) const {
-    return scope.column + (tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) / 32 * 32;
+    return (scope.column + tile * Geometry::kColumns + Geometry::column(thread, 0, 0)) & ~31;
   }
 
   template <class Numbers>
-  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread, const Numbers& numbers) {
-    const float shift = *of_anchors.shift;
-    shift == shift ? make_g<true>(products, tile, thread, numbers) : make_g<false>(products, tile, thread, numbers);
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
+    if constexpr (!kAll) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        read_negatives(arguments.masks, row_of(thread, h), first_column(thread, tile) >> 5, rows[h]);
+      }
+    }
+    shared ? make_g<true>(products, tile, thread, i, numbers) : make_g<false>(products, tile, thread, i, numbers);
   }
 
-  // kShared: all anchors have one shift, so that one exponential serves both directions.
   template <bool kShared, class Numbers>
-  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread, const Numbers& numbers) {
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
+                                         const AnchorNumbers (&i)[2], const Numbers& numbers) {
     const float scale = arguments.scale * kLog2OfE;
     const int own[2] = {row_of(thread, 0), row_of(thread, 1)};
 #pragma unroll
@@ -330,7 +332,7 @@ struct BlockGradient {
   // The relations of the thread's rows to 32 columns, and those of the columns to them.
   __device__ __forceinline__ void pairs_of(int thread, int tile, int w, const int (&own)[2], PairWords (&of_i)[2],
                                            PairWords (&of_j)[2]) const {
-    const int word = first_column(thread, tile) / 32 + w, first = thread % 4 * 2;
+    const int word = (first_column(thread, tile) >> 5) + w, first = thread % 4 * 2;
     const uint32_t inside = inside_bits(scope, word);
     uint32_t agnostic[2] = {rows[0].agnostic[w], rows[1].agnostic[w]};
     uint32_t specific[2] = {rows[0].specific[w], rows[1].specific[w]}, drawn_by[2] = {};
@@ -338,15 +340,19 @@ struct BlockGradient {
     for (int h = 0; h < 2; ++h) {
       of_i[h] = pair_words<kAll>(agnostic[h], specific[h], rows[h].drawn[w], inside, own[h], word, first);
     }
-    if (!of_anchors.symmetric) {  // so rare that it is not read ahead
-      const ContrastiveMasks& masks = arguments.masks;
-      const int column = 32 * word + thread % 32;
+    const ContrastiveMasks& masks = arguments.masks;
+    const int column = 32 * word + thread % 32;
+    if (!of_anchors.symmetric) {
       transpose_words(word_of(masks, masks.positives, column, column, own[0]), own, agnostic);
       transpose_words(word_of(masks, masks.specific, column, column, own[0]), own, specific);
     }
-    if constexpr (!kAll) transpose_words(drawn[w], own, drawn_by);
+    if constexpr (!kAll) {
+      transpose_words(word_of(masks, masks.negatives, column, column % masks.group, own[0]), own, drawn_by);
+    }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
+    for (int h = 0; h < 2; ++h) {
+      of_j[h] = pair_words<kAll>(agnostic[h], specific[h], drawn_by[h], inside, own[h], word, first);
+    }
   }
 
   template <class Out>
@@ -377,7 +383,7 @@ struct BlockGradient {
   }
 };
 
-// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.
+// sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in z's type.
 //
 // Grid (strips, blocks of features). FLOPs: 4 D a pair, 6 D if there are two blocks of features. Bytes: z once or twice
 // for each strip, from cache; 3 to 6 bits a pair; sums once.
@@ -391,7 +397,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   const ContrastiveMasks& masks = arguments.masks;
   const Scope scope =
       scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, {}, {}, {}};
+  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, *of_anchors.shift == *of_anchors.shift, {}};
   const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
     with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
@@ -404,8 +410,8 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
 }
 
 template <class Engine, class T>
-void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const BlockSums& sums,
-                            cudaStream_t stream) {
+void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs,
+                            const BlockSums& sums, cudaStream_t stream) {
   const int64_t strips = strips_of(Engine::Geometry::kRows, pairs.masks.anchors, pairs.masks.group, pairs.within);
   const dim3 grid(static_cast<unsigned>(strips), Engine::feature_blocks(sums.dim));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_bwd_kernel<Engine, true>

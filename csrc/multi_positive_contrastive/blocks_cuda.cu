@@ -11,7 +11,8 @@ int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within) {
 }
 
 template <typename T>
-void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream) {
+void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts,
+                                     cudaStream_t stream) {
 #ifdef HPK_WITH_SM90
   if constexpr (sizeof(T) == 2) {
     if (runs_on_sm90(pairs.z)) return contrastive_blocks_forward_sm90(pairs, square, parts, stream);

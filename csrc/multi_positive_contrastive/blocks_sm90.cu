@@ -6,7 +6,8 @@
 namespace hpk {
 
 template <typename T>
-void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream) {
+void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, const float* square, float* parts,
+                                     cudaStream_t stream) {
   launch_blocks_forward<StripSm90<T>>(StripSm90<T>::operands(pairs.z, pairs.z), pairs, square, parts, stream);
 }
 

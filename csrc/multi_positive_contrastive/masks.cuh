@@ -1,7 +1,6 @@
 // What the kernels of multi_positive_contrastive know of the pairs of a tile of anchors: which are in A, S and R.
 #pragma once
 
-#include "common/bits.h"
 #include "common/warp.cuh"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 #include "multi_positive_contrastive/scope.h"
@@ -23,9 +22,9 @@ struct PairWords {
 template <int kWords>
 __device__ __forceinline__ void read_words(const ContrastiveMasks& masks, const uint32_t* bits, int row, int first,
                                            uint32_t (&found)[kWords]) {
-  const int words = (masks.anchors + 31) / 32;
+  const int words = (masks.anchors + 31) >> 5;
   const uint32_t* const from = bits + int64_t{row} * words + first;
-  if (kWords > 1 && masks.aligned && first % kWords == 0) {
+  if (kWords > 1 && masks.aligned && (first & (kWords - 1)) == 0) {
     struct alignas(4 * kWords) All {
       uint32_t words[kWords];
     };
@@ -38,20 +37,31 @@ __device__ __forceinline__ void read_words(const ContrastiveMasks& masks, const 
   for (int w = 0; w < kWords; ++w) found[w] = first + w < words ? from[w] : 0;
 }
 
-// The words of an anchor; beyond the last one those of the last, which nobody uses. kAll: every other anchor is a
-// negative, so that R need not be read.
-template <bool kAll, int kWords>
-__device__ __forceinline__ void read_rows(const ContrastiveMasks& masks, int row, int first, MaskWords<kWords>& found) {
+// The words of an anchor in A and S, and in R; beyond the last one those of the last, which nobody uses.
+template <int kWords>
+__device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, int row, int first,
+                                               MaskWords<kWords>& found) {
   const int held = row < masks.anchors ? row : masks.anchors - 1;
   read_words(masks, masks.positives, held, first, found.agnostic);
-  if (masks.specific != nullptr) read_words(masks, masks.specific, held, first, found.specific);
-  if constexpr (!kAll) read_words(masks, masks.negatives, held % masks.group, first, found.drawn);
+  if (masks.specific != nullptr) {
+    read_words(masks, masks.specific, held, first, found.specific);
+  } else {
+#pragma unroll
+    for (uint32_t& word : found.specific) word = 0;
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void read_negatives(const ContrastiveMasks& masks, int row, int first,
+                                               MaskWords<kWords>& found) {
+  const int held = row < masks.anchors ? row : masks.anchors - 1;
+  read_words(masks, masks.negatives, held % masks.group, first, found.drawn);
 }
 
 // The word of a column, row `from` of a relation or of none, that tells of the 32 rows of `row`.
 __device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const uint32_t* bits, int column, int from,
                                             int row) {
-  const int words = (masks.anchors + 31) / 32, word = row / 32;
+  const int words = (masks.anchors + 31) >> 5, word = row >> 5;
   return bits != nullptr && column < masks.anchors && word < words ? bits[int64_t{from} * words + word] : 0;
 }
 
@@ -59,21 +69,26 @@ __device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const
 __device__ __forceinline__ void transpose_words(uint32_t columns, const int (&rows)[2], uint32_t (&found)[2]) {
   const uint32_t transposed = transpose_over_lanes(columns);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) found[h] = __shfl_sync(kAllLanes, transposed, rows[h] % 32);
+  for (int h = 0; h < 2; ++h) found[h] = __shfl_sync(kAllLanes, transposed, rows[h] & 31);
 }
 
 // The bits of the columns from 32 word on that a scope holds.
 __device__ __forceinline__ uint32_t inside_bits(const Scope& scope, int word) {
-  return ~bits_outside(word, scope.first, scope.last);
+  const auto below = [&](int column) {
+    const int count = column - 32 * word;
+    return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
+  };
+  return below(scope.last) & ~below(scope.first);
 }
 
-// The relations of a row, or those to it, with 32 columns of which only `inside` count. Bit 8 n + c is of column 8 n + c +
+// The relations of a row, or those to it, with 32 columns of which only `inside` count. kAll: every other anchor is a
+// negative, so that R need not be read. Bit 8 n + c is of column 8 n + c +
 // `first`: the thread has those of n = 0 to 3 and c = 0 and 1.
 template <bool kAll>
 __device__ __forceinline__ PairWords pair_words(uint32_t agnostic, uint32_t specific, uint32_t drawn, uint32_t inside,
                                                 int row, int word, int first) {
   const auto own = [&](uint32_t bits) { return bits >> first & 0x03030303u; };
-  const uint32_t others = row / 32 == word ? inside & ~(1u << (row % 32)) : inside;
+  const uint32_t others = row >> 5 == word ? inside & ~(1u << (row & 31)) : inside;
   return {own(agnostic & inside), own(specific & inside), own(kAll ? others : (agnostic | drawn) & others)};
 }
 

@@ -177,6 +177,8 @@ struct SampledPairs {
 // log_sums (N): log sum exp of the logits of an anchor's sampled negatives.
 template <typename T>
 void contrastive_sampled_forward_cuda(const SampledPairs<T>& pairs, float* log_sums, cudaStream_t stream);
+template <typename T>
+void contrastive_sampled_forward_sm90(const SampledPairs<T>& pairs, float* log_sums, cudaStream_t stream);
 
 // The sampled negatives j in [staged.first, staged.last): sums_i (N, dim of z) += sum of g_ij z_j, g_ij = f_i exp(l_ij -
 // r_i), with `numbers` as above. Entry e of the lists has the place slots[e] of `staged`, which gets the sums over the

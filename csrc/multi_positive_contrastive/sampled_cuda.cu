@@ -49,7 +49,7 @@ struct SumSampled {
 // Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list.
 template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
-sampled_rows_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
+sampled_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
                         const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
   using Geometry = typename Engine::Geometry;
   if (*arguments.state != 0) return;
@@ -218,10 +218,15 @@ unsigned image_blocks(const SampledPairs<T>& pairs, int rows) {
 
 template <typename T>
 void contrastive_sampled_forward_cuda(const SampledPairs<T>& pairs, float* log_sums, cudaStream_t stream) {
+#ifdef HPK_WITH_SM90
+  if constexpr (sizeof(T) == 2) {
+    if (runs_on_sm90(pairs.z)) return contrastive_sampled_forward_sm90(pairs, log_sums, stream);
+  }
+#endif
   using Engine = StripSm80<T, WarpGeometry80<2>>;
   const typename Engine::Operands operands{pairs.z, pairs.z};
   const dim3 grid(static_cast<unsigned>(pairs.group), image_blocks(pairs, Engine::Geometry::kRows));
-  launch(sampled_rows_fwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands,
+  launch(sampled_fwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands,
          arguments_of(pairs), log_sums);
 }
 

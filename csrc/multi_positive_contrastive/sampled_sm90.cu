@@ -1,5 +1,5 @@
+#include "common/combine.cuh"
 #include "common/gathered_sm90.cuh"
-#include "common/warp.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
 
 namespace hpk {
@@ -7,6 +7,69 @@ namespace {
 
 // Base 2, so that an exponential is one instruction.
 constexpr float kLog2E = 1.44269504f;
+
+// Sums of exponentials less the greatest one, which is known by its product.
+template <class Engine>
+struct SumColumns {
+  using Geometry = typename Engine::Geometry;
+
+  const SampledArguments& arguments;
+  int first_image;
+  float greatest[2], totals[2];
+
+  __device__ __forceinline__ void add(const Fragment<Geometry>& products, const typename Engine::Columns& columns,
+                                      const Team<Geometry>& team) {
+    const float scale = kLog2E * arguments.scale;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int first_of_image = (first_image + Geometry::row(team.thread, 0, h)) * arguments.group;
+      float included[Geometry::kColumnBlocks][2], raised = greatest[h];
+#pragma unroll
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool across = is_across(first_of_image, columns[n][c], arguments.group);
+          included[n][c] = across ? products.values[0][n][2 * h + c] : kLogOfNothing;
+          raised = fmaxf(raised, included[n][c]);
+        }
+      }
+      const float base = raised == kLogOfNothing ? 0 : scale * raised;
+      float total = totals[h] * exp2_of(scale * greatest[h] - base);
+#pragma unroll
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) total += exp2_of(scale * included[n][c] - base);
+      }
+      greatest[h] = raised;
+      totals[h] = total;
+    }
+  }
+};
+
+// log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
+//
+// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list, from
+// cache.
+template <class Engine>
+HPK_KERNEL(Engine::kThreads, 1)
+sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
+                   const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
+  using Geometry = typename Engine::Geometry;
+  if (*arguments.state != 0) return;
+  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Engine::kRows;
+  const List list(arguments, position);
+  SumColumns<Engine> consumer{arguments, first_image, {kLogOfNothing, kLogOfNothing}, {}};
+  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
+  const auto right_row = [&](int j) { return list[j]; };
+  const int columns = list.length > 0 ? list.length : 1;  // one that is none
+  Engine::template run<false>(z, left_row, right_row, columns, shared_memory(), consumer);
+  LogSum sums[1][2];
+  for (int h = 0; h < 2; ++h) sums[0][h] = {arguments.scale * consumer.greatest[h], consumer.totals[h]};
+  combine_rows<Geometry>(sums, shared_memory(), [&](int r, const LogSum& sum) {
+    const int anchor = left_row(r);
+    if (anchor >= 0) log_sums[anchor] = sum.value();
+  });
+}
 
 template <class Engine>
 struct BothGradients {
@@ -24,20 +87,19 @@ struct BothGradients {
   int64_t of_place;  // elements
   Push of_rows[2];
 
-  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, const int32_t* columns,
+  __device__ __forceinline__ void make_g(Fragment<Geometry>& products, const typename Engine::Columns& columns,
                                          const Team<Geometry>& team) const {
     const int group = arguments.group;
     const float scale = arguments.scale * kLog2E;
 #pragma unroll
     for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-      const int2 two = *reinterpret_cast<const int2*>(columns + Geometry::column(team.thread, n, 0));
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const int first_of_image = (first_image + Geometry::row(team.thread, 0, part / 2)) * group;
         const Push& push = of_rows[part / 2];
         float& value = products.values[0][n][part];
         const float g = push.f * exp2_of(scale * value - kLog2E * push.r);
-        value = is_across(first_of_image, part % 2 == 0 ? two.x : two.y, group) ? g : 0;
+        value = is_across(first_of_image, columns[n][part % 2], group) ? g : 0;
       }
     }
   }
@@ -112,27 +174,46 @@ sampled_bwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
                                  {push(0), push(1)}};
   const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
   const auto right_row = [&](int j) { return list[j]; };
-  Engine::run(z, left_row, right_row, list.length, shared_memory(), consumer);
+  Engine::template run<true>(z, left_row, right_row, list.length, shared_memory(), consumer);
+}
+
+// Calls body(engine) with the engine for these rows. It takes 128 elements as well; each length takes time to compile.
+template <class T, class Body>
+void with_engine(const Rows<T>& rows, const Body& body) {
+  static_assert(GatheredSm90<T, 256>::kRows == kImagesOfBlock, "a staged row is of one block");
+  if (rows.dim <= 256) return body(GatheredSm90<T, 256>{});
+  body(GatheredSm90<T, 512>{});
+}
+
+template <class T>
+dim3 grid_of(const SampledPairs<T>& pairs) {
+  return {static_cast<unsigned>(pairs.group),
+          static_cast<unsigned>(divide_up(pairs.z.count / pairs.group, kImagesOfBlock))};
 }
 
 }  // namespace
 
 template <typename T>
+void contrastive_sampled_forward_sm90(const SampledPairs<T>& pairs, float* log_sums, cudaStream_t stream) {
+  with_engine(pairs.z, [&](auto engine) {
+    using Engine = decltype(engine);
+    launch(sampled_fwd_kernel<Engine>, grid_of(pairs), Engine::kThreads, Engine::shared_bytes(), stream, pairs.z,
+           arguments_of(pairs), log_sums);
+  });
+}
+
+template <typename T>
 void contrastive_sampled_backward_sm90(const SampledPairs<T>& pairs, const float* numbers, const int32_t* slots,
                                        float* sums, const StagedColumns<T>& staged, cudaStream_t stream) {
-  const auto run = [&](auto engine) {
+  with_engine(pairs.z, [&](auto engine) {
     using Engine = decltype(engine);
-    const dim3 grid(static_cast<unsigned>(pairs.group), static_cast<unsigned>(staged.of_place));
-    launch(sampled_bwd_kernel<Engine>, grid, Engine::kThreads, Engine::shared_bytes(), stream, pairs.z,
+    launch(sampled_bwd_kernel<Engine>, grid_of(pairs), Engine::kThreads, Engine::shared_bytes(), stream, pairs.z,
            arguments_of(pairs), staged, reinterpret_cast<const float4*>(numbers), slots, sums);
-  };
-  static_assert(GatheredSm90<T, 256>::kRows == kImagesOfBlock, "a staged row is of one block");
-  // The engine takes 128 as well; each length takes time to compile.
-  if (pairs.z.dim <= 256) return run(GatheredSm90<T, 256>{});
-  run(GatheredSm90<T, 512>{});
+  });
 }
 
 #define HPK_INSTANTIATE(T)                                                                                          \
+  template void contrastive_sampled_forward_sm90<T>(const SampledPairs<T>&, float*, cudaStream_t);                  \
   template void contrastive_sampled_backward_sm90<T>(const SampledPairs<T>&, const float*, const int32_t*, float*,  \
                                                      const StagedColumns<T>&, cudaStream_t);
 HPK_INSTANTIATE(__half)
