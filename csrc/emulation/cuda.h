@@ -310,5 +310,6 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __expf(float value) { return std::exp(value); }
 inline float __logf(float value) { return std::log(value); }

@@ -9,9 +9,17 @@
 
 namespace hpk {
 
-constexpr float kLog2OfE = 1.44269504f, kLogOf2 = 0.693147181f;
+constexpr float kLog2OfE = 1.44269504f;
 // The most that logits under a constant shift may be apart: exp of it is far from the least normal number.
 constexpr float kMostApart = 80;
+// The greatest shift that is multiplied by log2(e) with the logits, which takes one instruction. Of large logits that would
+// leave too few digits, so that the greatest is not 1 under its own log-sum: they are rounded before they are subtracted.
+constexpr float kGreatestShift = 32;
+
+// exp(logit - shift) for any of them.
+__device__ __forceinline__ float exp_of_difference(float scale, float product, float shift) {
+  return exp2_of(kLog2OfE * (__fmul_rn(scale, product) - shift));
+}
 
 // What the kernels of blocks need besides the operands of their engine.
 struct BlockArguments {
@@ -37,7 +45,7 @@ __device__ __forceinline__ void with_rows_of(const Scope& scope, const Run& run)
       [&](int tile, int c) { return held(scope.column + tile * Geometry::kColumns + c); });
 }
 
-// Sums the logits of each row over its pairs. `log_sum` counts in exponents of 2 until finish().
+// Sums the logits of each row over its pairs.
 template <class Engine, bool kAll>
 struct SumLogits {
   using Geometry = typename Engine::Geometry;
@@ -56,7 +64,7 @@ struct SumLogits {
 #pragma unroll
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) sums[m][h].log_sum.greatest = kLog2OfE * greatest;
+      for (int h = 0; h < 2; ++h) sums[m][h].log_sum.greatest = greatest;
     }
   }
 
@@ -97,7 +105,6 @@ struct SumLogits {
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sums[m][h].log_sum.greatest *= kLogOf2;
         sums[m][h].agnostic_sum *= arguments.scale;
         sums[m][h].specific_sum *= arguments.scale;
       }
@@ -123,27 +130,36 @@ struct SumLogits {
   // Adds products of a row: value 2 h + c of block 4 w + n is of bit 8 n + c of word w.
   __device__ __forceinline__ void add(RowSums& row, const float (&products)[Geometry::kColumnBlocks][4], int h,
                                       const PairWords (&pairs)[kWords]) const {
-    const float scale = arguments.scale * kLog2OfE;
     LogSum& sum = row.log_sum;
-    if (!bounded) {
+    if (bounded) {
+      const float scale = kLog2OfE * arguments.scale, base = kLog2OfE * sum.greatest;
+#pragma unroll
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float term = exp2_of(scale * products[n][2 * h + c] - base);
+          if (pairs[n / 4].denominator & (1u << (n % 4 * 8 + c))) sum.total += term;
+        }
+      }
+    } else {
       float greatest = sum.greatest;
 #pragma unroll
       for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const bool included = pairs[n / 4].denominator & (1u << (n % 4 * 8 + c));
-          greatest = included ? fmaxf(greatest, scale * products[n][2 * h + c]) : greatest;
+          greatest = included ? fmaxf(greatest, __fmul_rn(arguments.scale, products[n][2 * h + c])) : greatest;
         }
       }
-      if (greatest > sum.greatest) sum = {greatest, sum.total * exp2_of(sum.greatest - greatest)};
-    }
-    const float base = sum.greatest == kLogOfNothing ? 0 : sum.greatest;
+      if (greatest > sum.greatest) sum = {greatest, sum.total * exp2_of(kLog2OfE * (sum.greatest - greatest))};
+      const float base = greatest == kLogOfNothing ? 0 : greatest;
 #pragma unroll
-    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+      for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float term = exp2_of(scale * products[n][2 * h + c] - base);
-        if (pairs[n / 4].denominator & (1u << (n % 4 * 8 + c))) sum.total += term;
+        for (int c = 0; c < 2; ++c) {
+          const float term = exp_of_difference(arguments.scale, products[n][2 * h + c], base);
+          if (pairs[n / 4].denominator & (1u << (n % 4 * 8 + c))) sum.total += term;
+        }
       }
     }
 #pragma unroll
@@ -222,7 +238,7 @@ struct BlockGradient {
   const BlockArguments& arguments;
   const BlockSums& of_anchors;
   Scope scope;
-  bool shared;  // all anchors have one shift, so that one exponential serves both directions
+  bool shared;  // all anchors have one shift, a small one, so that one exponential serves both directions
   MaskWords<kWords> rows[2];
 
   // The words of a tile in A and S. Read ahead they come while the tile is multiplied.
@@ -285,7 +301,6 @@ struct BlockGradient {
   template <bool kShared, class Numbers>
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, int tile, int thread,
                                          const AnchorNumbers (&i)[2], const Numbers& numbers) {
-    const float scale = arguments.scale * kLog2OfE;
     const int own[2] = {row_of(thread, 0), row_of(thread, 1)};
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
@@ -300,8 +315,9 @@ struct BlockGradient {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& value = products.values[0][n][2 * h + c];
-            const float of_row = exp2_of(scale * value - kLog2OfE * i[h].shift);
-            const float of_column = kShared ? of_row : exp2_of(scale * value - kLog2OfE * j.shift);
+            const float of_row = kShared ? exp2_of(kLog2OfE * arguments.scale * value - kLog2OfE * i[h].shift)
+                                         : exp_of_difference(arguments.scale, value, i[h].shift);
+            const float of_column = kShared ? of_row : exp_of_difference(arguments.scale, value, j.shift);
             value = of_i[h].denominator & bit ? i[h].factor * of_row : 0;
             if (of_j[h].denominator & bit) value += j.factor * of_column;
           }
@@ -397,7 +413,8 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   const ContrastiveMasks& masks = arguments.masks;
   const Scope scope =
       scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
-  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, *of_anchors.shift == *of_anchors.shift, {}};
+  const bool shared = fabsf(*of_anchors.shift) <= kGreatestShift;  // not if that is NaN
+  BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, shared, {}};
   const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   if constexpr (Engine::kGathers) {
     with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {

@@ -32,6 +32,7 @@ class Pairs:
         *,
         within,
         size=(7, 15),
+        length=1.0,
         temperature=0.3,
         drawn=True,
         specific=True,
@@ -39,7 +40,7 @@ class Pairs:
         shared=True,
     ):
         sizes = {"images": IMAGES, "height": size[0], "width": size[1], "dim": dim}
-        self.z = random_problem(**sizes, dtype=case.dtype, device=case.device).z
+        self.z = length * random_problem(**sizes, dtype=case.dtype, device=case.device).z
         self.group, self.scale = size[0] * size[1], 1 / temperature
         self.within, self.symmetric, self.shared = within, symmetric, shared
         generator = torch.Generator().manual_seed(0)
@@ -143,6 +144,12 @@ def test_words_in_fours(one_case, within):
 def test_logits_far_apart(one_case, within, drawn):
     """Then the kernels keep the greatest logit of each row, and g_ij and g_ji take an exponential each."""
     Pairs(one_case, 24, within=within, drawn=drawn, temperature=0.01, shared=False).check()
+    Pairs(one_case, 24, within=within, drawn=drawn, temperature=0.01).check()  # as the shift is large
+
+
+def test_large_logits(one_case):
+    """Of thousands: many a probability is 1, which it is only if log-sums and logits are rounded alike."""
+    Pairs(one_case, 24, within=False, length=10.0, temperature=0.03, shared=False).check()
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "every negative"])
