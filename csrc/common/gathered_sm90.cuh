@@ -1,14 +1,14 @@
-// Products of 64 rows i with any number of columns j, by cp.async and wgmma: sm_90a, 16-bit rows of up to 512 elements; i
-// and j may be any rows. And sums of rows weighted by a function of the products, for both factors:
+// Products of 64 rows i with any number of columns j, by cp.async and wgmma: sm_90a, 16-bit rows of up to 512 elements;
+// i and j may be any rows. And sums of rows weighted by a function of the products, for both factors:
 //
 //   gradient_i = sum over j of g_ij z_j,  gradient_j = sum over i of g_ij z_i,  g_ij = g(<z_i, z_j>)
 //
-// The 64 rows stay in shared memory, and columns come in tiles of 128. A tile has four quarters: half c of its columns, 64,
-// times side s of their elements, half of a row. A warp of its own gathers each quarter. Team t makes the products of half
-// t, from quarters (t, 0) and (t, 1); and, for gradients, g of it, which it writes to shared memory as an operand, to be
-// read as it lies for gradient_i, and transposed for gradient_j. Then, for either half c, it adds g of half c times quarter
-// (c, t) to its side of gradient_i, and makes side t of gradient_j of half c from the rows, 64 elements at a time. So a tile
-// takes three products, and each of its rows is read once.
+// The 64 rows stay in shared memory, and columns come in tiles of 128. A tile has four quarters: half c of its
+// columns, 64, times side s of their elements, half of a row. A warp of its own gathers each quarter. Team t makes
+// the products of half t, from quarters (t, 0) and (t, 1); and, for gradients, g of it, which it writes to shared
+// memory as an operand, to be read as it lies for gradient_i, and transposed for gradient_j. Then, for either half c,
+// it adds g of half c times quarter (c, t) to its side of gradient_i, and makes side t of gradient_j of half c from
+// the rows, 64 elements at a time. So a tile takes three products, and each of its rows is read once.
 //
 //   own_full     the rows are there
 //   full[c][s]   the quarter is there
@@ -118,8 +118,8 @@ struct GatheredSm90 {
   static_assert(hopper::lies_as<SumGeometry>(SumMma{}), "sums lie otherwise");
   static_assert(hopper::lies_as<Geometry>(ColumnMma{}), "gradients of columns lie otherwise");
 
-  // What a warp copies of a side of rows: a lane has one chunk of 16 bytes of every kApart-th row. Row r goes to the boxes
-  // from `boxes` on; what is not there becomes 0.
+  // What a warp copies of a side of rows: a lane has one chunk of 16 bytes of every kApart-th row. Row r goes to the
+  // boxes from `boxes` on; what is not there becomes 0.
   struct Copier {
     static constexpr int kChunks = kSideBoxes * hopper::kBoxBytes / 16, kApart = 32 / kChunks;
     static_assert(kApart * kChunks == 32, "a row is shared by a part of a warp");
@@ -143,8 +143,8 @@ struct GatheredSm90 {
     }
   };
 
-  // Warp w brings quarter (w / 2, w % 2) of each tile, and half of a side of the rows. cp.async writes as threads do: wgmma
-  // sees it after a fence.
+  // Warp w brings quarter (w / 2, w % 2) of each tile, and half of a side of the rows. cp.async writes as threads do:
+  // wgmma sees it after a fence.
   template <class LeftRow, class RightRow>
   __device__ static __forceinline__ void gather(const Rows<T>& rows, const LeftRow& left_row, const RightRow& right_row,
                                                 int tiles, int thread, Shared& shared) {

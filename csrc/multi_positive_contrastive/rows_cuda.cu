@@ -59,8 +59,8 @@ struct Share {
     return segment * kSegment + (32 * chunk + static_cast<int>(threadIdx.x) % 32) * kNumbers;
   }
 
-  // Places beyond the end of the row get its last chunk: a load without a condition need not be waited for. kOnce: it is
-  // read once, and need not stay in the cache.
+  // Places beyond the end of the row get its last chunk: a load without a condition need not be waited for. kOnce: it
+  // is read once, and need not stay in the cache.
   template <bool kOnce = false>
   __device__ __forceinline__ void load(const Rows<T>& rows, int64_t row, int segment) {
 #pragma unroll

@@ -58,7 +58,8 @@ sampled_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
   SumSampled<Geometry> consumer{arguments, list, position, first_image, {}};
   const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
   const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
-  Engine::run(operands, left_row, right_row, {0, divide_up(list.length, Geometry::kColumns)}, shared_memory(), consumer);
+  const TileRange tiles{0, divide_up(list.length, Geometry::kColumns)};
+  Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
   combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const LogSum& sum) {
     const int anchor = arguments.anchor(first_image + r, position);
     if (anchor >= 0) log_sums[anchor] = sum.value();
@@ -261,10 +262,10 @@ void contrastive_sampled_backward_cuda(const SampledPairs<T>& pairs, const float
          staged.rows);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                          \
-  template void contrastive_sampled_forward_cuda<T>(const SampledPairs<T>&, float*, cudaStream_t);                  \
-  template int64_t contrastive_staged_rows_cuda<T>(const Rows<T>&, int64_t);                                             \
-  template void contrastive_sampled_backward_cuda<T>(const SampledPairs<T>&, const float*, const int32_t*, float*,  \
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void contrastive_sampled_forward_cuda<T>(const SampledPairs<T>&, float*, cudaStream_t);                    \
+  template int64_t contrastive_staged_rows_cuda<T>(const Rows<T>&, int64_t);                                          \
+  template void contrastive_sampled_backward_cuda<T>(const SampledPairs<T>&, const float*, const int32_t*, float*,    \
                                                      const StagedColumns<T>&, cudaStream_t);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(__half)

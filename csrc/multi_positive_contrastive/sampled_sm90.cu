@@ -48,8 +48,8 @@ struct SumColumns {
 
 // log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
 //
-// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list, from
-// cache.
+// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list,
+// from cache.
 template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
 sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
@@ -104,8 +104,8 @@ struct BothGradients {
     }
   }
 
-  // Of two blocks of 8 columns a lane has two numbers each. It hands one pair to its neighbour for another, and has four
-  // that follow one another, so that a row's 32 bytes are written at once.
+  // Of two blocks of 8 columns a lane has two numbers each. It hands one pair to its neighbour for another, and has
+  // four that follow one another, so that a row's 32 bytes are written at once.
   __device__ __forceinline__ void store_columns(const Fragment<Geometry>& found, int half, int element,
                                                 const Team<Geometry>& team) const {
     const bool odd = team.thread % 2 != 0;
@@ -152,8 +152,8 @@ struct BothGradients {
 // For the listed negatives j of i in other images, g_ij = f_i exp(l_ij - r_i):
 //   sums_i += sum over j of g_ij z_j,  staged[slot of (j, p)][block of images] = sum over the i at p of g_ij z_i
 //
-// Grid (positions, blocks of images). FLOPs: 6 D a pair. Bytes: a row of z for each column of each position's list, from
-// cache, and a row written; sums, float32, read and written once.
+// Grid (positions, blocks of images). FLOPs: 6 D a pair. Bytes: a row of z for each column of each position's list,
+// from cache, and a row written; sums, float32, read and written once.
 template <class Engine>
 HPK_KERNEL(Engine::kThreads, 1)
 sampled_bwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,

@@ -159,6 +159,12 @@ def load_numbers(numbers, rows):
     return base, push, tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
 
 
+@triton.jit
+def term_of(difference):
+    """exp2 of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
+    return tl.exp2(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+
 @triton.jit(do_not_specialize=["anchors", "words", "group"])
 def contrastive_blocks_bwd_kernel(
     z, positives, specific, negatives, state, numbers, shift, factor, sums, scale, anchors, dim, width, words, group,
@@ -206,10 +212,9 @@ def contrastive_blocks_bwd_kernel(
         from_i = tl.where(bits_of(in_i), push_i[:, None], 0.0)
         from_j = tl.where(are_in_j, push_j[None, :], 0.0)
         if shared == shared:
-            g = (from_i + from_j) * tl.exp2(tl.minimum(logits - shared, 1.0))  # above 1 only of pairs in neither
+            g = (from_i + from_j) * term_of(logits - shared)
         else:
-            g = from_i * tl.exp2(tl.minimum(logits - base_i[:, None], 1.0))
-            g += from_j * tl.exp2(tl.minimum(logits - base_j[None, :], 1.0))
+            g = from_i * term_of(logits - base_i[:, None]) + from_j * term_of(logits - base_j[None, :])
         if SYMMETRIC:
             g -= tl.where(bits_of(to_j), pull_i[:, None] + pull_j[None, :], 0.0)
         else:

@@ -113,11 +113,10 @@ def sampled_rows_bwd_kernel(
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
-        # This is always so. Where Triton sees that one product takes the other, each group of four warps computes all.
-        if start < end:  # noqa: SIM108
+        # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
+        g = terms
+        if start < end:
             g = tl.where(are_across(first_of_image, column, group), terms, 0.0)
-        else:
-            g = terms
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
     tl.store(target, gradient, mask=inside)
 
@@ -150,10 +149,9 @@ def sampled_columns_bwd_kernel(
         products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         base, push, _, _ = load_numbers(numbers, rows)
         terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
+        g = terms
         if block < blocks:  # as in the kernel above
             g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
-        else:
-            g = terms
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
     slot = tl.load(slots + at, mask=at < end, other=0)
     target = staged + slot.to(tl.int64)[:, None] * dim + features[None, :]
