@@ -4,7 +4,7 @@ The formulas are those of ``reference.py``. Forward sums exp(logit - base), wher
 that is small, else a running maximum, so rows of z may have any length. Backward forms g_ij + g_ji of a tile from the
 numbers of both anchors and multiplies it with z at once: no two programs add to one number.
 
-Logits are in units of log 2 inside of the kernels, for ``exp2`` is what GPUs compute.
+Both passes round a logit before anything is subtracted from it, so that probabilities of long rows still sum to 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from hpkernels.ops._triton import load_rows, multiply, products_and_tile
 from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 takes fewer instructions than exp, which keeps subnormal numbers
 MOST_BASE = tl.constexpr(40.0)
 """Up to which a bound of all logits is the base of their log-sum: the least of them is exp(-2 * 40) of it."""
 
@@ -77,25 +77,24 @@ def drawn_words(negatives, anchors, group, words, start, SAMPLED: tl.constexpr, 
 
 
 @triton.jit
-def raise_base(base, total, products, included, factor):
-    """The greatest of each row's included products so far, and the sum of exp2(factor (product - base)) for it."""
-    raised = tl.maximum(base, tl.max(tl.where(included, products, float("-inf")), axis=1))
-    total *= tl.exp2(factor * (base - tl.where(raised == float("-inf"), 0.0, raised)))
+def raise_base(base, total, logits, included):
+    """The greatest of each row's included logits so far, and the sum of exp(logit - base) for it."""
+    raised = tl.maximum(base, tl.max(tl.where(included, logits, float("-inf")), axis=1))
+    total *= tl.exp2((base - tl.where(raised == float("-inf"), 0.0, raised)) * LOG2_E)
     return raised, total
 
 
 @triton.jit
-def sum_of_terms(base, products, included, factor):
-    """The sum of exp2(factor (product - base)) over each row's included products."""
-    shift = factor * tl.where(base == float("-inf"), 0.0, base)
-    return tl.sum(tl.where(included, tl.exp2(factor * products - shift[:, None]), 0.0), axis=1)
+def sum_of_terms(base, logits, included):
+    """The sum of exp(logit - base) over each row's included logits."""
+    shift = tl.where(base == float("-inf"), 0.0, base)
+    return tl.sum(tl.where(included, tl.exp2((logits - shift[:, None]) * LOG2_E), 0.0), axis=1)
 
 
 @triton.jit
-def log_sum_of(base, total, factor):
-    """The natural logarithm of the sum, -inf if nothing was included."""
-    log_sum = (factor * base + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E
-    return tl.where(total > 0, log_sum, float("-inf"))
+def log_sum_of(base, total):
+    """The logarithm of a total of exp(logit - base), -inf if nothing was included."""
+    return tl.where(total > 0, base + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group"])
@@ -120,9 +119,8 @@ def contrastive_blocks_fwd_kernel(
     column_start = first // 32 * 32
     share = tl.cdiv(tl.cdiv(last - column_start, BLOCK_COLUMNS), tl.num_programs(1)) * BLOCK_COLUMNS
     column_start += split * share
-    factor = scale * LOG2_E
-    bound = tl.load(square)
-    running = (scale * bound <= MOST_BASE) == 0  # also if the bound is NaN
+    bound = scale * tl.load(square)
+    running = (bound <= MOST_BASE) == 0  # also if the bound is NaN
     base = tl.zeros((BLOCK_ROWS,), tl.float32) + tl.where(running, float("-inf"), bound)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     agnostic_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -136,33 +134,34 @@ def contrastive_blocks_fwd_kernel(
         denominator &= ~own_words(rows, start, COUNT)
         if HAS_SPECIFIC:
             task = words_from(specific, rows, words, start, COUNT) & inside
-        products, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        logits, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        logits *= scale
         if running:
-            base, total = raise_base(base, total, products, bits_of(denominator), factor)
-        total += sum_of_terms(base, products, bits_of(denominator), factor)
-        agnostic_sum += tl.sum(tl.where(bits_of(agnostic), products, 0.0), axis=1)
+            base, total = raise_base(base, total, logits, bits_of(denominator))
+        total += sum_of_terms(base, logits, bits_of(denominator))
+        agnostic_sum += tl.sum(tl.where(bits_of(agnostic), logits, 0.0), axis=1)
         if HAS_SPECIFIC:
-            specific_sum += tl.sum(tl.where(bits_of(task), products, 0.0), axis=1)
+            specific_sum += tl.sum(tl.where(bits_of(task), logits, 0.0), axis=1)
     at = parts + split.to(tl.int64) * 3 * anchors + rows
-    tl.store(at, log_sum_of(base, total, factor), mask=rows >= 0)
-    tl.store(at + anchors, scale * agnostic_sum, mask=rows >= 0)
-    tl.store(at + 2 * anchors, scale * specific_sum, mask=rows >= 0)
+    tl.store(at, log_sum_of(base, total), mask=rows >= 0)
+    tl.store(at + anchors, agnostic_sum, mask=rows >= 0)
+    tl.store(at + 2 * anchors, specific_sum, mask=rows >= 0)
 
 
 @triton.jit
 def load_numbers(numbers, rows):
-    """r, f, pull and specific pull of some rows, from (N, 4); 0 for rows of -1. r is in units of log 2."""
+    """r, f, pull and specific pull of some rows, from (N, 4); 0 for rows of -1."""
     at = numbers + 4 * rows
     inside = rows >= 0
-    base = LOG2_E * tl.load(at, mask=inside, other=0.0)
+    base = tl.load(at, mask=inside, other=0.0)
     push = tl.load(at + 1, mask=inside, other=0.0)
     return base, push, tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
 
 
 @triton.jit
 def term_of(difference):
-    """exp2 of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
-    return tl.exp2(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
+    """exp of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
+    return tl.exp2(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group"])
@@ -184,7 +183,7 @@ def contrastive_blocks_bwd_kernel(
     features = tl.program_id(1) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
     base_i, push_i, pull_i, specific_i = load_numbers(numbers, rows)
-    shared = LOG2_E * tl.load(shift)
+    shared = tl.load(shift)
     gradient = tl.zeros((BLOCK_ROWS, BLOCK_GRAD), tl.float32)
     COUNT: tl.constexpr = BLOCK_COLUMNS // 32
     ROW_COUNT: tl.constexpr = BLOCK_ROWS // 32
@@ -205,7 +204,7 @@ def contrastive_blocks_bwd_kernel(
                 task_i = words_from(specific, columns, words, row_start, ROW_COUNT)
         base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
         logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits *= scale * LOG2_E
+        logits *= scale
         are_in_j = tl.trans(bits_of(in_j))
         if SYMMETRIC:
             are_in_j |= bits_of(to_j & in_i)

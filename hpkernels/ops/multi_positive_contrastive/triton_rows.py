@@ -11,7 +11,6 @@ import triton.language as tl
 
 from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_at
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
-    LOG2_E,
     load_numbers,
     log_sum_of,
     raise_base,
@@ -133,14 +132,14 @@ def contrastive_scale_kernel(
 
 
 @triton.jit
-def add_to_log_sum(base, total, values, included, factor):
-    """A log-sum (1,) with those of values (V,) that are included; all are in units of 1 / factor log 2."""
-    base, total = raise_base(base, total, values[None, :], included[None, :], factor)
-    return base, total + sum_of_terms(base, values[None, :], included[None, :], factor)
+def add_to_log_sum(base, total, values, included):
+    """A log-sum (1,) with those of values (V,) that are included."""
+    base, total = raise_base(base, total, values[None, :], included[None, :])
+    return base, total + sum_of_terms(base, values[None, :], included[None, :])
 
 
 @triton.jit
-def sums_of_parts(parts, count, anchors, row, factor, BLOCK_PARTS: tl.constexpr):
+def sums_of_parts(parts, count, anchors, row, BLOCK_PARTS: tl.constexpr):
     """What parts (count, 3, N) have of a row: base and total of the log-sum, sums of the logits of A and S."""
     base = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
@@ -148,8 +147,8 @@ def sums_of_parts(parts, count, anchors, row, factor, BLOCK_PARTS: tl.constexpr)
     for start in range(0, count, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         at = parts + part.to(tl.int64) * 3 * anchors + row
-        log_sums = tl.load(at, mask=part < count, other=float("-inf")) * (LOG2_E / factor)
-        base, total = add_to_log_sum(base, total, log_sums, part < count, factor)
+        log_sums = tl.load(at, mask=part < count, other=float("-inf"))
+        base, total = add_to_log_sum(base, total, log_sums, part < count)
         agnostic_sum += tl.sum(tl.load(at + anchors, mask=part < count, other=0.0), axis=0)
         specific_sum += tl.sum(tl.load(at + 2 * anchors, mask=part < count, other=0.0), axis=0)
     return base, total, agnostic_sum, specific_sum
@@ -177,31 +176,30 @@ def contrastive_rows_fwd_kernel(
     listed pair; the parts.
     """
     row = tl.program_id(0)
-    factor = scale * LOG2_E
     base = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     agnostic_sum, specific_sum = 0.0, 0.0
     if tl.load(state) != 0:
-        base, total, agnostic_sum, specific_sum = sums_of_parts(parts, parts_count, anchors, row, factor, 16)
+        base, total, agnostic_sum, specific_sum = sums_of_parts(parts, parts_count, anchors, row, 16)
     elif LISTED:
-        base, total, agnostic_sum, specific_sum = sums_of_parts(within, within_count, anchors, row, factor, 16)
-        sampled = tl.load(log_sums + row + tl.arange(0, 1)) * (LOG2_E / factor)
-        base, total = add_to_log_sum(base, total, sampled, sampled == sampled, factor)
+        base, total, agnostic_sum, specific_sum = sums_of_parts(within, within_count, anchors, row, 16)
+        sampled = tl.load(log_sums + row + tl.arange(0, 1))
+        base, total = add_to_log_sum(base, total, sampled, sampled == sampled)
         features = tl.arange(0, BLOCK_D)
         own = tl.load(z + row.to(tl.int64) * dim + features, mask=features < dim, other=0.0).to(tl.float32)
         end = tl.load(ranges + 2 * row + 1)
         for start in range(tl.load(ranges + 2 * row), end, BLOCK_COLUMNS):
             column, tile = listed_rows(z, columns, start + tl.arange(0, BLOCK_COLUMNS), end, dim, features)
             inside = column >= 0
-            products = tl.sum(tile * own[None, :], axis=1)
+            logits = scale * tl.sum(tile * own[None, :], axis=1)
             agnostic = bits_at(positives, row, words, column, inside)
             denominator = agnostic & (bits_at(negatives, row % group, words, column, inside) == 0)
-            base, total = add_to_log_sum(base, total, products, denominator, factor)
-            agnostic_sum += scale * tl.sum(tl.where(agnostic, products, 0.0), axis=0)
+            base, total = add_to_log_sum(base, total, logits, denominator)
+            agnostic_sum += tl.sum(tl.where(agnostic, logits, 0.0), axis=0)
             if HAS_SPECIFIC:
                 task = bits_at(specific, row, words, column, inside)
-                specific_sum += scale * tl.sum(tl.where(task, products, 0.0), axis=0)
-    log_denominator = tl.sum(tl.where(total > 0, log_sum_of(base, total, factor), 0.0), axis=0)
+                specific_sum += tl.sum(tl.where(task, logits, 0.0), axis=0)
+    log_denominator = tl.sum(tl.where(total > 0, log_sum_of(base, total), 0.0), axis=0)
     pull = tl.load(weights + 4 * row + 2) * loss_scale / tl.maximum(tl.load(state + 1), 1).to(tl.float32)
     specific_pull = tl.load(weights + 4 * row + 3) * loss_scale / tl.maximum(tl.load(state + 2), 1).to(tl.float32)
     push = pull * tl.load(weights + 4 * row) + specific_pull * tl.load(weights + 4 * row + 1)
@@ -249,9 +247,9 @@ def contrastive_rows_bwd_kernel(
             agnostic = bits_at(positives, row, words, column, inside)
             in_i = agnostic & (bits_at(negatives, row % group, words, column, inside) == 0)
             in_j = agnostic & (bits_at(negatives, column % group, words, row, inside) == 0)
-            logits = tl.sum(tile * own[None, :], axis=1) * (scale * LOG2_E)
-            g = tl.where(in_i, push_i * tl.exp2(logits - base_i), 0.0)
-            g += tl.where(in_j, push_j * tl.exp2(logits - base_j), 0.0)
+            logits = scale * tl.sum(tile * own[None, :], axis=1)
+            g = tl.where(in_i, push_i * tl.exp(logits - base_i), 0.0)
+            g += tl.where(in_j, push_j * tl.exp(logits - base_j), 0.0)
             g -= tl.where(agnostic, pull_i + pull_j, 0.0)
             if HAS_SPECIFIC:
                 g -= tl.where(bits_at(specific, row, words, column, inside), specific_i + specific_j, 0.0)

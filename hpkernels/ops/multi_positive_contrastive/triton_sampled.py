@@ -72,18 +72,18 @@ def sampled_rows_fwd_kernel(
     rows, first_of_image = rows_at(position, tl.program_id(1), anchors // group, group, BLOCK_ROWS)
     features = tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
-    factor = scale * LOG2_E
     base = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     first, end = piece_of(columns, ranges, position, 0, anchors, False)
     for start in range(first, end, BLOCK_COLUMNS):
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
-        products, _ = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
+        logits, _ = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         across = are_across(first_of_image, column, group)
-        base, total = raise_base(base, total, products, across, factor)
-        total += sum_of_terms(base, products, across, factor)
-    tl.store(log_sums + rows, log_sum_of(base, total, factor), mask=rows >= 0)
+        logits *= scale
+        base, total = raise_base(base, total, logits, across)
+        total += sum_of_terms(base, logits, across)
+    tl.store(log_sums + rows, log_sum_of(base, total), mask=rows >= 0)
 
 
 @triton.jit(do_not_specialize=["anchors", "group", "first_column", "last_column"])
@@ -112,7 +112,7 @@ def sampled_rows_bwd_kernel(
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        terms = push[:, None] * tl.exp2(products * (scale * LOG2_E) - base[:, None])
+        terms = push[:, None] * tl.exp2((scale * products - base[:, None]) * LOG2_E)
         # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
         g = terms
         if start < end:
@@ -148,7 +148,7 @@ def sampled_columns_bwd_kernel(
         rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
         products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         base, push, _, _ = load_numbers(numbers, rows)
-        terms = push[None, :] * tl.exp2(products * (scale * LOG2_E) - base[None, :])
+        terms = push[None, :] * tl.exp2((scale * products - base[None, :]) * LOG2_E)
         g = terms
         if block < blocks:  # as in the kernel above
             g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
