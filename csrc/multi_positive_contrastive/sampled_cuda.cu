@@ -34,7 +34,7 @@ struct SumSampled {
         for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            logits[n][c] = arguments.scale * products.values[m][n][2 * h + c];
+            logits[n][c] = __fmul_rn(arguments.scale, products.values[m][n][2 * h + c]);
             included[n][c] = exists && is_across(image * arguments.group, columns[n][c], arguments.group);
           }
         }
@@ -87,7 +87,7 @@ struct RowGradient {
         const int column = list[tile * Geometry::kColumns + Geometry::column(team.thread, n, part % 2)];
         const int image = first_image + Geometry::row(team.thread, 0, part / 2);
         float& value = products.values[0][n][part];
-        const float g = of_rows[part / 2].of(arguments.scale * value);
+        const float g = of_rows[part / 2].of(__fmul_rn(arguments.scale, value));
         value = is_across(image * arguments.group, column, arguments.group) ? g : 0;
       }
     }
@@ -159,7 +159,7 @@ struct ColumnGradient {
         for (int h = 0; h < 2; ++h) {
           const int column = list[first + Geometry::row(team.thread, 0, h)];
           float& value = products.values[0][n][2 * h + c];
-          const float g = push.of(arguments.scale * value);
+          const float g = push.of(__fmul_rn(arguments.scale, value));
           value = is_across(image * arguments.group, column, arguments.group) ? g : 0;
         }
       }

@@ -5,7 +5,8 @@
 namespace hpk {
 namespace {
 
-// Base 2, so that an exponential is one instruction.
+// Base 2, so that an exponential is one instruction. Logits are scaled and rounded before anything is subtracted, in
+// forward and in backward alike: so the probabilities of a row sum to 1 however large its logits are.
 constexpr float kLog2E = 1.44269504f;
 
 // Sums of exponentials less the greatest one, which is known by its product.
@@ -19,7 +20,7 @@ struct SumColumns {
 
   __device__ __forceinline__ void add(const Fragment<Geometry>& products, const typename Engine::Columns& columns,
                                       const Team<Geometry>& team) {
-    const float scale = kLog2E * arguments.scale;
+    const float scale = arguments.scale;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int first_of_image = (first_image + Geometry::row(team.thread, 0, h)) * arguments.group;
@@ -33,12 +34,12 @@ struct SumColumns {
           raised = fmaxf(raised, included[n][c]);
         }
       }
-      const float base = raised == kLogOfNothing ? 0 : scale * raised;
-      float total = totals[h] * exp2_of(scale * greatest[h] - base);
+      const float base = raised == kLogOfNothing ? 0 : __fmul_rn(scale, raised);
+      float total = totals[h] * exp2_of(kLog2E * (__fmul_rn(scale, greatest[h]) - base));
 #pragma unroll
       for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) total += exp2_of(scale * included[n][c] - base);
+        for (int c = 0; c < 2; ++c) total += exp2_of(kLog2E * (__fmul_rn(scale, included[n][c]) - base));
       }
       greatest[h] = raised;
       totals[h] = total;
@@ -64,7 +65,7 @@ sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
   const int columns = list.length > 0 ? list.length : 1;  // one that is none
   Engine::template run<false>(z, left_row, right_row, columns, shared_memory(), consumer);
   LogSum sums[1][2];
-  for (int h = 0; h < 2; ++h) sums[0][h] = {arguments.scale * consumer.greatest[h], consumer.totals[h]};
+  for (int h = 0; h < 2; ++h) sums[0][h] = {__fmul_rn(arguments.scale, consumer.greatest[h]), consumer.totals[h]};
   combine_rows<Geometry>(sums, shared_memory(), [&](int r, const LogSum& sum) {
     const int anchor = left_row(r);
     if (anchor >= 0) log_sums[anchor] = sum.value();
@@ -90,7 +91,7 @@ struct BothGradients {
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, const typename Engine::Columns& columns,
                                          const Team<Geometry>& team) const {
     const int group = arguments.group;
-    const float scale = arguments.scale * kLog2E;
+    const float scale = arguments.scale;
 #pragma unroll
     for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
@@ -98,7 +99,7 @@ struct BothGradients {
         const int first_of_image = (first_image + Geometry::row(team.thread, 0, part / 2)) * group;
         const Push& push = of_rows[part / 2];
         float& value = products.values[0][n][part];
-        const float g = push.f * exp2_of(scale * value - kLog2E * push.r);
+        const float g = push.f * exp2_of(kLog2E * (__fmul_rn(scale, value) - push.r));
         value = is_across(first_of_image, columns[n][part % 2], group) ? g : 0;
       }
     }
