@@ -295,7 +295,7 @@ def last_row(results):
 def test_proofs_of_what_is_wrong(proof, op, function, change):
     """One wrong row, the last, which is among the sampled ones."""
     if (op, function) == ("multi_positive_contrastive", "forward"):
-        change(op, function, lambda results: (results[0], results[1].index_fill(2, torch.tensor([119]), 0.5)))
+        change(op, function, lambda results: (results[0], results[1].index_fill(1, torch.tensor([119]), 0.5)))
     else:
         change(op, function, last_row)
     assert PROVEN[proof]("cuda")

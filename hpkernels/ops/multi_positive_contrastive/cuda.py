@@ -98,9 +98,11 @@ def rows_forward(
     return losses
 
 
-def scale_rows(rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def scale_rows(
+    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     numbers, shifts, factors = torch.empty_like(rows), torch.empty_like(grad_losses), torch.empty_like(grad_losses)
-    measures = (rows[..., 1:].amax(), *rows[..., 0].aminmax(dim=1))
+    measures = (rows[..., 1:].amax() * reach, *rows[..., 0].aminmax(dim=1))
     constants = (temperature, routes.GREATEST_G, routes.MOST_APART)
     _kernels.contrastive_scale_rows(rows, *measures, grad_losses, *constants, numbers, shifts, factors)
     return numbers, shifts, factors

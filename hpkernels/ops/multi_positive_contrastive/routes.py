@@ -156,13 +156,16 @@ class Kernels(Protocol):
         times ``loss_scale / max(images, 1)``. Returns parts of the loss, float32, of which one is NaN if `square` is.
         """
 
-    def scale_rows(self, rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def scale_rows(
+        self, rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (branches, N, 4) as backward takes them: numbers (branches, N, 4), shifts and factors (branches,).
 
         The kernels round ``g_ij + g_ji`` to the dtype of z and multiply it with z. In float16 the coefficients of a
         large batch, or of an image with many anchors beside one with few, would be too small for that. So they are
         divided by the greatest of all over GREATEST_G / 4: each of the two is a push times a probability less at most
-        two pulls. A gradient is multiplied by its factor in the end: that divisor times grad_loss / temperature.
+        two pulls; and by `reach`, for sums of their products with z that are kept in the dtype of z. A gradient is
+        multiplied by its factor in the end: the divisor times grad_loss / temperature.
 
         ``push_i exp(l - logDen_i)`` is ``f_i exp(l - r_i)``: numbers are (r_i, f_i, pull_i, specific_i). Where the
         log-denominators of a branch are within MOST_APART of one another, r_i is the greatest of them for all i, the
@@ -227,6 +230,7 @@ def empty(
         return [*found, positives.new_empty(5, dtype=torch.int64)]
     sampled = sampled_capacity(group, anchors, rate)
     stages = math.ceil(sampled * row_bytes * math.ceil(anchors / group / _STAGED_IMAGES) / _STAGED_BYTES)
+    stages = math.ceil(words / math.ceil(words / stages))  # of whole words, and none of no columns
     lists = Lists(
         ranges=positives.new_empty((anchors, 2), dtype=torch.int64),
         columns=positives.new_empty(capacity(anchors)),
@@ -307,7 +311,7 @@ def forward(
     """
     pairs = _pairs(prepared, positives, specific, negatives, group)
     rows = pairs.weights.new_empty((len(branches), *pairs.weights.shape))
-    losses = []
+    parts_of_losses = []
     for branch, statistics in zip(branches, rows, strict=True):
         z = kernels.aligned_rows(branch)
         square = kernels.greatest_square(z)
@@ -318,8 +322,10 @@ def forward(
             log_sums = parts.new_empty(len(z))
             kernels.sampled_forward(z, pairs, 1 / temperature, log_sums)
         of_route = (parts, within, log_sums)
-        losses.append(kernels.rows_forward(z, pairs, 1 / temperature, scale, square, *of_route, statistics))
-    return torch.stack(losses).sum(dim=1), rows
+        of_branch = kernels.rows_forward(z, pairs, 1 / temperature, scale, square, *of_route, statistics)
+        parts_of_losses.append(of_branch)
+    losses = torch.stack(parts_of_losses).sum(dim=1)
+    return losses, rows.add_((losses * 0)[:, None, None])  # a loss that is not finite has a gradient of NaN
 
 
 def _blocks_forward(kernels: Kernels, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor) -> Tensor:
@@ -351,7 +357,11 @@ def backward(
         places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
         staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
         sums = torch.empty_like(vectors[0], dtype=torch.float32)
-    of_branches = zip(vectors, grads, *kernels.scale_rows(rows, grad_losses, temperature), strict=True)
+    reach = 1.0
+    if pairs.lists is not None and branches[0].dtype == torch.float16:
+        reach = _reach(branches, len(rows[0]) / group / kernels.staged_rows(vectors[0], group))
+    scaled = kernels.scale_rows(rows, grad_losses, temperature, reach)
+    of_branches = zip(vectors, grads, *scaled, strict=True)
     for z, grad, numbers, shift, factor in of_branches:
         kernels.blocks_backward(z, pairs, False, symmetric, scale, numbers, shift, factor, grad)
         if pairs.lists is None:
@@ -365,3 +375,9 @@ def backward(
         if pairs.stages > 1:
             kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
     return grads
+
+
+def _reach(branches: list[Tensor], images: float) -> Tensor:
+    """By how much a sum of `images` products of z with g, which is at most a quarter of GREATEST_G, leaves float16."""
+    longest = torch.stack([torch.linalg.vector_norm(z.detach(), torch.inf, dtype=torch.float32) for z in branches])
+    return (longest.amax() * (images * GREATEST_G / 4 / 2**15)).clamp(min=1)

@@ -173,9 +173,12 @@ def rows_forward(
     return losses
 
 
-def scale_rows(rows: Tensor, grad_losses: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def scale_rows(
+    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     branches, anchors, _ = rows.shape
     least, greatest = rows.aminmax(dim=1)
+    greatest[:, 1:] *= reach
     numbers, (shifts, factors) = torch.empty_like(rows), rows.new_empty((2, branches))
     config = _triton.configuration(contrastive_scale_kernel, rows)
     _triton.launch(
