@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def _masks(pairs: Pairs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return pairs.positives, pairs.specific, pairs.negatives
 
 
-def _blocks(pairs: Pairs, within: bool) -> tuple:
+def _blocks(pairs: Pairs, within: bool) -> tuple[Any, ...]:
     return *_masks(pairs), pairs.state, pairs.group, within, pairs.lists is not None
 
 

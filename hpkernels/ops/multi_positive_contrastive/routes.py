@@ -13,7 +13,7 @@ has; `forward` and `backward` call it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Pairs(NamedTuple):
             in the loss of an image, before the mean over images; 0 for what is not kept.
         state: (5 + stages,) int64: 1 if something did not fit into the lists; images with a kept anchor, for A, and for
             S; how much is listed of positives; of sampled negatives; and how many places of each stage are taken.
-        lists: None where only blocks are computed.
+        lists: `Lists`; None where only blocks are computed.
     """
 
     positives: Tensor
@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
     group: int
     weights: Tensor
     state: Tensor
-    lists: Lists | None
+    lists: Any
 
     @property
     def stages(self) -> int:
@@ -357,7 +357,7 @@ def backward(
         places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
         staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
         sums = torch.empty_like(vectors[0], dtype=torch.float32)
-    reach = 1.0
+    reach: Tensor | float = 1.0
     if pairs.lists is not None and branches[0].dtype == torch.float16:
         reach = _reach(branches, len(rows[0]) / group / kernels.staged_rows(vectors[0], group))
     scaled = kernels.scale_rows(rows, grad_losses, temperature, reach)
