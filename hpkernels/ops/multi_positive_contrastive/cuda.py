@@ -15,7 +15,7 @@ from torch import Tensor
 from hpkernels.ops._cuda import aligned_rows, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
-from hpkernels.ops.multi_positive_contrastive.routes import Pairs
+from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach
 
 __all__ = ["aligned_rows", "backward", "forward", "prepare", "supports"]
 
@@ -100,10 +100,13 @@ def rows_forward(
 
 
 def scale_rows(
-    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float = 1.0
+    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Reach | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     numbers, shifts, factors = torch.empty_like(rows), torch.empty_like(grad_losses), torch.empty_like(grad_losses)
-    measures = (rows[..., 1:].amax() * reach, *rows[..., 0].aminmax(dim=1))
+    greatest = rows[..., 1:].amax()
+    if reach is not None:
+        greatest.addcmul_(greatest, reach[0], value=reach[1])
+    measures = (greatest, *rows[..., 0].aminmax(dim=1))
     constants = (temperature, routes.GREATEST_G, routes.MOST_APART)
     _kernels.contrastive_scale_rows(rows, *measures, grad_losses, *constants, numbers, shifts, factors)
     return numbers, shifts, factors

@@ -12,6 +12,7 @@ has; `forward` and `backward` call it.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +29,9 @@ GREATEST_G = 2.0**14
 """What ``g_ij + g_ji`` may be, of the 65504 of float16: see `Kernels.scale_rows`."""
 MOST_APART = 40.0
 """Of log-denominators that share a shift: exp of it is far from the ends of float32. See `Kernels.scale_rows`."""
+
+Reach = tuple[Tensor, float]
+"""x and c, for a divisor of 1 + c x."""
 
 
 class Lists(NamedTuple):
@@ -157,15 +161,15 @@ class Kernels(Protocol):
         """
 
     def scale_rows(
-        self, rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float
+        self, rows: Tensor, grad_losses: Tensor, temperature: float, reach: Reach | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (branches, N, 4) as backward takes them: numbers (branches, N, 4), shifts and factors (branches,).
 
         The kernels round ``g_ij + g_ji`` to the dtype of z and multiply it with z. In float16 the coefficients of a
         large batch, or of an image with many anchors beside one with few, would be too small for that. So they are
         divided by the greatest of all over GREATEST_G / 4: each of the two is a push times a probability less at most
-        two pulls; and by `reach`, for sums of their products with z that are kept in the dtype of z. A gradient is
-        multiplied by its factor in the end: the divisor times grad_loss / temperature.
+        two pulls; and by what sums of their products with z need, if they are kept in float16: see `_reach`. A gradient
+        is multiplied by its factor in the end: the divisor times grad_loss / temperature.
 
         ``push_i exp(l - logDen_i)`` is ``f_i exp(l - r_i)``: numbers are (r_i, f_i, pull_i, specific_i). Where the
         log-denominators of a branch are within MOST_APART of one another, r_i is the greatest of them for all i, the
@@ -325,7 +329,7 @@ def forward(
         of_branch = kernels.rows_forward(z, pairs, 1 / temperature, scale, square, *of_route, statistics)
         parts_of_losses.append(of_branch)
     losses = torch.stack(parts_of_losses).sum(dim=1)
-    return losses, rows.add_((losses * 0)[:, None, None])  # a loss that is not finite has a gradient of NaN
+    return losses, rows.add_(losses[:, None, None], alpha=0)  # a loss that is not finite has a gradient of NaN
 
 
 def _blocks_forward(kernels: Kernels, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor) -> Tensor:
@@ -357,7 +361,7 @@ def backward(
         places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
         staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
         sums = torch.empty_like(vectors[0], dtype=torch.float32)
-    reach: Tensor | float = 1.0
+    reach = None
     if pairs.lists is not None and branches[0].dtype == torch.float16:
         reach = _reach(branches, len(rows[0]) / group / kernels.staged_rows(vectors[0], group))
     scaled = kernels.scale_rows(rows, grad_losses, temperature, reach)
@@ -377,7 +381,7 @@ def backward(
     return grads
 
 
-def _reach(branches: list[Tensor], images: float) -> Tensor:
-    """By how much a sum of `images` products of z with g, which is at most a quarter of GREATEST_G, leaves float16."""
-    longest = torch.stack([torch.linalg.vector_norm(z.detach(), torch.inf, dtype=torch.float32) for z in branches])
-    return (longest.amax() * (images * GREATEST_G / 4 / 2**15)).clamp(min=1)
+def _reach(branches: list[Tensor], images: float) -> Reach:
+    """So that sums of `images` products of z with g, which is at most a quarter of GREATEST_G, stay below 2^15."""
+    longest = [torch.linalg.vector_norm(z.detach(), torch.inf, dtype=torch.float32) for z in branches]
+    return functools.reduce(torch.maximum, longest), images * GREATEST_G / 4 / 2**15

@@ -18,7 +18,7 @@ from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
-from hpkernels.ops.multi_positive_contrastive.routes import Pairs
+from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach
 from hpkernels.ops.multi_positive_contrastive.triton_bits import (
     draw_negatives_kernel,
     list_negatives_kernel,
@@ -174,11 +174,12 @@ def rows_forward(
 
 
 def scale_rows(
-    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Tensor | float = 1.0
+    rows: Tensor, grad_losses: Tensor, temperature: float, reach: Reach | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     branches, anchors, _ = rows.shape
     least, greatest = rows.aminmax(dim=1)
-    greatest[:, 1:] *= reach
+    if reach is not None:
+        greatest[:, 1:].addcmul_(greatest[:, 1:], reach[0], value=reach[1])
     numbers, (shifts, factors) = torch.empty_like(rows), rows.new_empty((2, branches))
     config = _triton.configuration(contrastive_scale_kernel, rows)
     _triton.launch(
