@@ -304,25 +304,29 @@ class Loss:
         return loss, grad
 
 
-# Rows of several steps of a product, and more features than a block has sums of.
-LONG = {torch.float16: 300, torch.bfloat16: 72, torch.float32: 140}
+def several_tiles(case, rate):
+    """Rows of several steps of a product, with more features than a block has sums of. Interpreted tiles are small."""
+    if case.backend == "triton" and case.device == "cpu":
+        return Loss(case, 72, rate, images=4, group=14)
+    return Loss(case, {torch.float16: 300, torch.bfloat16: 72, torch.float32: 140}[case.dtype], rate)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.0, None], ids=["lists", "too-many-for-lists", "blocks"])
 def test_routes_agree(allow_lists, each, density):
     allow_lists(density)
-    Loss(each, LONG[each.dtype], 0.05).check()
+    several_tiles(each, 0.05).check()
 
 
 def test_every_other_anchor_is_a_negative(each):
-    Loss(each, LONG[each.dtype], 1.0).check()
+    several_tiles(each, 1.0).check()
 
 
 def test_masks_that_are_not_symmetric(case):
-    negatives = torch.rand(105, 315, generator=torch.Generator().manual_seed(1)) < 0.3
-    Loss(case, 20, 1.0, symmetric=False, negatives=negatives).check()
-    Loss(case, 20, 1.0, symmetric=False).check()
-    Loss(case, 20, 0.05, symmetric=False, specific=False).check()
+    negatives = torch.rand(20, 60, generator=torch.Generator().manual_seed(1)) < 0.3
+    sizes = {"images": 3, "group": 20, "symmetric": False}
+    Loss(case, 20, 1.0, **sizes, negatives=negatives).check()
+    Loss(case, 20, 1.0, **sizes).check()
+    Loss(case, 20, 0.05, **sizes, specific=False).check()
 
 
 def test_gradients_are_staged_in_turn(case, allow_lists, monkeypatch):
@@ -379,7 +383,7 @@ def test_branches_are_as_by_themselves(case, allow_lists, density):
 
 
 @pytest.mark.parametrize("density", [1.0, None])
-@pytest.mark.parametrize("length", [0.01, 8.0, 60.0])
+@pytest.mark.parametrize("length", [0.01, 8.0, 20.0])
 def test_rows_of_any_length(case, allow_lists, density, length):
     """Log-denominators that share a shift, and those that are too far apart for that."""
     allow_lists(density)
@@ -401,8 +405,8 @@ def test_infinite_logits_are_not_silent(case, allow_lists, density):
 
 @pytest.mark.parametrize("rate", [0.02, 1.0])
 def test_gradients_of_uneven_images_in_float16(case, rate):
-    """Of two images one keeps two anchors and the other all: the rows of this have coefficients a 500th of the rest."""
-    group = 512
+    """Of two images one keeps two anchors and the other all: the rows of this have coefficients far below the rest."""
+    group = 64 if case.backend == "triton" and case.device == "cpu" else 512  # of which a 500th
     generator = torch.Generator().manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(2 * group, 16, generator=generator, dtype=torch.float64), dim=1)
     z = z.half().to(case.device)
@@ -419,7 +423,7 @@ def test_gradients_of_uneven_images_in_float16(case, rate):
         return grad.cpu().double()
 
     expected = gradient(z.double(), "reference")
-    errors = row_errors(gradient(z, case.backend), expected) / expected.norm(dim=1)
+    errors = row_errors(gradient(z, case.backend), expected) / expected.norm(dim=1).clamp(min=1e-30)
     assert errors.max() < 1e-3, f"row {int(errors.argmax())} by {errors.max():.2e}"
 
 
