@@ -238,7 +238,7 @@ struct GatheredSm90 {
         consumer.make_g(products, names, team);
         Barrier::wait(&shared.done[t], phase ^ 1);  // of the tile before; at once for the first
         __syncwarp();  // wgmma is an instruction of whole warps
-        write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
+        hopper::write_box(products, team.thread, shared.g[t]);
         hopper::fence_writes();
         Barrier::arrive(&shared.ready[t]);
 
@@ -279,19 +279,6 @@ struct GatheredSm90 {
       }
     }
     if constexpr (kGradients) consumer.store(gradient, team);
-  }
-
-  // As an operand in a box. The lanes of a warp write to different banks.
-  __device__ static __forceinline__ void write_g(const Fragment<Geometry>& g, int thread, char* box) {
-#pragma unroll
-    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const T pair[] = {T(g.values[0][n][2 * h]), T(g.values[0][n][2 * h + 1])};
-        const int offset = hopper::box_offset(Geometry::row(thread, 0, h), Geometry::column(thread, n, 0));
-        std::memcpy(__builtin_assume_aligned(box + offset, sizeof pair), pair, sizeof pair);
-      }
-    }
   }
 };
 

@@ -22,8 +22,6 @@
 
 #ifdef HPK_WITH_SM90
 
-#include <cstring>
-
 #include "common/hopper.cuh"
 #include "common/schedule.h"
 
@@ -226,7 +224,7 @@ struct GradientSm90 {
 
       consumer.make_g(products, static_cast<int>(tile), team, shared.own_numbers, shared.numbers[t]);
       __syncwarp();  // wgmma is an instruction of whole warps
-      write_g(products, team.thread, reinterpret_cast<char*>(shared.g[t]));
+      hopper::write_box(products, team.thread, shared.g[t]);
       hopper::fence_writes();
       Barrier::arrive(&shared.ready[t]);
 
@@ -243,19 +241,6 @@ struct GradientSm90 {
       warpgroup_fence_operand(sums);
     }
     consumer.store(gradient, team);
-  }
-
-  // As TMA would have written it. The lanes of a warp write to different banks.
-  __device__ static __forceinline__ void write_g(const Fragment<Geometry>& g, int thread, char* box) {
-#pragma unroll
-    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const T pair[] = {T(g.values[0][n][2 * h]), T(g.values[0][n][2 * h + 1])};
-        const int offset = hopper::box_offset(Geometry::row(thread, 0, h), Geometry::column(thread, n, 0));
-        std::memcpy(__builtin_assume_aligned(box + offset, sizeof pair), pair, sizeof pair);
-      }
-    }
   }
 };
 

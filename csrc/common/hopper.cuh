@@ -7,6 +7,7 @@
 
 #include <cuda.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "common/device.h"
@@ -195,6 +196,23 @@ __device__ __forceinline__ auto accumulators(const Mma& mma, Fragment<Geometry>&
   using namespace cute;
   return make_tensor(make_rmem_ptr(&fragment.values[0][0][0]),
                      make_layout(partition_shape_C(mma, Shape<Int<Geometry::kRows>, Int<Geometry::kColumns>>{})));
+}
+
+// Writes a team's Fragment of 64 rows and columns to a box, as TMA would have: so it is an operand, after a fence. The
+// lanes of a warp write to different banks.
+template <class Geometry, class T>
+__device__ __forceinline__ void write_box(const Fragment<Geometry>& fragment, int thread, T* box) {
+  static_assert(Geometry::kRowBlocks == 1 && Geometry::kColumns == kBoxDepth, "a box has other elements");
+#pragma unroll
+  for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const T pair[] = {T(fragment.values[0][n][2 * h]), T(fragment.values[0][n][2 * h + 1])};
+      const int offset = box_offset(Geometry::row(thread, 0, h), Geometry::column(thread, n, 0));
+      char* const at = reinterpret_cast<char*>(box) + offset;
+      std::memcpy(__builtin_assume_aligned(at, sizeof pair), pair, sizeof pair);
+    }
+  }
 }
 
 // How a matrix is read in boxes of `box_rows` rows. What lies outside of it is read as 0.

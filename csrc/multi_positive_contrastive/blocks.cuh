@@ -9,17 +9,11 @@
 
 namespace hpk {
 
-constexpr float kLog2OfE = 1.44269504f;
 // The most that logits under a constant shift may be apart: exp of it is far from the least normal number.
 constexpr float kMostApart = 80;
 // The greatest shift that is multiplied by log2(e) with the logits, which takes one instruction. Of large logits that would
 // leave too few digits, so that the greatest is not 1 under its own log-sum: they are rounded before they are subtracted.
 constexpr float kGreatestShift = 32;
-
-// exp(logit - shift) for any of them.
-__device__ __forceinline__ float exp_of_difference(float scale, float product, float shift) {
-  return exp2_of(kLog2OfE * (__fmul_rn(scale, product) - shift));
-}
 
 // What the kernels of blocks need besides the operands of their engine.
 struct BlockArguments {

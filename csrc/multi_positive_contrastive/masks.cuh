@@ -82,8 +82,8 @@ __device__ __forceinline__ uint32_t inside_bits(const Scope& scope, int word) {
 }
 
 // The relations of a row, or those to it, with 32 columns of which only `inside` count. kAll: every other anchor is a
-// negative, so that R need not be read. Bit 8 n + c is of column 8 n + c +
-// `first`: the thread has those of n = 0 to 3 and c = 0 and 1.
+// negative, so that R need not be read. Bit 8 n + c is of column 8 n + c + `first`: the thread has those of n = 0 to 3
+// and c = 0 and 1.
 template <bool kAll>
 __device__ __forceinline__ PairWords pair_words(uint32_t agnostic, uint32_t specific, uint32_t drawn, uint32_t inside,
                                                 int row, int word, int first) {

@@ -1,10 +1,18 @@
-// What forward knows of each row of a strip of anchors.
+// What forward knows of each row of a strip of anchors, and exponentials of logits.
 #pragma once
 
 #include "common/device.h"
 #include "multi_positive_contrastive/log_sum.h"
 
 namespace hpk {
+
+constexpr float kLog2OfE = 1.44269504f;  // 2^x takes fewer instructions than e^x
+
+// exp(scale product - shift). Logits are rounded before a shift is subtracted, in forward and in backward alike: so the
+// probabilities of a row sum to 1 however large its logits are.
+__device__ __forceinline__ float exp_of_difference(float scale, float product, float shift) {
+  return exp2_of(kLog2OfE * (__fmul_rn(scale, product) - shift));
+}
 
 // Over the pairs of a row that have been seen: log sum over Den of exp of the logits, and sums of those in A and in S.
 struct RowSums {

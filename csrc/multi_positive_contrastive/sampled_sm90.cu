@@ -1,13 +1,10 @@
 #include "common/combine.cuh"
 #include "common/gathered_sm90.cuh"
+#include "multi_positive_contrastive/row_sums.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
 
 namespace hpk {
 namespace {
-
-// Base 2, so that an exponential is one instruction. Logits are scaled and rounded before anything is subtracted, in
-// forward and in backward alike: so the probabilities of a row sum to 1 however large its logits are.
-constexpr float kLog2E = 1.44269504f;
 
 // Sums of exponentials less the greatest one, which is known by its product.
 template <class Engine>
@@ -35,11 +32,11 @@ struct SumColumns {
         }
       }
       const float base = raised == kLogOfNothing ? 0 : __fmul_rn(scale, raised);
-      float total = totals[h] * exp2_of(kLog2E * (__fmul_rn(scale, greatest[h]) - base));
+      float total = totals[h] * exp_of_difference(scale, greatest[h], base);
 #pragma unroll
       for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) total += exp2_of(kLog2E * (__fmul_rn(scale, included[n][c]) - base));
+        for (int c = 0; c < 2; ++c) total += exp_of_difference(scale, included[n][c], base);
       }
       greatest[h] = raised;
       totals[h] = total;
@@ -91,7 +88,6 @@ struct BothGradients {
   __device__ __forceinline__ void make_g(Fragment<Geometry>& products, const typename Engine::Columns& columns,
                                          const Team<Geometry>& team) const {
     const int group = arguments.group;
-    const float scale = arguments.scale;
 #pragma unroll
     for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
 #pragma unroll
@@ -99,7 +95,7 @@ struct BothGradients {
         const int first_of_image = (first_image + Geometry::row(team.thread, 0, part / 2)) * group;
         const Push& push = of_rows[part / 2];
         float& value = products.values[0][n][part];
-        const float g = push.f * exp2_of(kLog2E * (__fmul_rn(scale, value) - push.r));
+        const float g = push.f * exp_of_difference(arguments.scale, value, push.r);
         value = is_across(first_of_image, columns[n][part % 2], group) ? g : 0;
       }
     }
