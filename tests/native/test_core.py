@@ -119,7 +119,7 @@ def test_exponential(core):
 
 
 GEOMETRIES = [
-    *("Geometry80", "WarpGeometry80<2>", *(f"GradientGeometry80<{width}>" for width in (64, 256, 512))),
+    *("Geometry80", "WarpGeometry80<2>", *(f"GradientGeometry80<{width}>" for width in (64, 128, 256))),
     *("Geometry90", "WideGeometry90", "GradientGeometry90<64>", "GradientGeometry90<256>"),
 ]
 
