@@ -193,32 +193,36 @@ def test_what_does_not_fit_is_left_out(case, allow_lists, what, monkeypatch):
     assert all((whole[-64:] == -7).all() for whole in kept)
 
 
-@pytest.mark.parametrize("weighting", VARIANTS, ids=str)
-@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_weights(case, weighting, rate):
+def _weightings():
+    """Every weighting and rate with few anchors; one with more than a block has."""
+    several = [(3, 7, weighting, rate) for weighting in VARIANTS for rate in (0.0, 0.1, 1.0)]
+    return [*several, (1, 300, VARIANTS[1], 0.1)]
+
+
+@pytest.mark.parametrize(("images", "group", "weighting", "rate"), _weightings(), ids=str)
+def test_weights(case, images, group, weighting, rate):
     """With the numbers of pairs they give the coefficients of the reference, whatever the images' number and size."""
     variant, reweight, keep_specific_only = weighting
-    for images, group in ((3, 7), (1, 300)):
-        relations = Relations(case.device, images, group, rate)
-        pairs = relations.prepare(case.backend, weighting)
-        agnostic, task = relations.dense
-        drawn = relations.drawn.repeat(images, 1).fill_diagonal_(False)
-        expected = reference.anchor_coefficients(
-            *(mask.sum(dim=1).double() for mask in (agnostic, task)),
-            (agnostic | drawn.logical_and(~torch.eye(len(drawn), dtype=torch.bool))).any(dim=1),
-            0.5,
-            anchors_per_image=group,
-            scale=1.5,
-            variant=variant,
-            reweight=reweight,
-            keep_specific_only=keep_specific_only,
-        )
-        of_agnostic, of_task, *factors = pairs.weights.cpu().double().T
-        kept = pairs.state[1:3].cpu().clamp(min=1)
-        pull, pull_specific = (1.5 * factor / count for factor, count in zip(factors, kept, strict=True))
-        found = (pull * of_agnostic + pull_specific * of_task, pull, pull_specific)
-        for of_anchors, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(of_anchors, wanted, rtol=1e-6, atol=0)
+    relations = Relations(case.device, images, group, rate)
+    pairs = relations.prepare(case.backend, weighting)
+    agnostic, task = relations.dense
+    drawn = relations.drawn.repeat(images, 1).fill_diagonal_(False)
+    expected = reference.anchor_coefficients(
+        *(mask.sum(dim=1).double() for mask in (agnostic, task)),
+        (agnostic | drawn.logical_and(~torch.eye(len(drawn), dtype=torch.bool))).any(dim=1),
+        0.5,
+        anchors_per_image=group,
+        scale=1.5,
+        variant=variant,
+        reweight=reweight,
+        keep_specific_only=keep_specific_only,
+    )
+    of_agnostic, of_task, *factors = pairs.weights.cpu().double().T
+    kept = pairs.state[1:3].cpu().clamp(min=1)
+    pull, pull_specific = (1.5 * factor / count for factor, count in zip(factors, kept, strict=True))
+    found = (pull * of_agnostic + pull_specific * of_task, pull, pull_specific)
+    for of_anchors, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_anchors, wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", _cuda.DTYPES)
@@ -332,9 +336,9 @@ def test_masks_that_are_not_symmetric(case):
 def test_gradients_are_staged_in_turn(case, allow_lists, monkeypatch):
     """Some columns at a time; of more images than one staged row sums."""
     allow_lists(1.0)
-    loss = Loss(case, 20, 0.2, images=70, group=5)
+    loss = Loss(case, 20, 0.2, images=70, group=2)
     value, grad = loss.check()
-    monkeypatch.setattr(routes, "_STAGED_BYTES", 20000)
+    monkeypatch.setattr(routes, "_STAGED_BYTES", 8000)
     assert loss.relations.prepare(case.backend, row_bytes=80).stages > 2
     same_value, same_grad = loss.check()
     assert torch.equal(value, same_value)
@@ -351,7 +355,7 @@ def test_the_last_stage_has_columns(case, allow_lists, monkeypatch):
 def test_staged_sums_do_not_overflow(case, allow_lists):
     """In float16: all images have the same row at a position, whose negatives are few, so that each counts."""
     allow_lists(1.0)
-    images, group, dim = 64, 4, 4
+    images, group, dim = 40, 2, 4
     z = torch.zeros(images * group, dim)
     z[:, 1:] = torch.nn.functional.normalize(torch.randn(len(z), 3, generator=torch.Generator().manual_seed(0)), dim=1)
     z[::group] = torch.tensor([1.0, 0, 0, 0])
@@ -374,7 +378,7 @@ def test_staged_sums_do_not_overflow(case, allow_lists):
 @pytest.mark.parametrize("density", [1.0, None])
 def test_branches_are_as_by_themselves(case, allow_lists, density):
     allow_lists(density)
-    loss = Loss(case, 6, 0.2, images=3, group=36)
+    loss = Loss(case, 6, 0.2, images=3, group=12)
     other = loss.z.flip(0)
     losses, grads = loss.of(loss.z, other)
     for index, branch in enumerate((loss.z, other)):
