@@ -114,7 +114,7 @@ def test_matches_reference(case, variant, images, height, width, dim, density, r
     exact, _ = batch.oracle(torch.float64, lam, **options)
     plain, _ = batch.oracle(values_dtype(case.dtype), lam, **options)
     assert loss.shape == () and loss.dtype == values_dtype(case.dtype) and loss.device == batch.z.device
-    # A loss is a difference of logits, scaled by 1 / 0.07: their rounding is left where it is 0, as that of one pair is.
+    # A loss is a difference of logits / 0.07: where it is 0, as of one pair, their rounding is left.
     rounding = torch.finfo(loss.dtype).eps * (10 * exact.abs().item() + 2 / 0.07)
     assert_rows_close(loss, exact, plain, eps=rounding)
 
