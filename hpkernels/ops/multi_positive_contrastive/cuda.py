@@ -29,7 +29,7 @@ def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
 
 def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
-    anchors, lists = len(pairs.weights), pairs.lists
+    anchors, lists = len(pairs.weights), pairs.required_lists
     transposed = pairs.positives.new_empty((anchors, words_per_row(pairs.group)))
     _kernels.contrastive_list_sampled(
         *(pairs.negatives, anchors, pairs.state, pairs.stage_columns, slot_capacity, transposed),
@@ -75,7 +75,8 @@ def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: 
 
 
 def sampled_forward(z: Tensor, pairs: Pairs, scale: float, log_sums: Tensor) -> None:
-    listed = (pairs.lists.sampled_ranges, pairs.lists.sampled_columns)
+    lists = pairs.required_lists
+    listed = (lists.sampled_ranges, lists.sampled_columns)
     _kernels.contrastive_sampled_forward(z, pairs.group, *listed, pairs.state, scale, log_sums)
 
 
@@ -135,8 +136,8 @@ def staged_rows(z: Tensor, group: int) -> int:
 def sampled_backward(
     z: Tensor, pairs: Pairs, stage: int, scale: float, numbers: Tensor, sums: Tensor, staged: Tensor
 ) -> None:
-    listed = (pairs.lists.sampled_ranges, pairs.lists.sampled_columns, pairs.lists.slots)
-    columns = pairs.columns_of(stage)
+    lists, columns = pairs.required_lists, pairs.columns_of(stage)
+    listed = (lists.sampled_ranges, lists.sampled_columns, lists.slots)
     _kernels.contrastive_sampled_backward(z, pairs.group, *listed, pairs.state, *columns, scale, numbers, sums, staged)
 
 
@@ -151,7 +152,8 @@ def rows_backward(
     factor: Tensor | None,
     out: Tensor,
 ) -> None:
-    listed = (pairs.lists.ranges, pairs.lists.columns, pairs.lists.slot_ranges)
+    lists = pairs.required_lists
+    listed = (lists.ranges, lists.columns, lists.slot_ranges)
     _kernels.contrastive_rows_backward(
         *(z, *_masks(pairs), pairs.group, pairs.state, *listed, *pairs.columns_of(stage)),
         *(scale, numbers, sums, staged, factor, out),

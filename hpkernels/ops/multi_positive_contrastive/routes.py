@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
             in the loss of an image, before the mean over images; 0 for what is not kept.
         state: (5 + stages,) int64: 1 if something did not fit into the lists; images with a kept anchor, for A, and for
             S; how much is listed of positives; of sampled negatives; and how many places of each stage are taken.
-        lists: `Lists`; None where only blocks are computed.
+        lists: None where only blocks are computed.
     """
 
     positives: Tensor
@@ -71,7 +71,13 @@ class Pairs(NamedTuple):
     group: int
     weights: Tensor
     state: Tensor
-    lists: Any
+    lists: Lists | None
+
+    @property
+    def required_lists(self) -> Lists:
+        """`lists`, for kernels that run only where there are some."""
+        assert self.lists is not None
+        return self.lists
 
     @property
     def stages(self) -> int:

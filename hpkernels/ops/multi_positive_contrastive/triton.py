@@ -62,7 +62,7 @@ def draw(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
 
 def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
-    lists, negatives = pairs.lists, pairs.negatives
+    lists, negatives = pairs.required_lists, pairs.negatives
     anchors, (positions, words) = len(pairs.weights), negatives.shape
     transposed = negatives.new_empty((2, anchors, words_per_row(positions)))
     config = _triton.configuration(transpose_negatives_kernel, negatives)
@@ -136,7 +136,7 @@ def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: 
 
 
 def sampled_forward(z: Tensor, pairs: Pairs, scale: float, log_sums: Tensor) -> None:
-    lists = pairs.lists
+    lists = pairs.required_lists
     config = _products(sampled_rows_fwd_kernel, z)
     _triton.launch(
         sampled_rows_fwd_kernel,
@@ -224,7 +224,7 @@ def staged_rows(z: Tensor, group: int) -> int:
 def sampled_backward(
     z: Tensor, pairs: Pairs, stage: int, scale: float, numbers: Tensor, sums: Tensor, staged: Tensor
 ) -> None:
-    lists = pairs.lists
+    lists = pairs.required_lists
     images = len(z) // pairs.group
     piece = (*_sizes(z), pairs.group, *pairs.columns_of(stage))
     constants = {"PIECE": pairs.stages > 1, "PRECISION": _triton.precision(z)}
@@ -258,7 +258,7 @@ def rows_backward(
     factor: Tensor | None,
     out: Tensor,
 ) -> None:
-    lists, (first, last) = pairs.lists, pairs.columns_of(stage)
+    lists, (first, last) = pairs.required_lists, pairs.columns_of(stage)
     given = (sums if staged is None else staged, sums if factor is None else factor)
     _triton.launch(
         contrastive_rows_bwd_kernel,
@@ -274,7 +274,7 @@ def rows_backward(
 
 def _longest_list(pairs: Pairs) -> int:
     """Of a position, above what is expected of it as in ``routes.sampled_capacity``."""
-    expected = len(pairs.lists.slots) / pairs.group
+    expected = len(pairs.required_lists.slots) / pairs.group
     return math.ceil(expected + 10 * math.sqrt(expected) + 64)
 
 

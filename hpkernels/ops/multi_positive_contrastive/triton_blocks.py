@@ -15,7 +15,7 @@ import triton.language as tl
 from hpkernels.ops._triton import load_rows, multiply, products_and_tile
 from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 takes fewer instructions than exp, which keeps subnormal numbers
+LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_BASE = tl.constexpr(40.0)
 """Up to which a bound of all logits is the base of their log-sum: the least of them is exp(-2 * 40) of it."""
 
@@ -77,10 +77,16 @@ def drawn_words(negatives, anchors, group, words, start, SAMPLED: tl.constexpr, 
 
 
 @triton.jit
+def short_exp(x):
+    """exp(x) in fewer instructions than ``tl.exp``, which keeps subnormal numbers."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def raise_base(base, total, logits, included):
     """The greatest of each row's included logits so far, and the sum of exp(logit - base) for it."""
     raised = tl.maximum(base, tl.max(tl.where(included, logits, float("-inf")), axis=1))
-    total *= tl.exp2((base - tl.where(raised == float("-inf"), 0.0, raised)) * LOG2_E)
+    total *= short_exp(base - tl.where(raised == float("-inf"), 0.0, raised))
     return raised, total
 
 
@@ -88,7 +94,7 @@ def raise_base(base, total, logits, included):
 def sum_of_terms(base, logits, included):
     """The sum of exp(logit - base) over each row's included logits."""
     shift = tl.where(base == float("-inf"), 0.0, base)
-    return tl.sum(tl.where(included, tl.exp2((logits - shift[:, None]) * LOG2_E), 0.0), axis=1)
+    return tl.sum(tl.where(included, short_exp(logits - shift[:, None]), 0.0), axis=1)
 
 
 @triton.jit
@@ -161,7 +167,7 @@ def load_numbers(numbers, rows):
 @triton.jit
 def term_of(difference):
     """exp of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
-    return tl.exp2(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E)
+    return short_exp(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group"])

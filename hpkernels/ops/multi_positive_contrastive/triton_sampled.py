@@ -11,10 +11,10 @@ import triton.language as tl
 
 from hpkernels.ops._triton import load_rows, multiply, products_and_tile
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
-    LOG2_E,
     load_numbers,
     log_sum_of,
     raise_base,
+    short_exp,
     sum_of_terms,
 )
 
@@ -112,7 +112,7 @@ def sampled_rows_bwd_kernel(
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        terms = push[:, None] * tl.exp2((scale * products - base[:, None]) * LOG2_E)
+        terms = push[:, None] * short_exp(scale * products - base[:, None])
         # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
         g = terms
         if start < end:
@@ -148,7 +148,7 @@ def sampled_columns_bwd_kernel(
         rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
         products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         base, push, _, _ = load_numbers(numbers, rows)
-        terms = push[None, :] * tl.exp2((scale * products - base[None, :]) * LOG2_E)
+        terms = push[None, :] * short_exp(scale * products - base[None, :])
         g = terms
         if block < blocks:  # as in the kernel above
             g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
