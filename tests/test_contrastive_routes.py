@@ -269,8 +269,8 @@ class Loss:
         problem = random_problem(images=images, height=1, width=group, dim=dim, dtype=case.dtype, device=case.device)
         self.z, self.negatives, self.backend = problem.z, negatives, case.backend
 
-    def of(self, *branches):
-        """The losses and the gradients of some branches."""
+    def of(self, *branches, upstream=None):
+        """The losses and the gradients of some branches; twice these unless `upstream` (branches,) is given."""
         kernels, relations = backends.implementation(OP, self.backend), self.relations
         given = None if self.negatives is None else self.negatives.to(self.z.device)
         drawn, weighting = (given, relations.seed), ("joint", True, False)
@@ -282,7 +282,7 @@ class Loss:
         options = (relations.group, TEMPERATURE, 1.5, relations.rate, *weighting)
         losses, rows = kernels.forward([*branches], *relations.bits, relations.weight, *drawn, pairs, *options)
         options = (relations.group, TEMPERATURE, relations.rate, relations.symmetric)
-        upstream = torch.full_like(losses, 2.0)
+        upstream = torch.full_like(losses, 2.0) if upstream is None else upstream
         return losses, kernels.backward(upstream, [*branches], *relations.bits, *drawn, pairs, rows, *options)
 
     def expected(self, dtype):
@@ -384,6 +384,17 @@ def test_branches_are_as_by_themselves(case, allow_lists, density):
     for index, branch in enumerate((loss.z, other)):
         (alone,), (grad,) = loss.of(branch)
         assert torch.equal(alone, losses[index]) and torch.equal(grad, grads[index])
+
+
+def test_gradients_of_losses_that_are_not_contiguous(case):
+    loss = Loss(case, 6, 0.2, images=3, group=12)
+    branches = (loss.z, loss.z.flip(0))
+    _, expected = loss.of(*branches)
+    assert all(grad.any() for grad in expected)
+    numbers = torch.tensor([2.0, 9.0, 2.0], device=case.device)
+    for upstream in (numbers[0].expand(2), numbers[::2]):
+        _, grads = loss.of(*branches, upstream=upstream)
+        assert all(map(torch.equal, grads, expected))
 
 
 @pytest.mark.parametrize("density", [1.0, None])

@@ -370,7 +370,8 @@ def backward(
     reach = None
     if pairs.lists is not None and branches[0].dtype == torch.float16:
         reach = _reach(branches, len(rows[0]) / group / kernels.staged_rows(vectors[0], group))
-    scaled = kernels.scale_rows(rows, grad_losses, temperature, reach)
+    # The gradient of a sum is one number, expanded; kernels read as many as there are branches.
+    scaled = kernels.scale_rows(rows, grad_losses.contiguous(), temperature, reach)
     of_branches = zip(vectors, grads, *scaled, strict=True)
     for z, grad, numbers, shift, factor in of_branches:
         kernels.blocks_backward(z, pairs, False, symmetric, scale, numbers, shift, factor, grad)
