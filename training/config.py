@@ -24,9 +24,11 @@ def choice(default: str, *allowed: str) -> Any:
 class DataConfig:
     """Which photographs, at which size."""
 
-    name: str = choice("folder", "folder", "procedural")  # imgs/{train,val}, labels/{train,val}; or made on the spot
-    root: str | None = None  # folder: where imgs/ is
-    size: tuple[int, int] = bounded((224, 224), 1, 16384)  # in pixels, that images and labels are resized to
+    name: str = choice("folder", "folder", "procedural", "coco27", "cityscapes27", "potsdam3")  # see docs/data.md
+    root: str | None = None  # the folder of the data
+    size: tuple[int, int] = bounded((224, 224), 1, 16384)  # in pixels, that images and labels are brought to
+    fit: str = choice("squash", "squash", "crop")  # squash them; or shrink the shorter side, and crop the centre
+    crops: str = choice("none", "none", "five")  # train on five crops of each image, which training.prepare makes
     classes: tuple[str, ...] = ()  # names in label order; label values from len(classes) on are ignored (void)
     clusters: int | None = bounded(None, 2)  # how many to find; None: as many as there are classes
     train_images: int | None = bounded(None, 1, 10**7)  # how many to use (procedural: to make); None: all there are
@@ -47,6 +49,7 @@ class BackboneConfig:
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
     pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
+    layer: int | None = bounded(None, 1, 1000)  # timm: the block, from 1 on, whose tokens are the features; None: the last
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4, 16384)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
@@ -56,6 +59,14 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.weights is not None:
             self.weights = os.path.expanduser(self.weights)
+
+
+@dataclass
+class LocalConfig:
+    """What the weights of local propagation are taken from."""
+
+    source: str = choice("auto", "auto", "attention", "tokens", "features")  # auto: by backbone, see docs/backbones.md
+    layer: int | None = bounded(None, 1, 1000)  # features: of which block, from 1 on; None: that of the features
 
 
 @dataclass
@@ -71,12 +82,15 @@ class HeadConfig:
 class LossConfig:
     """The multi-positive contrastive loss (see `hpkernels.ghp_contrastive`) and the consistency term."""
 
+    objective: str = choice("hp", "hp", "views", "clusters", "stego", "none")  # hp, or a baseline: docs/reproduce.md
     temperature: float = bounded(0.6, 1e-6)  # of the logits
     base_temperature: float = bounded(0.07, 1e-6)  # the loss is multiplied by temperature / base_temperature
     negative_rate: float = bounded(0.02, 0, 1)  # share of the other patches that are drawn as negatives
     variant: str = choice("joint", "joint", "separate")  # as in the published code, or as in the paper's equation
     reweight: bool = True  # anchors count by their number of positives
+    agnostic: bool = True  # task-agnostic positives
     specific: bool = True  # task-specific positives
+    symmetric: bool = True  # a positive of one anchor of a pair is one of the other
     local: bool = True  # the branch of local hidden positives
     consistency: float = bounded(0.05, 0)  # alpha
 
@@ -99,6 +113,19 @@ class OptimConfig:
     linear_probe_lr: float = bounded(1e-3, 0)  # trained with labels
     cluster_probe_lr: float = bounded(5e-3, 0)  # trained without
     clip_grad_norm: float = bounded(10.0, 0)  # of head and projection together; 0: not clipped
+
+
+@dataclass
+class EvaluationConfig:
+    """How a run is scored."""
+
+    size: tuple[int, int] | None = bounded(None, 1, 16384)  # in pixels, of the images that are scored; None: data.size
+    flip: bool = False  # average the codes with those of the mirrored image
+    window: int | None = bounded(None, 1, 16384)  # pixels a side of sliding windows over larger images; None: no windows
+    stride: int | None = bounded(None, 1, 16384)  # pixels between windows; None: half a window
+    match: str = choice("val", "val", "train")  # the images by whose labels clusters are matched to classes
+    crf: str = choice("none", "none", "pydensecrf", "exact")  # refinement by a dense CRF
+    knn: int = bounded(0, 0, 1000)  # neighbours of the kNN evaluation; 0: none
 
 
 @dataclass
@@ -134,10 +161,12 @@ class Config:
     checkpoint_every: int = bounded(100, 1)  # steps
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     quirks: QuirksConfig = field(default_factory=QuirksConfig)
 
     def __post_init__(self) -> None:
