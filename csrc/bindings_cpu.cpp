@@ -105,14 +105,14 @@ int64_t masked_topk_select(Tensor products, int64_t first, Tensor query, Tensor 
 }
 
 int64_t hidden_positives_pack(Tensor products, int64_t row, int64_t column, Tensor features, Tensor stats,
-                              Tensor threshold, Tensor bits) {
+                              Tensor threshold, bool symmetric, Tensor bits) {
   int64_t open = 0;
   with_types_of(products, features, [&](auto coarse, auto zero) {
     using Coarse = decltype(coarse);
     using T = decltype(zero);
     const hpk::ProductTile<Coarse> tile{data<Coarse>(products), row, products.size(0), column, products.size(1)};
     open = hpk::hidden_positives_pack_cpu<Coarse, T>(run, tile, coarse_rows_of<T>(features, stats), data<T>(threshold),
-                                                     features.size(0), data<uint32_t>(bits));
+                                                     symmetric, features.size(0), data<uint32_t>(bits));
   });
   return open;
 }
@@ -274,7 +274,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
         " Tensor pool_stats, Tensor? mask, Tensor? query_group, Tensor? pool_group, Tensor(a!) values,"
         " Tensor(b!) indices) -> int");
   m.def("hidden_positives_pack(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor threshold,"
-        " Tensor(a!) bits) -> int");
+        " bool symmetric, Tensor(a!) bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
   m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
   m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");

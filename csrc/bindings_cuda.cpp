@@ -13,14 +13,14 @@ namespace {
 
 using namespace hpk;
 
-void hidden_positives(Tensor features, Tensor threshold, Tensor bits) {
+void hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor bits) {
   const OnDeviceOf on(features);
   if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < features.size(0)) {
     throw std::runtime_error("hpkernels: the thresholds must be padded with NaN");
   }
   with_type_of(features, [&](auto zero) {
     using T = decltype(zero);
-    hidden_positives_cuda(rows<T>(features), data<float>(threshold), data<uint32_t>(bits), on.stream);
+    hidden_positives_cuda(rows<T>(features), data<float>(threshold), symmetric, data<uint32_t>(bits), on.stream);
   });
 }
 
@@ -321,7 +321,7 @@ void contrastive_sampled_backward(Tensor z, int64_t group, Tensor sampled_ranges
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
-  m.def("hidden_positives(Tensor features, Tensor threshold, Tensor(a!) bits) -> ()");
+  m.def("hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");

@@ -101,12 +101,13 @@ hpk::CoarseRows<float> coarse_rows(const Array<float>& rows, const Array<float>&
   return {rows.data(), rows.shape(1), stats.data(), stats.data() + count, stats.data() + 2 * count};
 }
 
-Array<uint32_t> pack(Array<int32_t> products, Array<float> features, Array<float> stats, Array<float> threshold) {
+Array<uint32_t> pack(Array<int32_t> products, Array<float> features, Array<float> stats, Array<float> threshold,
+                     bool symmetric) {
   const int64_t anchors = threshold.size();
   Array<uint32_t> bits({anchors, hpk::words_per_row(anchors)});
   const hpk::ProductTile<int32_t> tile{products.data(), 0, anchors, 0, anchors};
-  hpk::hidden_positives_pack_cpu<int32_t, float>(run, tile, coarse_rows(features, stats), threshold.data(), anchors,
-                                                 bits.mutable_data());
+  hpk::hidden_positives_pack_cpu<int32_t, float>(run, tile, coarse_rows(features, stats), threshold.data(),
+                                                 symmetric, anchors, bits.mutable_data());
   return bits;
 }
 

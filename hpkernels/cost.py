@@ -155,6 +155,7 @@ def estimate(
     window: int = 3,
     branches: int = 2,
     specific: bool = True,
+    symmetric: bool = True,
     dtype: str = "float16",
     device: str | Device = "H200",
 ) -> Estimate:
@@ -176,6 +177,7 @@ def estimate(
         window: of local propagation.
         branches: of "ghp_contrastive": 2 with `z_mixed`.
         specific: whether "ghp_contrastive" discovers task-specific positives as well.
+        symmetric: whether the positives are; if not, the loss has no lists on a GPU, and makes transposes on a CPU.
         dtype: of the inputs.
         device: a name in `hpkernels.cost.DEVICES`, or a `hpkernels.cost.Device` of your own.
 
@@ -211,10 +213,12 @@ def estimate(
     else:
         if rates.capability is None:
             pairs, within = expected_pairs(N, anchors_per_image, negative_rate, density, within_image_share)
-            routes = _contrastive(N, D, anchors_per_image, pairs, within, size)
+            routes = _contrastive(N, D, anchors_per_image, pairs, within, symmetric, size)
         else:
             across = density * (1 - within_image_share)
             routes = _contrastive_on_gpu(N, D, anchors_per_image, negative_rate, across, size)
+            if not symmetric:
+                del routes["lists"]
         if op == "ghp_contrastive":
             sources = (features_dim, D) if specific else (features_dim,)
             found = [_topk(N, M, dim, 1, size) + _discovery(N, dim, size) for dim in sources]
@@ -260,14 +264,17 @@ def contrastive_logits(
     }
 
 
-def _contrastive(n: int, dim: int, per_image: int, pairs: float, within: float, size: int) -> dict[str, _Work]:
+def _contrastive(
+    n: int, dim: int, per_image: int, pairs: float, within: float, symmetric: bool, size: int
+) -> dict[str, _Work]:
     masks = n * n / 8
+    transposed = 0 if symmetric else 2 * masks
     return {
         name: _Work(
             matrix=_BLOCK_FLOPS * in_blocks * dim,
             pairs=_PAIR_FLOPS * by_themselves * dim,
-            bytes=6 * n * dim * size + 4 * masks,
-            workspace=2 * masks + 4.0 * n * dim,
+            bytes=6 * n * dim * size + 4 * masks + 2 * transposed,
+            workspace=2 * masks + transposed + 4.0 * n * dim,
         )
         for name, (in_blocks, by_themselves) in contrastive_logits(n, per_image, pairs, within).items()
     }
@@ -297,7 +304,7 @@ def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:
 
 
 def _discovery(n: int, dim: int, size: int) -> _Work:
-    """The relation is symmetric: half of the products decide it, both halves are written."""
+    """Products are symmetric: half of them decide the relation, both halves are written."""
     return _Work(ranking=1.0 * n * n * dim, bytes=n * dim * size + n * n / 8, workspace=n * n / 8)
 
 

@@ -266,6 +266,8 @@ def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
             if name != route
         }
     across = given["density"] * (1 - given["within_image_share"]) * anchors**2
+    if not given["symmetric"]:
+        return _BLOCKS, {_LISTS: "they are of positives that are known to be symmetric"}
     if not cost.lists_may_pay(anchors, group, rate):
         reason = "there is one image" if anchors == group else f"with a rate of {rate:g} nothing is saved by them"
         return _BLOCKS, {_LISTS: reason}

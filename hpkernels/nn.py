@@ -96,7 +96,7 @@ class HiddenPositiveLoss(nn.Module):
 
     Args:
         anchors_per_image, temperature, base_temperature, negative_rate, variant, reweight, keep_specific_only,
-            backend: see `hpkernels.ghp_contrastive`.
+            symmetric, backend: see `hpkernels.ghp_contrastive`.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class HiddenPositiveLoss(nn.Module):
         variant: Variant = "joint",
         reweight: bool = True,
         keep_specific_only: bool = False,
+        symmetric: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -119,8 +120,10 @@ class HiddenPositiveLoss(nn.Module):
         self.variant: Variant = variant
         self.reweight = reweight
         self.keep_specific_only = keep_specific_only
+        self.symmetric = symmetric
         self.backend: Backend = backend
         check_settings("HiddenPositiveLoss", **_settings(self, _LOSS_SETTINGS))
+        check.flag("HiddenPositiveLoss", "symmetric", symmetric)
         backends.check_name(backend, "HiddenPositiveLoss: `backend`")
 
     def forward(
@@ -147,13 +150,14 @@ class HiddenPositiveLoss(nn.Module):
             z_mixed=z_mixed,
             negatives=negatives,
             seed=seed,
+            symmetric=self.symmetric,
             backend=self.backend,
             **_settings(self, _LOSS_SETTINGS),
         )
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return _text(_settings(self, (*_LOSS_SETTINGS, "backend")))
+        return _text(_settings(self, (*_LOSS_SETTINGS, "symmetric", "backend")))
 
 
 class LocalPropagation(nn.Module):

@@ -63,6 +63,7 @@ def test_the_route_on_the_cpu_is_the_one_that_dispatch_takes(rate, density):
         ({"negative_rate": 1.0}, False),
         ({"N": 784}, False),
         ({"density": 0.5}, False),
+        ({"symmetric": False}, False),
     ],
 )
 def test_the_route_on_a_gpu(sizes, expected):
@@ -70,12 +71,19 @@ def test_the_route_on_a_gpu(sizes, expected):
     told = explain("ghp_contrastive", device="H100", **given)
     across = 0.2 * given["density"] * given["N"] ** 2
     allowed = lists_may_pay(given["N"], 784, given["negative_rate"])
-    assert (allowed and across <= routes.capacity(given["N"])) == expected
+    symmetric = given.get("symmetric", True)
+    assert (symmetric and allowed and across <= routes.capacity(given["N"])) == expected
     route, other = ("lists of pairs, blocks within images", "blocks of all pairs")[:: 1 if expected else -1]
     assert told.steps[-1].route == route and other in told.not_taken
     assert told.steps[-1].engine == "TMA and wgmma"
     costs = hpkernels.estimate("ghp_contrastive", device="H100", **given).routes
     assert told.cost == costs["lists" if expected else "blocks"]
+    assert ("lists" in costs) == symmetric
+
+
+def test_the_reason_against_lists_of_positives_that_are_not_symmetric():
+    told = explain("multi_positive_contrastive", device="H100", symmetric=False)
+    assert told.not_taken["lists of pairs, blocks within images"].endswith("known to be symmetric")
 
 
 def test_the_engine_follows_the_rule_of_the_library(repository, monkeypatch):

@@ -80,6 +80,7 @@ LOSS_SETTINGS = {
     "variant": "separate",
     "reweight": False,
     "keep_specific_only": True,
+    "symmetric": False,
 }
 
 
@@ -193,6 +194,7 @@ def test_pool_must_be_filled():
         (ValueError, "variant", "'both'", {"variant": "both"}),
         (TypeError, "reweight", "int 1", {"reweight": 1}),
         (TypeError, "keep_specific_only", "str 'no'", {"keep_specific_only": "no"}),
+        (TypeError, "symmetric", "int 0", {"symmetric": 0}),
         (ValueError, "backend", "'gpu'", {"backend": "gpu"}),
     ],
 )

@@ -90,10 +90,11 @@ def test_masked_topk(workspace, k, generator):
 def test_hidden_positives(workspace, dtype, generator):
     features = exact(N, 6, generator=generator).to(dtype)
     threshold = exact(N, generator=generator).to(torch.promote_types(dtype, torch.float32))
-    dense = discovery.positives(features, threshold)
-    assert 0.2 < dense.double().mean() < 0.8
-    found = hpkernels.hidden_positives(features, threshold, backend="reference")
-    assert torch.equal(found.bits, as_bits(dense))
+    for symmetric in (True, False):
+        dense = discovery.positives(features, threshold, symmetric)
+        assert 0.2 < dense.double().mean() < 0.8
+        found = hpkernels.hidden_positives(features, threshold, symmetric=symmetric, backend="reference")
+        assert torch.equal(found.bits, as_bits(dense))
 
 
 @each_workspace

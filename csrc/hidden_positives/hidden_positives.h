@@ -14,22 +14,24 @@ struct ProductTile {
 };
 
 // Threshold and pack a tile:
-//   bit (i, j) = i != j and <f_i, f_j> > min(threshold_i, threshold_j)
-// for its rows i and its columns j > i, and the same bit of (j, i). Row and column are multiples of 32, and so are rows
-// and columns unless they reach the last anchor; row <= column. Every word of `bits` (anchors, words_per_row) that a tile
+//   bit (i, j) = i != j and <f_i, f_j> > min(threshold_i, threshold_j), or > threshold_i if not symmetric
+// for its rows i and its columns j > i, and by the same product bit (j, i). Row and column are multiples of 32, and so are
+// rows and columns unless they reach the last anchor; row <= column. Every word of `bits` (anchors, words_per_row) that a tile
 // is about is written, none is read. Returns how many pairs were too close to call by their coarse product.
 template <typename Coarse, typename T>
 int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
-                                  const T* threshold, int64_t anchors, uint32_t* bits);
+                                  const T* threshold, bool symmetric, int64_t anchors, uint32_t* bits);
 
 // The relation of all anchors, (anchors, words_per_row), from their features. For float, products are those of 3 TF32. The
 // thresholds start at a multiple of 16 bytes, and NaN follows the last up to a multiple of kThresholdsTogether.
 constexpr int kThresholdsTogether = 256;
 template <typename T>
-void hidden_positives_cuda(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream);
+void hidden_positives_cuda(const Rows<T>& features, const float* threshold, bool symmetric, uint32_t* bits,
+                           cudaStream_t stream);
 // The same for sm_90a, rows of up to kMostSm90Bytes; for __half and __nv_bfloat16.
 template <typename T>
-void hidden_positives_sm90(const Rows<T>& features, const float* threshold, uint32_t* bits, cudaStream_t stream);
+void hidden_positives_sm90(const Rows<T>& features, const float* threshold, bool symmetric, uint32_t* bits,
+                           cudaStream_t stream);
 
 // The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed);

@@ -15,12 +15,27 @@ HPK_HOST_DEVICE T smaller(T a, T b) {
   return a < b || a != a ? a : b;
 }
 
-// Of up to 32 pairs of a row: which exceed the smaller threshold for sure, and for which that is open.
-struct Verdicts {
-  uint32_t above, open;
+// The thresholds of the two bits of a pair, (i, j) and (j, i).
+template <typename T>
+struct Limits {
+  T own, mirrored;
 };
 
-template <typename Coarse, typename T>
+template <bool kSymmetric, typename T>
+HPK_HOST_DEVICE Limits<T> limits_of(T row, T column) {
+  if constexpr (kSymmetric) {
+    const T both = smaller(row, column);
+    return {both, both};
+  }
+  return {row, column};
+}
+
+// Of up to 32 pairs of a row: which exceed their limits for sure, and for which either is open.
+struct Verdicts {
+  uint32_t above, mirrored, open;
+};
+
+template <bool kSymmetric, typename Coarse, typename T>
 HPK_HOST_DEVICE Verdicts judge(const Coarse* products, const CoarseRows<T>& features, const T* thresholds, int64_t row,
                                int64_t column, int64_t count) {
   const T scale = features.scale[row], norm = features.norm[row], error = features.error[row];
@@ -29,22 +44,28 @@ HPK_HOST_DEVICE Verdicts judge(const Coarse* products, const CoarseRows<T>& feat
   const T* norms = features.norm + column;
   const T* errors = features.error + column;
   const T* of_columns = thresholds + column;
-  uint32_t above = 0, open = 0;
-  HPK_PRAGMA(omp simd reduction(| : above, open))
+  uint32_t above = 0, mirrored = 0, open = 0;
+  HPK_PRAGMA(omp simd reduction(| : above, mirrored, open))
   for (int64_t j = 0; j < count; ++j) {
     const T product = scale * static_cast<T>(products[j]) * scales[j];
     const T bound = coarse_bound(norm, error, norms[j], errors[j]);
-    const T threshold = smaller(row_threshold, of_columns[j]);
+    const Limits<T> limits = limits_of<kSymmetric>(row_threshold, of_columns[j]);
     // Written so that NaN anywhere leaves the pair open.
-    const bool is_above = product - bound > threshold, is_below = product + bound < threshold;
+    const bool is_above = product - bound > limits.own, is_below = product + bound < limits.own;
     above |= (is_above ? 1u : 0u) << j;
-    open |= (is_above || is_below ? 0u : 1u) << j;
+    if constexpr (kSymmetric) {
+      open |= (is_above || is_below ? 0u : 1u) << j;
+    } else {
+      const bool mirror_above = product - bound > limits.mirrored, mirror_below = product + bound < limits.mirrored;
+      mirrored |= (mirror_above ? 1u : 0u) << j;
+      open |= ((is_above || is_below) && (mirror_above || mirror_below) ? 0u : 1u) << j;
+    }
   }
-  return {above, open};
+  return {above, kSymmetric ? above : mirrored, open};
 }
 
 // A band of up to 32 rows from `row` on and its words, and their transposes. Returns the number of open pairs.
-template <typename Coarse, typename T>
+template <bool kSymmetric, typename Coarse, typename T>
 HPK_HOST_DEVICE int64_t pack_band_of(const ProductTile<Coarse>& tile, const CoarseRows<T>& features, const T* thresholds,
                                      int64_t row, int64_t anchors, uint32_t* bits) {
   const int64_t words = words_per_row(anchors), column_end = tile.column + tile.columns;
@@ -54,24 +75,26 @@ HPK_HOST_DEVICE int64_t pack_band_of(const ProductTile<Coarse>& tile, const Coar
     const int64_t columns = column_end - column < 32 ? column_end - column : 32;
     uint32_t block[32], transposed[32];
     for (int64_t i = 0; i < 32; ++i) {
-      block[i] = 0;
+      block[i] = transposed[i] = 0;
       if (i < rows) {
         const Coarse* of_row = tile.products + (row + i - tile.row) * tile.columns + (column - tile.column);
-        Verdicts verdicts = columns == 32 ? judge(of_row, features, thresholds, row + i, column, 32)
-                                          : judge(of_row, features, thresholds, row + i, column, columns);
+        Verdicts verdicts = columns == 32
+                                ? judge<kSymmetric>(of_row, features, thresholds, row + i, column, 32)
+                                : judge<kSymmetric>(of_row, features, thresholds, row + i, column, columns);
         // On the diagonal only the columns after the row count.
         const uint32_t counted = column != row ? ~0u : i == 31 ? 0u : ~0u << (i + 1);
-        verdicts.above &= counted;
+        verdicts.above &= counted, verdicts.mirrored &= counted;
         for (uint32_t left = verdicts.open & counted; left != 0; left &= left - 1) {
           const int64_t j = column + __builtin_ctz(left);
           const T product =
               inner_product(features.rows + (row + i) * features.dim, features.rows + j * features.dim, features.dim);
-          if (product > smaller(thresholds[row + i], thresholds[j])) verdicts.above |= left & -left;
+          const Limits<T> limits = limits_of<kSymmetric>(thresholds[row + i], thresholds[j]);
+          if (product > limits.own) verdicts.above |= left & -left;
+          if (product > limits.mirrored) verdicts.mirrored |= left & -left;
           ++open_pairs;
         }
-        block[i] = verdicts.above;
+        block[i] = verdicts.above, transposed[i] = verdicts.mirrored;
       }
-      transposed[i] = block[i];
     }
     transpose_block(transposed);
     for (int64_t i = 0; i < 32; ++i) {
@@ -85,8 +108,10 @@ HPK_HOST_DEVICE int64_t pack_band_of(const ProductTile<Coarse>& tile, const Coar
 
 #define HPK_DEFINE_BAND(Coarse, T)                                                                                    \
   HPK_MULTIVERSION int64_t pack_band(const ProductTile<Coarse>& tile, const CoarseRows<T>& features,                  \
-                                     const T* thresholds, int64_t row, int64_t anchors, uint32_t* bits) {             \
-    return pack_band_of(tile, features, thresholds, row, anchors, bits);                                              \
+                                     const T* thresholds, bool symmetric, int64_t row, int64_t anchors,               \
+                                     uint32_t* bits) {                                                                \
+    return symmetric ? pack_band_of<true>(tile, features, thresholds, row, anchors, bits)                             \
+                     : pack_band_of<false>(tile, features, thresholds, row, anchors, bits);                           \
   }
 HPK_DEFINE_BAND(int32_t, float)
 HPK_DEFINE_BAND(float, float)
@@ -97,12 +122,12 @@ HPK_DEFINE_BAND(double, double)
 
 template <typename Coarse, typename T>
 int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
-                                  const T* threshold, int64_t anchors, uint32_t* bits) {
+                                  const T* threshold, bool symmetric, int64_t anchors, uint32_t* bits) {
   std::atomic<int64_t> open_pairs{0};
   parallel_for(run, words_per_row(tile.rows), 1, [&](int64_t begin, int64_t end) {
     int64_t open = 0;
     for (int64_t band = begin; band < end; ++band) {
-      open += pack_band(tile, features, threshold, tile.row + 32 * band, anchors, bits);
+      open += pack_band(tile, features, threshold, symmetric, tile.row + 32 * band, anchors, bits);
     }
     open_pairs += open;
   });
@@ -111,7 +136,7 @@ int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& ti
 
 #define HPK_INSTANTIATE(Coarse, T)                                                                                    \
   template int64_t hidden_positives_pack_cpu<Coarse, T>(ParallelFor, const ProductTile<Coarse>&, const CoarseRows<T>&, \
-                                                        const T*, int64_t, uint32_t*);
+                                                        const T*, bool, int64_t, uint32_t*);
 HPK_INSTANTIATE(int32_t, float)
 HPK_INSTANTIATE(float, float)
 HPK_INSTANTIATE(double, double)

@@ -101,7 +101,7 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
     def of(op: str) -> Any:
         return backends.implementation(op, backend)
 
-    bits = {}
+    bits, own = {}, {}  # the relation and that which is not symmetric
     if has("masked_topk"):
         topk = of("masked_topk")
         for features, pool in (("features", "pool"), ("specific", "specific_pool")):
@@ -111,6 +111,8 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
             if has("hidden_positives"):
                 bits[features] = of("hidden_positives").forward(given[features], top[:, 0])
                 yield f"hidden_positives of {features}", bits[features]
+                own[features] = of("hidden_positives").forward(given[features], top[:, 0], False)
+                yield f"hidden_positives of {features}, not symmetric", own[features]
         groups = given["group"], given["pool_group"]
         top, indices = topk.forward(given["features"], given["pool"], 8, None, *groups)
         yield "masked_topk with groups, values", top
@@ -120,23 +122,28 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
     if has("multi_positive_contrastive") and bits:
         contrastive, branches = of("multi_positive_contrastive"), [given["z"], given["z_mixed"]]
         group = sizes.grid[0] * sizes.grid[1]
-        for rate, specific in ((0.02, None), (0.02, bits["specific"]), (1.0, bits["specific"])):
-            what = f"of the loss, rate {rate:g}{', specific' if specific is not None else ''}"
-            relations = bits["features"], specific
+        for rate, with_specific, found in (
+            (0.02, False, bits),
+            (0.02, True, bits),
+            (1.0, True, bits),
+            (0.02, True, own),
+        ):
+            what = f"of the loss, rate {rate:g}{', specific' * with_specific}{', not symmetric' * (found is own)}"
+            relations = found["features"], found["specific"] if with_specific else None
             weight, drawn, options = (
-                given["weight"] * (specific is not None),
+                given["weight"] * with_specific,
                 (None, given["seed"]),
                 ("joint", True, False),
             )
             row_bytes = sizes.dim * branches[0].element_size()
-            pairs = contrastive.prepare(*relations, weight, *drawn, group, rate, *options, True, row_bytes)
+            pairs = contrastive.prepare(*relations, weight, *drawn, group, rate, *options, found is bits, row_bytes)
             losses, rows = contrastive.forward(
                 branches, *relations, weight, *drawn, pairs, group, 0.6, 1.0, rate, *options
             )
             yield f"value {what}", losses
             gradients = contrastive.backward(
                 given["grad_losses"].to(losses.dtype),
-                branches, *relations, *drawn, pairs, rows, group, 0.6, rate, True,
+                branches, *relations, *drawn, pairs, rows, group, 0.6, rate, found is bits,
             )  # fmt: skip
             yield from ((f"gradient {what}", gradient) for gradient in gradients)
     if has("local_propagation"):

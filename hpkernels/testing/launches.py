@@ -211,10 +211,11 @@ def _masked_topk(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
 
 def _hidden_positives(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     return {
-        f"forward, D={dim}": partial(
-            kernels.forward, make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim)
+        f"forward, D={dim}{'' if symmetric else ', not symmetric'}": partial(
+            kernels.forward, make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim), symmetric
         )
         for dim in (sizes.feature_dim, sizes.dim)
+        for symmetric in (True, False)
     }
 
 

@@ -218,9 +218,10 @@ def test_pack(core, anchors, threads, generator):
     threshold = torch.randn(anchors, generator=generator) * 3
     threshold[::9] = torch.inf
     core.set_threads(threads)
-    expected = words(reference.positives(features.double(), threshold.double()))
     rows, codes, stats = coarse(core, features)
-    assert np.array_equal(core.pack(codes @ codes.T, rows, stats, threshold.numpy()), expected)
+    for symmetric in (True, False):
+        expected = words(reference.positives(features.double(), threshold.double(), symmetric))
+        assert np.array_equal(core.pack(codes @ codes.T, rows, stats, threshold.numpy(), symmetric), expected)
 
 
 @pytest.mark.parametrize("k", [1, 3, 16, 64, 65, 200, 300])

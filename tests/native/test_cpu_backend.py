@@ -203,9 +203,10 @@ def test_discovery_is_exact(precision, kind, generator, monkeypatch):
     features = rows_of(kind, 210, generator)
     products = (features.double() @ features.double().T).float()
     threshold = products[:, 0].contiguous()  # so that some products equal their thresholds, which is not above them
-    expected = (products > torch.minimum(threshold[:, None], threshold)).fill_diagonal_(False)
-    mask = hpkernels.hidden_positives(features, threshold, backend="cpu")
-    assert torch.equal(mask.to_dense(), expected)
+    for symmetric, limit in ((True, torch.minimum(threshold[:, None], threshold)), (False, threshold[:, None])):
+        expected = (products > limit).fill_diagonal_(False)
+        mask = hpkernels.hidden_positives(features, threshold, symmetric=symmetric, backend="cpu")
+        assert torch.equal(mask.to_dense(), expected)
 
 
 def test_precision_follows_what_int8_leaves_undecided(generator, monkeypatch):
@@ -218,7 +219,7 @@ def test_precision_follows_what_int8_leaves_undecided(generator, monkeypatch):
         threshold = rows.norm(dim=1) ** 2
         bits = torch.empty(300, 10, dtype=torch.int32)
         pack = torch.ops.hpkernels_cpu.hidden_positives_pack
-        products.took(pack(tile, 0, 0, rows, products.left.stats, threshold, bits), tile)
+        products.took(pack(tile, 0, 0, rows, products.left.stats, threshold, True, bits), tile)
         assert (products.tile(slice(0, 300), slice(0, 300)).dtype == torch.int32) == expected
 
 

@@ -35,10 +35,11 @@ def whole_numbers(case, anchors, dim):
 
 
 def check(find, features, threshold):
-    bits = find(features, threshold)
-    expected = reference.forward(features.cpu().double(), threshold.cpu().double())
-    assert torch.equal(bits.cpu(), expected)
-    assert torch.equal(find(features, threshold), bits)
+    for symmetric in (True, False):
+        bits = find(features, threshold, symmetric)
+        expected = reference.forward(features.cpu().double(), threshold.cpu().double(), symmetric)
+        assert torch.equal(bits.cpu(), expected)
+        assert torch.equal(find(features, threshold, symmetric), bits)
 
 
 # Rows of several blocks of 128 bytes.
@@ -55,14 +56,15 @@ def test_parts(find, one_case):
     check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("anchors", [33, 250, 512, 700])
-def test_every_word_is_written(find, one_case, anchors):
+def test_every_word_is_written(find, one_case, anchors, symmetric):
     """Words that are written one by one, in twos and in fours, from a tile on the diagonal and from others."""
     features, _ = whole_numbers(one_case, anchors, 8)
     threshold = features.new_full((-(-anchors // 256) * 256,), torch.nan, dtype=torch.float32)
     threshold[:anchors] = torch.inf
     bits = torch.full((anchors + 1, words_per_row(anchors)), -1, dtype=torch.int32, device=features.device)
-    torch.ops.hpkernels_cuda.hidden_positives(features, threshold, bits[:anchors])
+    torch.ops.hpkernels_cuda.hidden_positives(features, threshold, symmetric, bits[:anchors])
     assert not bits[:anchors].any() and (bits[anchors] == -1).all()
 
 
@@ -70,8 +72,9 @@ def test_every_word_is_written(find, one_case, anchors):
 def test_thresholds_that_are_not_padded(one_case, missing):
     features, _ = whole_numbers(one_case, 300, 8)
     bits = torch.empty(300, 10, dtype=torch.int32, device=features.device)
+    threshold = torch.zeros(512 - missing, device=features.device)
     with pytest.raises(RuntimeError, match="must be padded"):
-        torch.ops.hpkernels_cuda.hidden_positives(features, torch.zeros(512 - missing, device=features.device), bits)
+        torch.ops.hpkernels_cuda.hidden_positives(features, threshold, True, bits)
 
 
 def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
@@ -93,10 +96,11 @@ def test_products_are_those_of_masked_topk(find, engine, case, k):
     assert unpack_bits(find(features, lower).cpu(), 300)[170:, :170].any(dim=1).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("limit", [torch.inf, -torch.inf, torch.nan])
-def test_the_same_threshold_everywhere(find, one_case, limit):
+def test_the_same_threshold_everywhere(find, one_case, limit, symmetric):
     features, _ = whole_numbers(one_case, 200, 8)
-    bits = find(features, torch.full((200,), limit, device=features.device))
+    bits = find(features, torch.full((200,), limit, device=features.device), symmetric)
     found = unpack_bits(bits.cpu(), 224)  # with the bits after the last column
     expected = torch.zeros(200, 224, dtype=torch.bool)
     expected[:, :200] = ~torch.eye(200, dtype=torch.bool) & (limit == -torch.inf)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 
 
-def similar_pairs(features, threshold):
-    """A_ij = i != j and <f_i, f_j> > min(r_i, r_j) as a (N, N) bool tensor, and <f_i, f_j> - min(r_i, r_j)."""
+def similar_pairs(features, threshold, symmetric=True):
+    """A_ij = i != j and <f_i, f_j> > min(r_i, r_j), or > r_i if not symmetric, as (N, N) bool; by how much."""
     size = len(features)
     margin = torch.empty(size, size, dtype=features.dtype)
     for i in range(size):
         for j in range(size):
-            margin[i, j] = features[i] @ features[j] - min(threshold[i], threshold[j])
+            limit = min(threshold[i], threshold[j]) if symmetric else threshold[i]
+            margin[i, j] = features[i] @ features[j] - limit
     return (margin > 0) & ~torch.eye(size, dtype=torch.bool), margin
 
 

@@ -76,13 +76,13 @@ class Step:
         loss = self.loss(z, z_mixed, **options)
         return loss.detach(), *torch.autograd.grad(loss, (z, z_mixed))
 
-    def positives(self):
+    def positives(self, symmetric=True):
         """Both relations in float64, and whether no pair is so close to its limit that rounding decides about it."""
         relations, decided = [], True
         for name, pool in (("features", "pool"), ("specific", "specific_pool")):
             rows, references = self.constants[name].cpu().double(), self.constants[pool].cpu().double()
             threshold = torch.stack([max(row @ reference for reference in references) for row in rows])
-            pairs, margin = similar_pairs(rows, threshold)
+            pairs, margin = similar_pairs(rows, threshold, symmetric)
             relations.append(pairs)
             # Products of unit vectors with one dimension are exact.
             decided &= rows.shape[1] == 1 or bool(margin.fill_diagonal_(1.0).abs().min() > 1e-7)
@@ -91,7 +91,7 @@ class Step:
     def oracle(self, dtype, **options):
         """The loss and gradients with logits in `dtype`; positives are always those of float64."""
         settings = {"base_temperature": 0.07, "reweight": True, **self.settings, **options}
-        relations, _ = self.positives()
+        relations, _ = self.positives(settings.pop("symmetric", True))
         lam, negatives = settings.pop("specific_weight"), self.constants["negatives"].cpu()
         branches = [value.detach().cpu().to(dtype).requires_grad_() for value in (self.z, self.z_mixed)]
         losses = [contrastive(z, *relations, lam, negatives, **settings) for z in branches]
@@ -123,15 +123,19 @@ class RecordedOps(TorchDispatchMode):
     pool_size=st.integers(1, 9),
     lam=st.sampled_from([0.0, 0.7]),
     reweight=st.booleans(),
+    symmetric=st.booleans(),
     seed=st.integers(0, 5),
 )
-@example(2, 3, 4, 6, 9, 7, 0.4, True, 0)
-@example(3, 1, 11, 1, 1, 1, 1.0, False, 0)
-@example(1, 1, 1, 1, 1, 1, 1.0, True, 0)
-def test_matches_reference(case, variant, images, height, width, dim, feature_dim, pool_size, lam, reweight, seed):
+@example(2, 3, 4, 6, 9, 7, 0.4, True, True, 0)
+@example(2, 3, 4, 6, 9, 7, 0.4, True, False, 0)
+@example(3, 1, 11, 1, 1, 1, 1.0, False, True, 0)
+@example(1, 1, 1, 1, 1, 1, 1.0, True, True, 0)
+def test_matches_reference(
+    case, variant, images, height, width, dim, feature_dim, pool_size, lam, reweight, symmetric, seed
+):
     step = Step(case, images, height, width, dim, feature_dim, pool_size, seed)
-    assume(step.positives()[1])
-    options = {"specific_weight": lam, "variant": variant, "reweight": reweight}
+    assume(step.positives(symmetric)[1])
+    options = {"specific_weight": lam, "variant": variant, "reweight": reweight, "symmetric": symmetric}
     loss, _, _ = step.loss_and_gradients(**options, backend=case.backend)
     exact, *_ = step.oracle(torch.float64, **options)
     plain, *_ = step.oracle(values_dtype(case.dtype), **options)
@@ -177,11 +181,13 @@ def test_golden(case, name, golden):
 
 @each_case
 @each_variant
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "own"])
 @pytest.mark.parametrize("reweight", [False, True], ids=["mean", "reweighted"])
-def test_gradients(case, variant, reweight):
+def test_gradients(case, variant, reweight, symmetric):
     step = Step(case)
-    assert step.positives()[1]
-    options = {"variant": variant, "reweight": reweight}
+    relations, decided = step.positives(symmetric)
+    assert decided and all(torch.equal(relation, relation.T) == symmetric for relation in relations)
+    options = {"variant": variant, "reweight": reweight, "symmetric": symmetric}
     _, *actual = step.loss_and_gradients(**options, backend=case.backend)
     _, *exact = step.oracle(torch.float64, **options)
     _, *plain = step.oracle(values_dtype(case.dtype), **options)
@@ -198,6 +204,7 @@ def test_gradcheck(case, variant):
     assert torch.autograd.gradcheck(partial(step.loss, variant=variant, backend=case.backend), leaves)
     drawn = partial(step.loss, variant=variant, negatives=None, negative_rate=0.3, seed=4, backend=case.backend)
     assert torch.autograd.gradcheck(drawn, leaves)
+    assert torch.autograd.gradcheck(partial(drawn, symmetric=False), leaves)
 
 
 @each_case
@@ -391,6 +398,7 @@ def source_errors(name, pool_name):
             id="weight-tensor-alone",
         ),
         pytest.param(TypeError, "anchors_per_image", "NoneType None", {"anchors_per_image": None}, id="anchors-none"),
+        pytest.param(TypeError, "symmetric", "int 0", {"symmetric": 0}, id="symmetric-int"),
         *wrong_options(),
     ],
 )

@@ -17,6 +17,7 @@ OP = "hidden_positives"
 CASES = available_cases(OP, (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 GOLDENS = ("joint_allneg", "joint_medium", "joint_noreweight", "joint_small", "joint_warmup", "separate")
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+either_way = pytest.mark.parametrize("symmetric", [True, False])
 
 
 def inputs(case, anchors=40, dim=24, seed=0):
@@ -30,17 +31,19 @@ def inputs(case, anchors=40, dim=24, seed=0):
     return problem.features, threshold
 
 
+@either_way
 @each_case
 @given(anchors=st.integers(1, 70), dim=st.integers(1, 33), seed=st.integers(0, 9))
 @example(anchors=1, dim=1, seed=0)
 @example(anchors=33, dim=1, seed=0)
 @example(anchors=64, dim=7, seed=0)
 @example(anchors=65, dim=31, seed=0)
-def test_matches_reference(case, anchors, dim, seed):
+def test_matches_reference(case, symmetric, anchors, dim, seed):
     features, threshold = inputs(case, anchors, dim, seed)
-    found = hidden_positives(features, threshold, backend=case.backend).to_dense().cpu()
-    expected, margin = similar_pairs(features.cpu().double(), threshold.cpu().double())
-    assert torch.equal(found, found.T)
+    mask = hidden_positives(features, threshold, symmetric=symmetric, backend=case.backend)
+    found = mask.to_dense().cpu()
+    expected, margin = similar_pairs(features.cpu().double(), threshold.cpu().double(), symmetric)
+    assert mask.symmetric == symmetric and torch.equal(mask.T.to_dense().cpu(), found.T)
     # With dim = 1 products are exact and ties the rule; otherwise rounding decides pairs this close to the limit.
     undecided = (margin.abs() < 1e-6) if dim > 1 and case.dtype != torch.float64 else torch.zeros_like(expected)
     undecided.fill_diagonal_(False)
@@ -89,9 +92,10 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(loss, features[:, :4].clone().requires_grad_())
 
 
+@either_way
 @each_case
-def test_opcheck(case):
-    torch.library.opcheck(torch.ops.hpkernels.hidden_positives.default, (*inputs(case), case.backend))
+def test_opcheck(case, symmetric):
+    torch.library.opcheck(torch.ops.hpkernels.hidden_positives.default, (*inputs(case), symmetric, case.backend))
 
 
 @pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])
@@ -111,8 +115,8 @@ def test_layouts(case, layout):
 @pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
 def test_compile(case):
     def run(features, threshold):
-        mask = hidden_positives(features, threshold, backend=case.backend)
-        return mask.bits, mask.to_dense(), mask.count()
+        masks = (hidden_positives(features, threshold, symmetric=way, backend=case.backend) for way in (True, False))
+        return [value for mask in masks for value in (mask.bits, mask.to_dense(), mask.count())]
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for anchors in (40, 70):  # the second compiles again, now for any sizes
@@ -142,10 +146,11 @@ def test_deterministic(case):
 def test_edge_cases(case):
     accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
 
-    def find(features, threshold):
+    def find(features, threshold, symmetric=True):
         features = torch.tensor(features, dtype=case.dtype, device=case.device)
         threshold = torch.tensor(threshold, dtype=accumulate, device=case.device)
-        return hidden_positives(features, threshold, backend=case.backend).to_dense().int().tolist()
+        mask = hidden_positives(features, threshold, symmetric=symmetric, backend=case.backend)
+        return mask.to_dense().int().tolist()
 
     # one anchor: never its own positive, even where everything is allowed
     assert find([[1.0]], [-1.0]) == [[0]]
@@ -161,6 +166,12 @@ def test_edge_cases(case):
     inf = float("inf")
     assert find(half, [inf] * 3) == [[0] * 3] * 3
     assert find(half, [inf, inf, -inf]) == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+    # not symmetric: the anchor's own threshold counts, and equality is not enough either
+    assert find([[1.0]], [-1.0], False) == [[0]]
+    assert find(half, [0.5, 0.5, 9.0], False) == [[0] * 3] * 3
+    assert find(half, [0.25, 9.0, 9.0], False) == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert find(half, [9.0, 9.0, 0.125], False) == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert find(half, [inf, inf, -inf], False) == [[0, 0, 0], [0, 0, 0], [1, 1, 0]]
 
 
 FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
@@ -208,6 +219,8 @@ FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
             {"threshold": THRESHOLD.clone().requires_grad_()},
             id="threshold-grad",
         ),
+        pytest.param(TypeError, "symmetric", "1", {"symmetric": 1}, id="symmetric-int"),
+        pytest.param(TypeError, "symmetric", "None", {"symmetric": None}, id="symmetric-none"),
         pytest.param(ValueError, "backend", "'gpu'", {"backend": "gpu"}, id="backend-unknown"),
     ],
 )
@@ -308,3 +321,23 @@ def test_a_pair_with_nan_is_no_positive_where_values_cannot_be_read(case):
     assert find(features, threshold).count().tolist() == [2, 0, 2, 2]
     threshold[3] = torch.nan
     assert find(features, threshold).count().tolist() == [1, 0, 1, 0]
+
+    # Not symmetric, the threshold of the other anchor of a pair does not matter.
+    find = torch.compile(
+        partial(hidden_positives, symmetric=False, backend=case.backend), fullgraph=True, backend="eager"
+    )
+    assert find(features, threshold).to_dense().int().tolist() == [[0, 0, 1, 1], [0] * 4, [1, 0, 0, 1], [0] * 4]
+
+
+@each_case
+@pytest.mark.parametrize("anchors", [65, 130])
+def test_both_directions_are_decided_by_one_product(case, anchors):
+    """The union with the transpose is the symmetric relation to the bit, also where rounding decides."""
+    generator = torch.Generator().manual_seed(anchors)
+    features = torch.nn.functional.normalize(torch.randn(anchors, 33, generator=generator)).to(case.device, case.dtype)
+    wide = features.to(hpkernels.masked_topk(features, features, backend="reference").values.dtype)
+    threshold = (wide @ wide.T).fill_diagonal_(-1).topk(4).values[:, 3].contiguous()  # ties but for rounding
+    found, both = (hidden_positives(features, threshold, symmetric=way, backend=case.backend) for way in (False, True))
+    assert not found.symmetric and both.symmetric
+    assert torch.equal((found | found.T).bits, both.bits)
+    assert not torch.equal(found.bits, both.bits) and (found.count() <= 4).all()

@@ -32,6 +32,7 @@ def ghp_contrastive(
     variant: Variant = "joint",
     reweight: bool = True,
     keep_specific_only: bool = False,
+    symmetric: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute the global-hidden-positive loss of HP (CVPR 2023): thresholds, positives and both branches.
@@ -50,6 +51,7 @@ def ghp_contrastive(
         z_mixed: (N, D) projections of the locally propagated codes, dtype of `z`.
         anchors_per_image, temperature, base_temperature, negative_rate, negatives, seed, variant, reweight,
             keep_specific_only, backend: see `multi_positive_contrastive`.
+        symmetric: of A and S, see `hidden_positives`.
 
     Returns:
         The 0-d loss, float32 (float64 for float64 `z`); gradients reach `z` and `z_mixed`.
@@ -89,6 +91,7 @@ def ghp_contrastive(
         check.same(op, "z_mixed", z_mixed, "z", z)
         check.finite(op, "z_mixed", z_mixed)
     check.finite(op, "z", z)
+    check.flag(op, "symmetric", symmetric)
     options = check_options(
         op,
         z,
@@ -113,7 +116,7 @@ def ghp_contrastive(
         sources.append((specific, specific_pool))
     chosen = [_choose(op, backend, of_source) for of_source, _ in sources]
     loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
-    found = [_discover(*source, by) for source, by in zip(sources, chosen, strict=True)]
+    found = [_discover(*source, symmetric, by) for source, by in zip(sources, chosen, strict=True)]
     positives, specific_positives = found[0][1], found[1][1] if len(found) > 1 else None
     loss = mean_loss(op, z, z_mixed, positives, specific_positives, options, loss_backend)
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
@@ -136,6 +139,9 @@ def _choose(op: str, backend: Backend, features: Tensor) -> dict[str, Backend]:
     return {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
 
 
-def _discover(features: Tensor, pool: Tensor, chosen: dict[str, Backend]) -> tuple[Tensor, PositiveMask]:
+def _discover(
+    features: Tensor, pool: Tensor, symmetric: bool, chosen: dict[str, Backend]
+) -> tuple[Tensor, PositiveMask]:
     threshold = masked_topk(features, pool, backend=chosen["masked_topk"]).values[:, 0]
-    return threshold, hidden_positives(features, threshold, backend=chosen["hidden_positives"])
+    found = hidden_positives(features, threshold, symmetric=symmetric, backend=chosen["hidden_positives"])
+    return threshold, found

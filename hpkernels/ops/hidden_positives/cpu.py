@@ -1,6 +1,6 @@
 """CPU kernels of `hidden_positives`: coarse products of blocks of anchors, thresholded and packed twice.
 
-The relation is symmetric, so the blocks on and above the diagonal decide all of it.
+Products are symmetric, so the blocks on and above the diagonal decide all of the relation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["forward", "supports"]
 _ROWS, _COLUMNS = 256, 2048  # of a block, multiples of the 32 anchors of a word
 
 
-def forward(features: Tensor, threshold: Tensor) -> Tensor:
+def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:
     """The relation bit-packed, (N, ceil(N / 32)) int32."""
     features, threshold = features.detach().to(threshold.dtype).contiguous(), threshold.contiguous()
     anchors = len(features)
@@ -28,7 +28,7 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
         for columns in blocks(slice(rows.start, anchors), _COLUMNS):
             tile = coarse.tile(rows, columns)
             undecided = torch.ops.hpkernels_cpu.hidden_positives_pack(
-                tile, rows.start, columns.start, features, coarse.left.stats, threshold, bits
+                tile, rows.start, columns.start, features, coarse.left.stats, threshold, symmetric, bits
             )
             coarse.took(undecided, tile)
     return bits

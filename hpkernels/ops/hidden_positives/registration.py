@@ -22,14 +22,14 @@ backends.register("hidden_positives", "reference", reference)
 @torch.library.custom_op(
     "hpkernels::hidden_positives",
     mutates_args=(),
-    schema="(Tensor features, Tensor threshold, str backend) -> Tensor bits",
+    schema="(Tensor features, Tensor threshold, bool symmetric, str backend) -> Tensor bits",
 )
 @full_precision
-def hidden_positives(features: Tensor, threshold: Tensor, backend: str) -> Any:
-    return backends.implementation("hidden_positives", backend).forward(features, threshold)
+def hidden_positives(features: Tensor, threshold: Tensor, symmetric: bool, backend: str) -> Any:
+    return backends.implementation("hidden_positives", backend).forward(features, threshold, symmetric)
 
 
 @hidden_positives.register_fake
-def _(features: Tensor, threshold: Tensor, backend: str) -> Any:
+def _(features: Tensor, threshold: Tensor, symmetric: bool, backend: str) -> Any:
     anchors = features.shape[0]
     return features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)

@@ -14,7 +14,7 @@ from hpkernels.ops.hidden_positives.bits import words_per_row
 __all__ = ["forward", "supports"]
 
 
-def forward(features: Tensor, threshold: Tensor) -> Tensor:
+def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:
     """The relation bit-packed, (N, ceil(N / 32)) int32."""
     features = aligned_rows(features)
     anchors, dim = features.shape
@@ -22,7 +22,7 @@ def forward(features: Tensor, threshold: Tensor) -> Tensor:
     config = _triton.configuration(hidden_positives_fwd_kernel, features)
     tiles = triton.cdiv(anchors, config["BLOCK_N"])
     inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
-    constants = {"PRECISION": _triton.comparable_precision(features)} | config
+    constants = {"PRECISION": _triton.comparable_precision(features), "SYMMETRIC": symmetric} | config
     _triton.launch(hidden_positives_fwd_kernel, (programs(tiles, config["GROUP"]),), *inputs, **constants)
     return bits
 
@@ -36,12 +36,13 @@ def programs(tiles: int, group: int) -> int:
 @triton.jit(do_not_specialize=["anchors", "words", "tiles"])
 def hidden_positives_fwd_kernel(
     features, stride, step, threshold, bits, anchors, dim, words, tiles,
-    PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, SYMMETRIC: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """bits[i, j // 32] bit j % 32 = i != j and <f_i, f_j> > min(r_i, r_j)
+    """bits[i, j // 32] bit j % 32 = i != j and <f_i, f_j> > min(r_i, r_j), or > r_i if not SYMMETRIC
 
-    A program has one tile of pairs i < j, and writes it and its transpose: N² / 8 bytes in all. Each program reads two
-    tiles of features, 2 BLOCK_N D elements.
+    A program has one tile of pairs i < j, and writes it and its mirror image: N² / 8 bytes in all. Each program reads
+    two tiles of features, 2 BLOCK_N D elements.
     """
     row, column = tile_of_triangle(tl.program_id(0), tiles, GROUP)
     if (row > column) | (column >= tiles):
@@ -55,9 +56,13 @@ def hidden_positives_fwd_kernel(
     # No product is greater than NaN, the threshold of the padding.
     of_rows = tl.load(threshold + rows, mask=rows < anchors, other=float("nan"))[:, None]
     of_columns = tl.load(threshold + columns, mask=columns < anchors, other=float("nan"))[None, :]
-    above = products > tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
-    above = tl.where(above, 1.0, 0.0).to(tl.float16)
-    right, left = _packed(above), _packed(tl.trans(above))
+    if SYMMETRIC:
+        above = products > tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
+        above = tl.where(above, 1.0, 0.0).to(tl.float16)
+        right, left = _packed(above), _packed(tl.trans(above))
+    else:
+        right = _packed(tl.where((products > of_rows) & (columns < anchors)[None, :], 1.0, 0.0).to(tl.float16))
+        left = _packed(tl.trans(tl.where(products > of_columns, 1.0, 0.0).to(tl.float16)))
     if row == column:  # each holds the half that the other lacks
         right = right | left
         left = right
