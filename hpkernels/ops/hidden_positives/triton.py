@@ -59,10 +59,12 @@ def hidden_positives_fwd_kernel(
     if SYMMETRIC:
         above = products > tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
         above = tl.where(above, 1.0, 0.0).to(tl.float16)
-        right, left = _packed(above), _packed(tl.trans(above))
-    else:
-        right = _packed(tl.where((products > of_rows) & (columns < anchors)[None, :], 1.0, 0.0).to(tl.float16))
-        left = _packed(tl.trans(tl.where(products > of_columns, 1.0, 0.0).to(tl.float16)))
+        right, left = _words(_sums(above)), _words(_sums(tl.trans(above)))
+    else:  # both bits of a pair in one number, whose sums stay apart: a tile for each would take more registers
+        products = tl.where((columns < anchors)[None, :], products, float("-inf"))
+        of_row, of_column = tl.where(products > of_rows, 1.0, 0.0), tl.where(products > of_columns, 256.0, 0.0)
+        both = (of_row + of_column).to(tl.float16)
+        right, left = _words(_sums(both) & 255), _words(_sums(tl.trans(both)) >> 8)
     if row == column:  # each holds the half that the other lacks
         right = right | left
         left = right
@@ -87,12 +89,20 @@ def tile_of_triangle(program, tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _packed(bits):
-    """Words of 32 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact."""
+def _sums(bits):
+    """Bytes of 8 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact.
+
+    Of numbers up to 257, 256 counts in a second byte above the first.
+    """
     places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, bits.shape[1] // 8)[None, :]
     powers = tl.where(places // 8 == word_bytes, 1 << (places % 8), 0).to(tl.float16)
-    packed = multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
-    packed = tl.reshape(packed, (bits.shape[0], bits.shape[1] // 32, 4))
+    return multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
+
+
+@triton.jit
+def _words(packed):
+    """Words of four bytes each."""
+    packed = tl.reshape(packed, (packed.shape[0], packed.shape[1] // 4, 4))
     return tl.sum(packed << (8 * tl.arange(0, 4))[None, None, :], axis=2)
 
 
