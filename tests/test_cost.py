@@ -54,6 +54,15 @@ def test_discovery_is_counted(multiplied, monkeypatch):
     assert flops <= sum(multiplied) <= 1.05 * flops
 
 
+def test_positives_that_are_not_symmetric_are_transposed():
+    sizes = {"N": 960, "anchors_per_image": 96, "device": "CPU"}
+    both, own = (estimate("multi_positive_contrastive", symmetric=way, **sizes).routes for way in (True, False))
+    assert own.keys() == both.keys()
+    for route, cost in own.items():
+        assert cost.flops == both[route].flops
+        assert cost.workspace - both[route].workspace == 2 * 960**2 / 8  # of A and S
+
+
 @pytest.mark.parametrize("route", ["images", "blocks"])
 def test_blocks_of_the_loss_are_counted(multiplied, monkeypatch, route):
     monkeypatch.setattr(contrastive, "choose_route", lambda *_: route)
