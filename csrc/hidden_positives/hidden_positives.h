@@ -15,7 +15,7 @@ struct ProductTile {
 
 // Threshold and pack a tile:
 //   bit (i, j) = i != j and <f_i, f_j> > min(threshold_i, threshold_j), or > threshold_i if not symmetric
-// for its rows i and its columns j > i, and by the same products the bits (j, i). Row and column are multiples of 32, and so
+// for its rows i and its columns j > i, and by the same products bits (j, i). Row and column are multiples of 32, and so
 // are rows and columns unless they reach the last anchor; row <= column. Every word of `bits` (anchors, words_per_row) that
 // a tile is about is written, none is read. Returns how many pairs were too close to call by their coarse product.
 template <typename Coarse, typename T>
