@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
     run.save()
     metrics = summary(scores) | {
         "images": images_scored(run.config),
-        "config": asdict(run.config),
+        "config": run.config.model_dump(),
         "run": provenance(run),
     }
     output = Path(run.config.output)
