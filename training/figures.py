@@ -89,8 +89,11 @@ def patches_overlay(image: Tensor, chosen: Tensor, anchor: tuple[int, int] | Non
     Args:
         image: (3, h, w) uint8.
         chosen: (H, W) bool.
-        anchor: (row, column) of a patch to mark.
+        anchor: (row, column) of a patch to mark, in colour as well.
     """
+    if anchor is not None:
+        chosen = chosen.clone()
+        chosen[anchor] = True
     picture = _enlarged(photograph(image))
     mask = Image.fromarray(chosen.cpu().to(torch.uint8).mul(255).numpy()).resize(picture.size, Image.Resampling.NEAREST)
     faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.6)
