@@ -122,7 +122,6 @@ def write_report(path: str | Path, report: Report) -> None:
         precision=_precision(report.metrics.get("positives")),
         positives=[_positives(sample) for sample in report.positives],
         propagation=[_propagation(sample) for sample in report.propagation],
-        heat_colours=figures.heat_colours(9),
         class_iou=_class_iou(report.class_iou, report.class_names),
         confusion={title: _confusion(pixels, report.class_names) for title, pixels in report.confusion.items()},
         configuration=_yaml(report.metrics.get("config")),
@@ -234,13 +233,8 @@ def _propagation(sample: PropagationWeights) -> dict[str, Any]:
     low, high = kept.min().item(), kept.max().item()
     heat = figures.heat_map((kept - low) / max(high - low, 1e-9), (photograph.height, photograph.width))
     where, mean = f"anchor at row {row}, column {column}", f"{kept.mean():.0f} % on average"
-    radius = window // 2
-    cells = sample.weights[:, row, column].tolist()
-    inside = [
-        0 <= row + dy < grid[0] and 0 <= column + dx < grid[1]
-        for dy in range(-radius, radius + 1)
-        for dx in range(-radius, radius + 1)
-    ]
+    cells, offsets = sample.weights[:, row, column].tolist(), range(-(window // 2), window // 2 + 1)
+    inside = [0 <= row + dy < grid[0] and 0 <= column + dx < grid[1] for dy in offsets for dx in offsets]
     return {
         "photograph": Picture(photograph, f"Photograph with an {where}", where),
         "heat": Picture(

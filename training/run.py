@@ -167,7 +167,7 @@ def open_trained(
         overrides: ``key=value`` edits of the keys that are `allowed`.
 
     Raises:
-        ValueError, TypeError: the checkpoint, the device or an edit cannot be used.
+        ValueError: the checkpoint, the device or an edit cannot be used.
     """
     saved = load_run(path)
     where = resolve_device(device)
