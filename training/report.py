@@ -103,6 +103,7 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[float | None]]]
     caption: str = ""
+    bars: bool = True  # the figures are percentages
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -173,13 +174,22 @@ def _cards(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _precision(positives: Mapping[str, Any] | None) -> Table | None:
-    """The figures about positives by kind, whatever figures there are."""
-    kinds = {kind: own for kind, own in (positives or {}).items() if isinstance(own, Mapping)}
-    columns = dict.fromkeys(name for own in kinds.values() for name, value in own.items() if _is_number(value))
-    if not columns:
-        return None
-    rows = [(f"{kind} positives".capitalize(), [own.get(name) for name in columns]) for kind, own in kinds.items()]
-    return Table(("", *(name.replace("_", " ") for name in columns)), rows, "Positives against the labels.")
+    """The figures about positives, whatever figures of whatever kinds there are."""
+    rows = list(_figures(positives or {}))
+    columns = dict.fromkeys(name for _, numbers in rows for name in numbers)
+    table = [(title.capitalize(), [numbers.get(name) for name in columns]) for title, numbers in rows]
+    heads = ("Positives", *(name.replace("_", " ") for name in columns))
+    return Table(heads, table, "How positives agree with the labels.", bars=False) if rows else None
+
+
+def _figures(values: Mapping[str, Any], title: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """The numbers of each of nested mappings, with the way to it."""
+    numbers = {name: value for name, value in values.items() if _is_number(value)}
+    if title and numbers:
+        yield title, numbers
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{title} {name.replace('_', ' ')}".strip())
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Picture]]:

@@ -138,7 +138,8 @@ def examples(run: Run, images: Tensor) -> list[Example]:
 def anchor_positives(run: Run, images: Tensor) -> list[AnchorPositives]:
     """The task-agnostic positives of one anchor of each image: in its own, and in those that have the most of them.
 
-    Of the anchors that have positives in other images it is the one with the median number.
+    Anchors are of those that have positives in other images: from few in the first image to many in the last, because
+    the median of every image may be the same sky.
     """
     bank, pool, symmetric = run.val_bank, run.state.pools.agnostic(), run.config.loss.symmetric
     height, width = bank.grid
@@ -154,13 +155,13 @@ def anchor_positives(run: Run, images: Tensor) -> list[AnchorPositives]:
 
     searched = _spread(len(bank), _SEARCHED)
     shown = []
-    for index in images.tolist():
+    for row, index in enumerate(images.tolist()):
         anchors, limits = features(torch.tensor([index]))
         counts = torch.cat([positives(anchors, limits, some).sum(dim=2) for some in searched.split(8)], dim=1).cpu()
         counts[:, searched == index] = 0
         elsewhere = counts.sum(dim=1)
         order = elsewhere.argsort(stable=True)[int((elsewhere == 0).sum()) :]
-        anchor = int(order[len(order) // 2]) if len(order) else len(elsewhere) // 2
+        anchor = int(order[len(order) * (2 * row + 1) // (2 * len(images))]) if len(order) else len(elsewhere) // 2
         nearest = counts[anchor].argsort(descending=True, stable=True)[: min(3, int((counts[anchor] > 0).sum()))]
         of = torch.cat([torch.tensor([index]), searched[nearest]])
         chosen = positives(anchors[anchor, None], limits[anchor, None], of)[0].cpu()

@@ -195,12 +195,13 @@ def test_confusion_in_shares_of_each_class(page):
 
 def test_position_score_and_precision_of_positives(tmp_path):
     score = {"accuracy": 40.5, "miou": 20.5, "position_score": 12.5}
-    positives = {"agnostic": {"precision": 61.5, "per_anchor": 7.5}, "specific": {"precision": 63.5}, "images": 4}
+    here = {"precision": 61.5, "per_anchor": 7.5}
+    positives = {"agnostic": {"own_image": here}, "specific": {"precision": 63.5}, "images": 4}
     metrics = {"hp": {"kmeans": score, "linear": {"accuracy": 70.5, "miou": 50.5}}, "positives": positives}
     page, _ = written(tmp_path, Report("Both", metrics))
     assert page.texts["h2"] == ["Results", "Global hidden positives"]
     assert page.texts["td"] == ["20.5", "40.5", "12.5", "50.5", "70.5", "–", "61.5", "7.5", "63.5", "–"]
-    assert {"Position score, %", "per anchor", "Agnostic positives", "Specific positives"} <= set(page.texts["th"])
+    assert {"Position score, %", "per anchor", "Agnostic own image", "Specific"} <= set(page.texts["th"])
 
 
 def test_without_labels(tmp_path):

@@ -33,7 +33,7 @@ def test_positives_of_an_anchor_are_searched_in_all_images(tiny_config, symmetri
         possible[:, index] = 0
         assert bool(elsewhere.any()) == bool(possible.any()), "an anchor with positives elsewhere, if there is one"
         found += len(others)
-    assert found > 4
+    assert found > 2
 
 
 def test_the_anchor_of_local_propagation_keeps_the_least(tiny_config):
