@@ -152,7 +152,7 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "invalid_key"):
         if isinstance(first["input"], dict) and first["input"]:  # what is meant shows in its first key
             where += f".{next(iter(first['input']))}"
         return f"unknown key `{where}`; {_suggestion(where)}"

@@ -79,10 +79,8 @@ class Report:
     positives: Sequence[AnchorPositives] = ()
     propagation: Sequence[PropagationWeights] = ()
     class_iou: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of each class in percent, by column title
-    confusion: Mapping[str, Sequence[Sequence[int]]] = field(
-        default_factory=dict
-    )  # pixels by segmented class (row) and
-    # labelled class (column), by title; a row after that of the last class is of pixels without a class
+    # By title: pixels by segmented (row) and labelled class; a row after that of the last class is of no class.
+    confusion: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     facts: Sequence[str] = ()  # lines below the title
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)

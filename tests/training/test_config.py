@@ -72,6 +72,8 @@ def test_config_survives_a_checkpoint():
     assert config_from_dict(saved) == config
     assert config_from_dict({key: value for key, value in saved.items() if key != "evaluation"}) == config  # older
     assert config_from_dict(saved | {"head": {"dim": 9}}) != config
+    with pytest.raises(ValueError, match="unknown key `head.5`"):
+        config_from_dict(saved | {"head": {5: 9}})
 
 
 @pytest.mark.parametrize(
