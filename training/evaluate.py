@@ -5,7 +5,6 @@ python -m training.evaluate --checkpoint runs/camvid/checkpoint.pt [--root DIR]
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
-    parser.add_argument("--root", help="folder with imgs/val and labels/val, instead of the one trained on")
+    parser.add_argument(
+        "--root", type=expanded, help="folder with imgs/val and labels/val, instead of the one trained on"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. data.val_images=100", keys=False)
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_sentence("evaluate"):
         config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
         if options.root is not None:
-            config.data = dataclasses.replace(config.data, name="folder", root=options.root)
+            config.data = config.data.model_copy(update={"name": "folder", "root": str(options.root)})
         device = next(state.head.parameters()).device
         bank = open_bank(config, backbone, open_data(config, "val"), device)
         metrics = summary(evaluate(state, bank)) | {"images": images_scored(config)}

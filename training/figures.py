@@ -89,8 +89,11 @@ def patches_overlay(image: Tensor, chosen: Tensor, anchor: tuple[int, int] | Non
     Args:
         image: (3, h, w) uint8.
         chosen: (H, W) bool.
-        anchor: (row, column) of a patch to mark.
+        anchor: (row, column) of a patch to mark, in colour as well.
     """
+    if anchor is not None:
+        chosen = chosen.clone()
+        chosen[anchor] = True
     picture = _enlarged(photograph(image))
     mask = Image.fromarray(chosen.cpu().to(torch.uint8).mul(255).numpy()).resize(picture.size, Image.Resampling.NEAREST)
     faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.6)
@@ -109,15 +112,10 @@ def anchor_overlay(image: Tensor, grid: tuple[int, int], anchor: tuple[int, int]
 
 
 def heat_map(values: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Values (H, W) in [0, 1] in the colours of `heat_colours`, enlarged patch by patch to (h, w) pixels."""
+    """Values (H, W) in [0, 1] in the colours of viridis, enlarged patch by patch to (h, w) pixels."""
     colours = matplotlib.colormaps["viridis"](values.cpu().double().numpy(), bytes=True)[..., :3]
     height, width = size
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
-
-
-def heat_colours(steps: int) -> list[str]:
-    """Hexadecimal colours of `heat_map` from 0 to 1."""
-    return [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 1, steps))]
 
 
 def kept_fraction(weights: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import yaml
 
 from hpkernels import BackendUnavailableError
 from training.config_file import key_table, known_keys
@@ -26,7 +25,6 @@ _MISTAKES = (
     TypeError,
     OSError,
     MemoryError,
-    yaml.YAMLError,
     BackendUnavailableError,
     np.linalg.LinAlgError,
     torch.OutOfMemoryError,
@@ -46,6 +44,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, doc: str | None, **options: Any) -> None:
         self.program = program
         options.setdefault("description", (doc or "").partition("\n")[0])
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=f"python -m training.{program}", allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -64,7 +63,9 @@ class _PrintKeys(argparse.Action):
 def add_overrides(parser: Parser, text: str, *, keys: bool = True) -> None:
     """Let a program take ``key=value`` edits of the configuration, and with `keys` also ``--keys``."""
     if keys:
-        parser.add_argument("--keys", nargs=0, action=_PrintKeys, help="list all keys of the configuration")
+        parser.add_argument(
+            "--keys", nargs=0, action=_PrintKeys, help="list all keys of the configuration: default, bounds, meaning"
+        )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 

@@ -9,7 +9,6 @@ python -m training.published export  runs/coco27/checkpoint.pt published.pth
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             config = load_config(options.config, options.overrides)
             config, backbone, state = import_state(config, checkpoint.load_tensors(options.source))
-            contents = {"config": asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+            contents = {"config": config.model_dump(), "backbone": backbone.state_dict(), "state": state.state_dict()}
             checkpoint.save(options.target, contents)
     print(f"{options.target} written")
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Run:
     def save(self, path: Path | None = None) -> None:
         """Write everything that resume, evaluation and prediction need, atomically."""
         contents = {
-            "config": asdict(self.config),
+            "config": self.config.model_dump(),
             "backbone": self.backbone.state_dict(),
             "state": self.state.state_dict(),
             "images": _identity(self.train_bank.data),
@@ -167,7 +167,7 @@ def open_trained(
         overrides: ``key=value`` edits of the keys that are `allowed`.
 
     Raises:
-        ValueError, TypeError: the checkpoint, the device or an edit cannot be used.
+        ValueError: the checkpoint, the device or an edit cannot be used.
     """
     saved = load_run(path)
     where = resolve_device(device)
@@ -283,7 +283,7 @@ def _check_images(config: Config, data: SegmentationData, saved: dict[str, Any])
 
 
 def _check_same(config: Config, saved: dict[str, Any]) -> None:
-    own = _flat(asdict(config))
+    own = _flat(config.model_dump())
     differing = [key for key, value in _flat(saved).items() if key not in _PLACE and own.get(key) != value]
     if differing:
         raise ValueError(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import hpkernels
 from training.backbones.timm_vit import TimmViT
-from training.config_file import PRESETS, load_config
+from training.config_file import load_config, overview
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "train",
         "Train Hidden Positives on a folder of photographs; go on with a run that was interrupted.",
-        epilog=f"presets: {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))} (in {PRESETS})",
+        epilog=overview(),
     )
     parser.add_argument("--config", required=True, type=expanded, help="a YAML file, or the name of a preset")
     parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")

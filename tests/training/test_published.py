@@ -1,7 +1,6 @@
 """The published checkpoint layout, there and back."""
 
 import argparse
-import dataclasses
 
 import pytest
 import torch
@@ -120,7 +119,7 @@ def test_a_file_with_the_options_of_its_training_is_read(trained, tmp_path):
 
 def test_an_export_that_cannot_be_written(trained, tmp_path):
     config, backbone, state = trained
-    saved = {"config": dataclasses.asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+    saved = {"config": config.model_dump(), "backbone": backbone.state_dict(), "state": state.state_dict()}
     checkpoint.save(tmp_path / "own.pt", saved)
     with pytest.raises(SystemExit, match="^published: .*own.pt/out.pth cannot be written: "):
         main(["export", str(tmp_path / "own.pt"), str(tmp_path / "own.pt" / "out.pth")])

@@ -12,8 +12,7 @@ import yaml
 from PIL import Image
 
 from training.figures import IGNORED, class_palette, colour_map, data_uri, heat_map, kept_fraction, patches_overlay
-from training.page import duration, percent
-from training.report import AnchorPositives, Example, PropagationWeights, Report, write_report
+from training.report import AnchorPositives, Example, PropagationWeights, Report, duration, percent, write_report
 
 NAMES = ("sky", "road <wet>", "tree & bush")
 METRICS = {
@@ -63,7 +62,8 @@ def example(labelled: bool = True) -> Example:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 32, 40), generator=generator, dtype=torch.uint8)
     baseline, hp, label = (torch.randint(low, 3, (32, 40), generator=generator) for low in (0, 0, -1))
-    return Example("street <1>", image, baseline, hp, label if labelled else None)
+    maps = {"Baseline": baseline, "Hidden Positives": hp}
+    return Example("street <1>", image, {"Label": label} | maps if labelled else maps)
 
 
 def full_report(labelled: bool = True) -> Report:
@@ -81,10 +81,10 @@ def full_report(labelled: bool = True) -> Report:
         positives=[AnchorPositives(images, (1, 3), positives)],
         propagation=[PropagationWeights(images[0], weights, (0, 0))],
         class_iou={"Baseline": [10.04, float("nan"), 3], "Hidden Positives": [20, 30.5, 4]} if labelled else {},
-        device="a device",
+        confusion={"Hidden Positives": [[30, 0, 0], [10, 7, 0], [0, 0, 0], [0, 14, 0]]} if labelled else {},
+        facts=["2025-01-02 · a device", "10 <training> images"],
+        command="python -m training.train 'output=<runs>'",
         versions={"torch": "1.2.3"},
-        date="2025-01-02",
-        wall_time=200,
     )
 
 
@@ -132,11 +132,12 @@ def test_shows_everything(page):
         "Global hidden positives",
         "Local propagation",
         "IoU of each class",
+        "Confusion",
         "Versions",
         "Configuration",
     ]
     body = page.text()
-    for text in ("18.7", "25.0", "+6.2", "49.4", "81.3", "2025-01-02 · a device · 3 min 20 s", "1.2.3", *NAMES):
+    for text in ("18.7", "25.0", "+6.2", "49.4", "81.3", "2025-01-02 · a device", "output=<runs>", "1.2.3", *NAMES):
         assert text in body
     captions = page.texts["figcaption"]
     assert captions.count("Label") == captions.count("Baseline") == captions.count("Hidden Positives") == 2
@@ -185,6 +186,24 @@ def test_absent_class_is_a_dash(page):
     assert cells[start : start + 6] == ["10.0", "20.0", "–", "30.5", "3.0", "4.0"]
 
 
+def test_confusion_in_shares_of_each_class(page):
+    cells = page.texts["td"]
+    start = cells.index("75")
+    assert cells[start : start + 12] == ["75", "0", "–", "25", "33", "–", "0", "0", "–", "0", "67", "–"]
+    assert "no class" in page.texts["th"]
+
+
+def test_position_score_and_precision_of_positives(tmp_path):
+    score = {"accuracy": 40.5, "miou": 20.5, "position_score": 12.5}
+    here = {"precision": 61.5, "per_anchor": 7.5}
+    positives = {"agnostic": {"own_image": here}, "specific": {"precision": 63.5}, "images": 4}
+    metrics = {"hp": {"kmeans": score, "linear": {"accuracy": 70.5, "miou": 50.5}}, "positives": positives}
+    page, _ = written(tmp_path, Report("Both", metrics))
+    assert page.texts["h2"] == ["Results", "Global hidden positives"]
+    assert page.texts["td"] == ["20.5", "40.5", "12.5", "50.5", "70.5", "–", "61.5", "7.5", "63.5", "–"]
+    assert {"Position score, %", "per anchor", "Agnostic own image", "Specific"} <= set(page.texts["th"])
+
+
 def test_without_labels(tmp_path):
     page, _ = written(tmp_path, full_report(labelled=False))
     assert "There are no labels" in page.text()
@@ -199,14 +218,20 @@ def test_text_is_escaped(page_and_html):
     page, html = page_and_html
     title = "Run <script>alert(1)</script> & more"
     assert page.text("title") == page.text("h1") == title
-    assert "<script" not in html and "<wet>" not in html and "street <1>" not in html and "<runs>" not in html
+    assert (
+        "<script" not in html
+        and "<wet>" not in html
+        and "street <1>" not in html
+        and "<runs>" not in html
+        and "<training>" not in html
+    )
     assert "street <1>" in page.texts["figcaption"]
 
 
 def test_configuration_is_yaml(page):
     config = yaml.safe_load(page.text("pre"))
     assert config == {"seed": 7, "data": {"size": [32, 40], "classes": list(NAMES)}, "output": "<runs>"}
-    assert list(config) == ["seed", "data", "output"]  # in the order of the dataclass
+    assert list(config) == ["seed", "data", "output"]  # in the order of the configuration
 
 
 def test_little_to_show(tmp_path):
@@ -217,6 +242,13 @@ def test_little_to_show(tmp_path):
     page, _ = written(tmp_path, Report("Little", {}, ("sky",), history, [example()]))
     assert page.texts["h3"] == ["Loss"]
     assert {"sky", "class 1", "class 2"} <= set(page.texts["li"])
+
+
+def test_a_sum_is_not_drawn_beside_its_parts(tmp_path):
+    page, _ = written(
+        tmp_path, Report("Sum", {}, history=[{"step": 0, "loss": 3.0, "contrastive": 2.0, "new_term": 1}])
+    )
+    assert page.texts["h3"] == ["Contrastive loss", "new term"]
 
 
 def test_same_report_same_file(tmp_path, page_and_html):
@@ -248,6 +280,7 @@ def test_patches_overlay_keeps_the_chosen_patch_in_colour():
     red, green, blue = picture[height // 2, width // 2].tolist()
     assert red == green == blue > 100
     marked = np.asarray(patches_overlay(image, chosen, anchor=(0, 1)))
+    assert marked[height // 2, width + width // 2].tolist() == [200, 30, 30], "what the anchor shows"
     changed = (marked != picture).any(axis=-1)
     rows, columns = np.nonzero(changed)
     assert abs(rows.max() - height) < 5 and abs(columns.min() - width) < 5 and abs(columns.max() - 2 * width) < 5

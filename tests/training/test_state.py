@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -249,7 +248,7 @@ def test_imported_checkpoint_gives_its_probes_only(tiny_config, photo_folder, tm
     own = TrainingState(config, backbone.features_dim, 8, torch.device("cpu"), 6)
     _, backbone, state = import_state(config, export_state(backbone, own))
     assert (state.clusters, state.classes) == (8, 6)
-    contents = {"config": asdict(config), "backbone": backbone.state_dict(), "state": state.state_dict()}
+    contents = {"config": config.model_dump(), "backbone": backbone.state_dict(), "state": state.state_dict()}
     if old:
         del contents["state"]["saw_labels"]
     path = tmp_path / "imported.pt"
