@@ -29,7 +29,7 @@ class DataConfig:
     size: tuple[int, int] = bounded((224, 224), 1, 16384)  # in pixels, that images and labels are brought to
     fit: str = choice("squash", "squash", "crop")  # squash them; or shrink the shorter side, and crop the centre
     crops: str = choice("none", "none", "five")  # train on five crops of each image, which training.prepare makes
-    classes: tuple[str, ...] = ()  # names in label order; label values from len(classes) on are ignored (void)
+    classes: tuple[str, ...] = ()  # folder: names in label order; label values from len(classes) on are ignored (void)
     clusters: int | None = bounded(None, 2)  # how many to find; None: as many as there are classes
     train_images: int | None = bounded(None, 1, 10**7)  # how many to use (procedural: to make); None: all there are
     val_images: int | None = bounded(None, 1, 10**7)  # likewise
@@ -49,7 +49,7 @@ class BackboneConfig:
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
     pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
-    layer: int | None = bounded(None, 1, 1000)  # timm: the block, from 1 on, whose tokens are the features; None: the last
+    layer: int | None = bounded(None, 1, 1000)  # timm: the block, from 1 on, of the features; None: the last
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4, 16384)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
@@ -121,7 +121,7 @@ class EvaluationConfig:
 
     size: tuple[int, int] | None = bounded(None, 1, 16384)  # in pixels, of the images that are scored; None: data.size
     flip: bool = False  # average the codes with those of the mirrored image
-    window: int | None = bounded(None, 1, 16384)  # pixels a side of sliding windows over larger images; None: no windows
+    window: int | None = bounded(None, 1, 16384)  # pixels a side of sliding windows over larger images; None: none
     stride: int | None = bounded(None, 1, 16384)  # pixels between windows; None: half a window
     match: str = choice("val", "val", "train")  # the images by whose labels clusters are matched to classes
     crf: str = choice("none", "none", "pydensecrf", "exact")  # refinement by a dense CRF
@@ -136,6 +136,7 @@ class QuirksConfig:
     dropout_on_frozen: bool | None = None  # channel dropout also on the frozen features and the pools
     jitter_after_normalization: bool | None = None  # colour jitter on normalised images
     skip_renewal_at_epoch_start: bool | None = None  # no pool renewal at the first step of an epoch
+    nearest_resize: bool | None = None  # images are resized by nearest neighbour too, which aliases fine texture
     select_on_labels: bool | None = None  # keep the checkpoint that is best on the labelled validation set
     drop_specific_only_anchors: bool | None = None  # drop anchors whose only positives are task-specific
 

@@ -93,7 +93,7 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
 def examples(run: Run, images: Tensor) -> list[Example]:
     """Validation images beside their label, the baseline and HP."""
     bank = run.val_bank
-    maps = to_classes(run.state, segment(run.state, bank.get(images).tokens, bank.grid, run.config.data.size))
+    maps = to_classes(run.state, segment(run.state, bank.get(images).tokens, bank.grid, bank.data.size))
     return [
         Example(
             name=bank.data.name(index),
