@@ -31,7 +31,7 @@ def coco(root, stego, images=6):
         for index in range(images):
             pixels, regions = picture(shift + index)
             name = f"{shift + index:012d}"
-            save(base / ("images" if stego else "") / split / f"{name}.jpg", pixels, quality=95)
+            save(base / ("images" if stego else "") / split / f"{name}.jpg", pixels, quality=95, subsampling=0)
             label = np.array([0, 123, 156, 148, 181, 255], np.uint8)[regions]  # person, grass, sky, road, wood, void
             save(base / ("annotations" if stego else "stuffthingmaps") / split / f"{name}.png", label)
         if stego:
