@@ -18,7 +18,7 @@ from torchvision.transforms import functional as transforms
 from training import prepare
 from training.config_file import load_config
 from training.data import open_data
-from training.data.making import make, read_manifest
+from training.data.making import make, read_manifest, written_whole
 from training.data.potsdam import COLOURS, LABELLED
 
 CROPPED = "cropped/cityscapes_five_crop_0.5"
@@ -161,6 +161,17 @@ def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
             break
         time.sleep(0.01)
     assert len(workers) == 2 and not any(os.path.exists(f"/proc/{worker}/exe") for worker in workers)
+
+
+def test_a_file_is_in_its_place_when_it_is_whole(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    (tmp_path / "numbers").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        written_whole(tmp_path, "numbers/0_0", b"content")
+    assert not list((tmp_path / "numbers").iterdir())
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path):

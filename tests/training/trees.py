@@ -76,7 +76,8 @@ def potsdam_photographs(root, side=400):
     """Potsdam as ISPRS has it: the labelled photographs and one more, smaller than the real ones."""
     colours = np.array([colour for colour, _ in COLOURS.values()], np.uint8)
     for index, name in enumerate([*sorted(LABELLED), "2_13"]):
-        pixels, regions = (part.repeat(10, axis=0).repeat(10, axis=1) for part in picture(index, (side // 10,) * 2))
+        large = (part.repeat(10, axis=0).repeat(10, axis=1) for part in picture(index, (side // 10,) * 2))
+        pixels, regions = (np.roll(part, (1, 1), (0, 1)) for part in large)  # borders between every second pixel
         save(root / "2_Ortho_RGB" / f"top_potsdam_{name}_RGB.tif", pixels, compression="tiff_lzw")
         if name in LABELLED:
             label = root / "5_Labels_for_participants" / f"top_potsdam_{name}_label.tif"
