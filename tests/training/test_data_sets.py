@@ -122,6 +122,15 @@ def test_two_archives_of_coco_in_one_folder(tmp_path, set_config):
     assert len(open_data(set_config("coco27", tmp_path)[1], "val")) == 6
 
 
+def test_hidden_files_are_no_images(tmp_path, set_config):
+    coco = trees.coco(tmp_path / "coco", stego=False)
+    (coco / "train2017" / "._000000000000.jpg").write_bytes(b"no image")
+    city = trees.cityscapes(tmp_path / "city", stego=True)
+    (city / "cityscapes/leftImg8bit/train/aachen/._a_leftImg8bit.png").write_bytes(b"no image")
+    assert len(open_data(set_config("coco27", coco)[1], "train")) == 6
+    assert len(open_data(set_config("cityscapes27", city)[1], "train")) == 6
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 

@@ -181,9 +181,9 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
 
 def test_other_settings_and_two_at_once_are_refused(tmp_path):
     make(numbers(), tmp_path, {"quality": 95}, 1, "")
-    with pytest.raises(ValueError, match="was made with another quality; remove it"):
+    with pytest.raises(ValueError, match="holds files that were made with another quality; remove it"):
         make(numbers(), tmp_path, {"quality": 75}, 1, "")
-    with pytest.raises(ValueError, match="was made with another sources, names; remove it"):
+    with pytest.raises(ValueError, match="holds files that were made of other images; remove it"):
         make(numbers()[:5], tmp_path, {"quality": 95}, 1, "")
     with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another program is making files in"):
         make(numbers(), tmp_path, {"quality": 95}, 1, "")
@@ -222,6 +222,13 @@ def test_crops_that_are_not_complete_are_refused(cityscapes):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="are not finished; python -m training.prepare"):
         opened(cityscapes)
+
+
+def test_hidden_files_are_no_crops(cityscapes):
+    run(cityscapes)
+    (cityscapes / CROPPED / "img" / "train" / ".DS_Store").write_bytes(b"")
+    (cityscapes / CROPPED / "label" / "train" / "._0.png").write_bytes(b"")
+    assert len(opened(cityscapes)) == 30
 
 
 def test_a_broken_source_is_named(cityscapes):

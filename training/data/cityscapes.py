@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.data.pairs import DataSet, Found, Pair, below, first_folder, id_table
+from training.data.pairs import DataSet, Found, Pair, below, first_folder, id_table, visible
 
 CLASSES = (
     *("road", "sidewalk", "parking", "rail track"),
@@ -29,7 +29,7 @@ def _find(root: Path, split: str) -> Found:
             raise CITYSCAPES27.missing(f"there is neither {name} nor {name}_trainvaltest/{name} in {base}")
         if not (folder / split).is_dir():
             raise CITYSCAPES27.missing(f"there is no {folder / split}")
-    files = sorted((images / split).glob(f"*/*{_IMAGE}"))
+    files = sorted(visible(images / split, f"*/*{_IMAGE}"))
     if not files:
         raise CITYSCAPES27.missing(f"there are no folders of cities with *{_IMAGE} in {images / split}")
     pairs = []

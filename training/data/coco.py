@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.data.pairs import VOID, DataSet, Found, Pair, below, first_folder, id_table, read_list
+from training.data.pairs import VOID, DataSet, Found, Pair, below, first_folder, id_table, read_list, visible
 
 # Supercategory by supercategory, in the order of the published class list: its ids. Things lie together in the list of
 # COCO-Stuff; stuff is listed by the alphabet, so its ids are scattered.
@@ -55,7 +55,7 @@ def _find(root: Path, split: str) -> Found:
     base = below(root, "cocostuff")
     images = first_folder(base, (f"images/{part}", part))
     labels = first_folder(base, (f"{kind}/{part}" for kind in ("annotations", "stuffthingmaps")))
-    if labels is None and (base / part).is_dir() and any((base / part).glob("*.png")):
+    if labels is None and (base / part).is_dir() and any(visible(base / part, "*.png")):
         labels = base / part  # both archives, unpacked into one folder
     if images is None:
         raise COCO27.missing(f"there is neither images/{part} nor {part} in {base}")
@@ -66,7 +66,7 @@ def _find(root: Path, split: str) -> Found:
     if listed.is_file():
         names, which = read_list(COCO27, listed), f"the images of curated/{part}/{LISTS[split]}"
     else:
-        names = sorted(file.stem for file in images.iterdir() if file.suffix == ".jpg")
+        names = sorted(file.stem for file in visible(images, "*.jpg"))
         which = f"all images, as there is no curated/{part}/{LISTS[split]}, whose images the published runs take"
     if not names:
         raise COCO27.missing(f"there are no .jpg files in {images}")

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms.functional import five_crop
 
 from training.data.making import read_manifest
-from training.data.pairs import VOID, DataSet, Found, Pair, id_table, read_classes, read_pixels
+from training.data.pairs import VOID, DataSet, Found, Pair, id_table, read_classes, read_pixels, visible
 
 RATIO = 0.5  # of the sides of a crop to those of the image
 CROPS = 5
@@ -70,7 +70,8 @@ def find_crops(data: DataSet, root: Path) -> tuple[DataSet, Found]:
     manifest, complete = read_manifest(folder)
     if manifest is not None and not complete:
         raise ValueError(f"data: {data.title}: the crops in {folder} are not finished; {command}")
-    counts = [sum(1 for _ in (folder / kind / "train").iterdir()) for kind in ("img", "label")]
+    kinds = {"img": "*.jpg", "label": "*.png"}
+    counts = [sum(1 for _ in visible(folder / kind / "train", pattern)) for kind, pattern in kinds.items()]
     expected = counts[0] if manifest is None else CROPS * len(manifest["checksums"])
     if counts != [expected, expected] or not expected or expected % CROPS:
         raise ValueError(

@@ -82,10 +82,9 @@ def _make(tasks: Sequence[Task], folder: Path, about: dict[str, Any], workers: i
             raise ValueError(f"data: {folder} holds files that another program made; remove it to make them anew")
         written_whole(folder, MANIFEST, json.dumps({"about": about}).encode())
     elif manifest["about"] != about:
-        differing = ", ".join(key for key, value in about.items() if manifest["about"].get(key) != value)
-        raise ValueError(
-            f"data: {folder} was made with another {differing or 'version'}; remove it to make its files anew"
-        )
+        differing = [key for key, value in about.items() if manifest["about"].get(key) != value]
+        other = "of other images" if "names" in differing else f"with another {', '.join(differing) or 'version'}"
+        raise ValueError(f"data: {folder} holds files that were made {other}; remove it to make them anew")
     known = (manifest or {}).get("checksums", {})
     for parent in {Path(path).parent for task in tasks for path in task.paths()}:
         (folder / parent).mkdir(parents=True, exist_ok=True)

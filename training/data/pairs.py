@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,6 +177,11 @@ def first_folder(base: Path, names: Iterable[str]) -> Path | None:
 def below(root: Path, name: str) -> Path:
     """The folder `name` in `root`, or `root` itself, which may be that folder."""
     return root / name if (root / name).is_dir() else root
+
+
+def visible(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files in `folder` that match, without those that begin with a dot, which some systems leave beside others."""
+    return (file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def read_list(data: DataSet, file: Path) -> list[str]:
