@@ -21,7 +21,7 @@ from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import Config
 from training.config_file import config_from_dict, edited
-from training.data import SegmentationData, open_data, steps_per_epoch
+from training.data import SegmentationData, image_size, open_data, steps_per_epoch
 from training.features import FeatureBank
 from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
@@ -205,7 +205,7 @@ def check_evaluation_size(config: Config, backbone: Backbone) -> None:
         ValueError: it is such.
     """
     try:
-        backbone.grid(config.evaluation.size or config.data.size)
+        backbone.grid(image_size(config, "val"))
     except ValueError as error:
         raise ValueError(str(error).replace("`data.size`", "`evaluation.size`")) from error
 

@@ -332,7 +332,7 @@ def test_presets_run_end_to_end(name, layout, tmp_path, set_config, capsys):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["images"] == "validation" and metrics["hp"]["linear"]["accuracy"] is not None
     capsys.readouterr()
-    evaluate.main(["--checkpoint", str(run / "checkpoint.pt"), "--json"])
+    evaluate.main(["--checkpoint", str(run / "checkpoint.pt"), "--root", str(root), "--json"])
     assert json.loads(capsys.readouterr().out)["hp"]["kmeans"]["miou"] == metrics["hp"]["kmeans"]["miou"]
     if layout == "own":
         Image.fromarray(trees.picture(5)[0]).save(tmp_path / "photograph.png")

@@ -7,7 +7,7 @@ root, crops 5 i to 5 i + 4 from image i, labels with 0 for void and class + 1. S
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,13 +78,27 @@ def find_crops(data: DataSet, root: Path) -> tuple[DataSet, Found]:
             f"data: {data.title}: {folder} holds {counts[0]} crops of images and {counts[1]} of labels, expected"
             f" {expected if manifest else 'the same multiple of 5'} of both; {command}"
         )
-    pairs = [
-        Pair(str(number), folder / "img" / "train" / f"{number}.jpg", folder / "label" / "train" / f"{number}.png")
-        for number in range(expected)
-    ]
     by = "training.prepare" if manifest else "another program"
     shifted = id_table({index + 1: index for index in range(len(data.classes))}, void=[0])
-    return data._replace(table=shifted), Found(pairs, f"five crops of each training image, made by {by}, in {folder}")
+    return data._replace(table=shifted), Found(
+        _Numbered(folder, range(expected)), f"five crops of each training image, made by {by}, in {folder}"
+    )
+
+
+class _Numbered(Sequence[Pair]):
+    """The crops in a folder, by number: a quarter of a million pairs of paths would be hundreds of megabytes."""
+
+    def __init__(self, folder: Path, numbers: range) -> None:
+        self._images, self._labels, self._numbers = folder / "img" / "train", folder / "label" / "train", numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int | slice) -> Pair | Sequence[Pair]:
+        number = self._numbers[index]
+        if isinstance(number, range):
+            return _Numbered(self._images.parent.parent, number)
+        return Pair(str(number), self._images / f"{number}.jpg", self._labels / f"{number}.png")
 
 
 def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ class Pair(NamedTuple):
 class Found(NamedTuple):
     """What a data set's folder holds of a split."""
 
-    pairs: list[Pair]
+    pairs: Sequence[Pair]
     about: str  # in which layout, and which images
 
 
@@ -73,7 +75,7 @@ class PairedData:
         frame: the size they are brought to.
     """
 
-    def __init__(self, data: DataSet, pairs: list[Pair], frame: Frame) -> None:
+    def __init__(self, data: DataSet, pairs: Sequence[Pair], frame: Frame) -> None:
         self.data = data
         self.pairs = pairs
         self.classes = data.classes
@@ -104,13 +106,12 @@ def paired(data: DataSet, found: Found, frame: Frame, limit: int | None = None) 
         ValueError: a file is not there.
     """
     pairs = found.pairs[:limit]
-    for kind, files in (("image", [pair.image for pair in pairs]), ("label", [pair.label for pair in pairs])):
-        folders = {parent: _names(parent) for parent in {file.parent for file in files}}
-        gone = [file for file in files if file.name not in folders[file.parent]]
+    names = functools.cache(_names)
+    for kind, files in (("image", (pair.image for pair in pairs)), ("label", (pair.label for pair in pairs))):
+        gone = [file for file in files if file.name not in names(file.parent)]
         if gone:
-            raise data.missing(
-                f"{len(gone)} of {len(files)} {kind}s are not there, for example {display_name(gone[0])}"
-            )
+            example = display_name(gone[0])
+            raise data.missing(f"{len(gone)} of {len(pairs)} {kind}s are not there, for example {example}")
     print(f"data: {data.title}, {found.about}: {len(pairs)} images", file=sys.stderr)
     return PairedData(data, pairs, frame)
 
@@ -228,7 +229,7 @@ def _size(data: DataSet, file: Path) -> tuple[int, int]:
 
 
 def _names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def _ranges(values: np.ndarray) -> str:
