@@ -58,7 +58,7 @@ class DataConfig(Section):
         "none", description="train on five crops of each image, which training.prepare makes"
     )
     classes: Annotated[tuple[str, ...], AfterValidator(_different)] = Field(
-        (), description="in label order; label values from their number on are ignored (void)"
+        (), description="folder: names in label order; label values from their number on are ignored (void)"
     )
     clusters: Count | None = Field(None, ge=2, description="how many to find; null: as many as there are classes")
     train_images: int | None = Field(
@@ -174,6 +174,9 @@ class QuirksConfig(Section):
     )
     jitter_after_normalization: bool | None = Field(None, description="colour jitter on normalised images")
     skip_renewal_at_epoch_start: bool | None = Field(None, description="no pool renewal at the first step of an epoch")
+    nearest_resize: bool | None = Field(
+        None, description="images are resized by nearest neighbour too, which aliases fine texture"
+    )
     select_on_labels: bool | None = Field(
         None, description="keep the checkpoint that is best on the labelled validation set"
     )

@@ -21,7 +21,7 @@ from training.run import open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
 
-_EDITABLE = ("data.size", "data.val_images", "backend")  # keys that a checkpoint does not settle
+_EDITABLE = ("data.size", "data.val_images", "evaluation.size", "backend")  # keys that a checkpoint does not settle
 
 HEADLINE = "kmeans"
 """The segmentation that stands for HP: the codes are clustered exactly as the baseline clusters the frozen features,
@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
-    parser.add_argument(
-        "--root", type=expanded, help="folder with imgs/val and labels/val, instead of the one trained on"
-    )
+    parser.add_argument("--root", type=expanded, help="where the data to score is, instead of `data.root`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. data.val_images=100", keys=False)
@@ -144,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     with one_sentence("evaluate"):
         config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
         if options.root is not None:
-            config.data = config.data.model_copy(update={"name": "folder", "root": str(options.root)})
+            name = "folder" if config.data.name == "procedural" else config.data.name
+            config.data = config.data.model_copy(update={"name": name, "root": str(options.root)})
         device = next(state.head.parameters()).device
         bank = open_bank(config, backbone, open_data(config, "val"), device)
         metrics = summary(evaluate(state, bank)) | {"images": images_scored(config)}

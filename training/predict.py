@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from training.backbones import Backbone
 from training.config import Config
-from training.data import resized
+from training.data import class_names, resized
 from training.evaluate import HEADLINE
 from training.figures import class_palette
 from training.output import prepare_folder
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
     out = options.out
     config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
     check_usable(state, options.segmentation)
-    names = map_names(state, options.segmentation, config.data.classes)
+    names = map_names(state, options.segmentation, class_names(config.data))
     if len(names) > 256:
         raise ValueError(f"a class map has one byte a pixel, enough for 256 clusters, got {len(names)}")
     planned = outputs(options.images, out)

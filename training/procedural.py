@@ -27,6 +27,7 @@ class ProceduralData:
     classes = CLASSES
 
     def __init__(self, images: int, size: tuple[int, int], seed: int) -> None:
+        self.size = size
         made = [_mosaic(np.random.default_rng((seed, index)), size) for index in range(images)]
         self._images = [torch.from_numpy(image) for image, _ in made]
         self._labels = [torch.from_numpy(label) for _, label in made]

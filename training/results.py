@@ -125,7 +125,7 @@ def examples(run: Run, images: Tensor) -> list[Example]:
     """Validation images beside their label and each segmentation that the run can give."""
     bank, state = run.val_bank, run.state
     usable = [name for name in _TITLES if why_unusable(state, name) is None]
-    maps = to_classes(state, segment(state, bank.get(images).tokens, bank.grid, run.config.data.size, only=usable))
+    maps = to_classes(state, segment(state, bank.get(images).tokens, bank.grid, bank.data.size, only=usable))
     shown = []
     for row, index in enumerate(images.tolist()):
         label = bank.data.label(index)

@@ -21,7 +21,7 @@ from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import Config
 from training.config_file import config_from_dict, edited
-from training.data import SegmentationData, open_data, steps_per_epoch
+from training.data import SegmentationData, image_size, open_data, steps_per_epoch
 from training.features import FeatureBank
 from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
@@ -100,6 +100,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
 
     backbone = build_backbone(config.backbone, config.seed, device)
     height, width = backbone.grid(config.data.size)
+    check_evaluation_size(config, backbone)
     check_clusters(number, len(train_data), height * width)
     if saved is None:
         backbone.fit(_images(train_data, config.seed))
@@ -193,7 +194,20 @@ def open_trained(
         state.step = saved["state"]["step"]
     if overrides:
         backbone.grid(config.data.size)  # which an edit may not fit
+        check_evaluation_size(config, backbone)
     return config, backbone, state
+
+
+def check_evaluation_size(config: Config, backbone: Backbone) -> None:
+    """Refuse an `evaluation.size` that the patches of the backbone do not fit.
+
+    Raises:
+        ValueError: it is such.
+    """
+    try:
+        backbone.grid(image_size(config, "val"))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`data.size`", "`evaluation.size`")) from error
 
 
 def open_bank(
@@ -203,7 +217,7 @@ def open_bank(
     return FeatureBank(
         data,
         backbone,
-        config.data.size,
+        data.size,
         cache=config.backbone.cache,
         views=views,
         jitter_after_normalization=config.quirks.jitter_after_normalization,

@@ -1,45 +1,19 @@
-"""Where images and labels come from, and which images make up the batch of a step."""
+"""A folder of photographs, with labels of the same names if there are any."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import Config
+from training.data.frame import IGNORE, Frame
 from training.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
-from training.procedural import ProceduralData
-
-IGNORE = -1
-"""The label of pixels that belong to no class."""
 
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Formats that keep the value of every pixel."""
-
-
-class SegmentationData(Protocol):
-    """A set of images, all of one size, by index."""
-
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """How many images."""
-
-    def name(self, index: int) -> str:
-        """The file name without extension."""
-
-    def image(self, index: int) -> Tensor:
-        """(3, h, w) uint8."""
-
-    def label(self, index: int) -> Tensor | None:
-        """(h, w) int64 with -1 where no class is known, or None for a set without labels."""
 
 
 class FolderData:
@@ -50,9 +24,11 @@ class FolderData:
     Args:
         root: the folder.
         split: "train" or "val".
-        size: height and width that images (bilinear) and labels (nearest) are resized to.
+        size: height and width that images and labels are brought to.
         classes: names in label order; greater label values are ignored.
         limit: use the first `limit` images, by name. None: all.
+        crop: shrink and crop the centre (see `Frame`), or squash.
+        nearest: resize images by nearest neighbour, as labels are.
 
     Raises:
         ValueError: there are no images, labels and images do not fit together, or the header of a file is not that of
@@ -60,10 +36,19 @@ class FolderData:
     """
 
     def __init__(
-        self, root: str | Path, split: str, size: tuple[int, int], classes: tuple[str, ...], limit: int | None = None
+        self,
+        root: str | Path,
+        split: str,
+        size: tuple[int, int],
+        classes: tuple[str, ...],
+        limit: int | None = None,
+        *,
+        crop: bool = False,
+        nearest: bool = False,
     ) -> None:
         self.classes = classes
         self.size = size
+        self._frame = Frame(size, crop, nearest)
         root = Path(os.path.expanduser(root))
         _check_layout(root)
         folder = _folder(root, "imgs", split)
@@ -86,15 +71,14 @@ class FolderData:
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
-        return load_image(self._files[index], self.size)
+        return self._frame.image(read_rgb(self._files[index]))
 
     def label(self, index: int) -> Tensor | None:
         """(h, w) int64, or None for a set without labels."""
         if self._labels is None:
             return None
-        height, width = self.size
         with opened(self._labels[index]) as file:
-            label = torch.from_numpy(np.array(file.resize((width, height), Image.Resampling.NEAREST))).long()
+            label = self._frame.label(file)
         return label.where(label < len(self.classes), IGNORE)
 
     def _check_headers(self, split: str) -> None:
@@ -171,47 +155,3 @@ def _check_label(label: Path, image: Path, size: tuple[int, int]) -> None:
             f"data: label {display_name(label)} must have the size of {display_name(image.name)}, "
             f"{size[1]} x {size[0]}, got {width} x {height}"
         )
-
-
-def load_image(file: Path, size: tuple[int, int]) -> Tensor:
-    """The photograph as (3, h, w) uint8, resized to `size` = (height, width)."""
-    return resized(read_rgb(file), size)
-
-
-def resized(photograph: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An RGB photograph as (3, h, w) uint8, resized to `size` = (height, width)."""
-    height, width = size
-    pixels = photograph.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
-
-
-def open_data(config: Config, split: str) -> SegmentationData:
-    """The "train" or "val" images of a configuration."""
-    data = config.data
-    limit = data.train_images if split == "train" else data.val_images
-    if data.name == "procedural":
-        # The images are the same for every seed of the run, as photographs would be.
-        return ProceduralData(limit or 64, data.size, seed=0 if split == "train" else 1)
-    if data.root is None:
-        raise ValueError("config: `data.root` must be the folder that holds the photographs, or their imgs/, got None")
-    if split == "val" and not (Path(data.root) / "imgs" / "val").is_dir():
-        split = "train"  # with no images set aside, the training images are segmented
-    return FolderData(data.root, split, data.size, data.classes, limit)
-
-
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Full batches of an epoch; the images left over come in another epoch.
-
-    Raises:
-        ValueError: there are fewer images than one batch takes.
-    """
-    if images < batch_size:
-        raise ValueError(f"config: `batch_size` must be at most the {images} training images, got {batch_size}")
-    return images // batch_size
-
-
-def batch_of_step(step: int, images: int, batch_size: int, seed: int) -> Tensor:
-    """The image indices (batch_size,) of a step: shuffled anew each epoch, a function of (seed, step) alone."""
-    epoch, batch = divmod(step, steps_per_epoch(images, batch_size))
-    order = np.random.default_rng((seed, epoch)).permutation(images)
-    return torch.from_numpy(order[batch * batch_size : (batch + 1) * batch_size])
