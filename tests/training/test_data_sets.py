@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import functional as transforms
 
-from training import evaluate, predict, prepare, train
+from training import evaluate, predict, prepare, results, train
 from training.config_file import load_config
 from training.data import DATA_SETS, class_names, open_data, resized
 from training.data.frame import Frame
@@ -310,6 +310,13 @@ def test_folders_are_cropped_as_well(tiny_config, photo_folder):
 def test_the_validation_size_must_fit_the_patches(tiny_config):
     with pytest.raises(ValueError, match="`evaluation.size` must be a multiple of the patch size 8, got 30 x 40"):
         open_run(tiny_config(evaluation={"size": [30, 40]}))
+
+
+def test_reports_show_validation_images_at_their_size(tiny_config):
+    run = open_run(tiny_config(evaluation={"size": [48, 56]}))
+    run.state.clusterings.fit(run.train_bank, run.state.head, seed=0)
+    example = results.examples(run, torch.tensor([0]))[0]
+    assert example.image.shape[1:] == example.hp.shape == example.baseline.shape == example.label.shape == (48, 56)
 
 
 def test_presets_read_their_data_sets_as_published():
