@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import functional as transforms
 
-from training import evaluate, predict, prepare, train
+from training import evaluate, predict, prepare, results, train
 from training.config_file import load_config
 from training.data import DATA_SETS, class_names, open_data, resized
 from training.data.frame import Frame
@@ -181,10 +181,20 @@ CITY_LABEL = "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelId
             "coco27",
             ANNOTATION,
             label_with(200),
-            "000001.png holds the value 200, which is no id .*: they are 0 to 181, 255; get",
+            "000001.png holds the value 200, which is no id .*: they are 0 to 181, 255; it must",
         ),
-        ("coco27", ANNOTATION, cut, "000001.png cannot be read: .*; get it anew: .*stuffthingmaps_trainval2017.zip"),
-        ("coco27", "cocostuff/images/train2017/000000000001.jpg", cut, "000001.jpg cannot be read: .*; get it anew"),
+        (
+            "coco27",
+            ANNOTATION,
+            cut,
+            "000001.png cannot be read: .*; it must be got anew: .*stuffthingmaps_trainval2017.zip",
+        ),
+        (
+            "coco27",
+            "cocostuff/images/train2017/000000000001.jpg",
+            cut,
+            "000001.jpg cannot be read: .*; it must be got anew",
+        ),
         ("cityscapes27", "cityscapes/gtFine", erase, "there is neither gtFine nor gtFine_trainvaltest/gtFine in"),
         ("cityscapes27", "cityscapes/gtFine/train", erase, "there is no .*gtFine/train; .*gtFine_trainvaltest.zip of"),
         ("cityscapes27", CITY_LABEL, lambda file: file.unlink(), "1 of 6 labels are not there, .*labelIds.png; .*zip"),
@@ -198,7 +208,7 @@ CITY_LABEL = "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelId
             "cityscapes27",
             CITY_LABEL,
             lambda file: Image.new("RGB", (56, 40)).save(file),
-            "labelIds.png cannot be read: it must have one byte a pixel, got mode RGB; get it anew",
+            "labelIds.png cannot be read: it must have one byte a pixel, got mode RGB; it must be got anew",
         ),
         (
             "cityscapes27",
@@ -214,14 +224,29 @@ CITY_LABEL = "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelId
             lambda file: file.unlink(),
             "there is no .*labelled_train.txt; either",
         ),
-        ("potsdam3", "potsdam/imgs/0.mat", cut, "the MATLAB file .*0.mat cannot be read: .*; get it anew: either"),
-        ("potsdam3", "potsdam/gt/0.mat", cut, "the MATLAB file .*gt/0.mat cannot be read: .*; get it anew: either"),
-        ("potsdam3", "potsdam/gt/0.mat", lambda file: scipy.io.savemat(file, {"img": 1}), "gt/0.mat has no `gt`; get"),
+        (
+            "potsdam3",
+            "potsdam/imgs/0.mat",
+            cut,
+            "the MATLAB file .*0.mat cannot be read: .*; it must be got anew: either",
+        ),
+        (
+            "potsdam3",
+            "potsdam/gt/0.mat",
+            cut,
+            "the MATLAB file .*gt/0.mat cannot be read: .*; it must be got anew: either",
+        ),
+        (
+            "potsdam3",
+            "potsdam/gt/0.mat",
+            lambda file: scipy.io.savemat(file, {"img": 1}),
+            "gt/0.mat has no `gt`; it must",
+        ),
         (
             "potsdam3",
             "potsdam/gt/0.mat",
             lambda file: scipy.io.savemat(file, {"gt": np.full((50, 50), -1)}),
-            "holds the value -1, which is no id of Potsdam-3: they are 0 to 5, 255; get it anew",
+            "holds the value -1, which is no id of Potsdam-3: they are 0 to 5, 255; it must be got anew",
         ),
         (
             "potsdam3",
@@ -310,6 +335,13 @@ def test_folders_are_cropped_as_well(tiny_config, photo_folder):
 def test_the_validation_size_must_fit_the_patches(tiny_config):
     with pytest.raises(ValueError, match="`evaluation.size` must be a multiple of the patch size 8, got 30 x 40"):
         open_run(tiny_config(evaluation={"size": [30, 40]}))
+
+
+def test_reports_show_validation_images_at_their_size(tiny_config):
+    run = open_run(tiny_config(evaluation={"size": [48, 56]}))
+    run.state.clusterings.fit(run.train_bank, run.state.head, seed=0)
+    example = results.examples(run, torch.tensor([0]))[0]
+    assert example.image.shape[1:] == example.hp.shape == example.baseline.shape == example.label.shape == (48, 56)
 
 
 def test_presets_read_their_data_sets_as_published():

@@ -207,13 +207,19 @@ def test_crops_of_another_program_are_read_and_kept(cityscapes, capsys):
 
 
 def test_crops_that_are_not_complete_are_refused(cityscapes):
-    with pytest.raises(ValueError, match="`data.crops=five` needs the crops in .*; python -m training.prepare with"):
+    with pytest.raises(ValueError, match="`data.crops=five` needs the crops in .*; python -m training.prepare, with"):
         opened(cityscapes)
     run(cityscapes)
     folder = cityscapes / CROPPED
     (folder / "img" / "train" / "3.jpg").unlink()
     with pytest.raises(ValueError, match="29 crops of images and 30 of labels, expected 30 of both"):
         opened(cityscapes)
+    (folder / "img" / "train" / "3.jpg").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="3.jpg cannot be read: .*; it must be got anew: python -m training.prepare, with"
+    ):
+        opened(cityscapes).image(3)
+    (folder / "img" / "train" / "3.jpg").unlink()
     (folder / "label" / "train" / "3.png").unlink()
     with pytest.raises(ValueError, match="29 crops of images and 29 of labels, expected 30 of both"):
         opened(cityscapes)

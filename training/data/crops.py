@@ -64,7 +64,7 @@ def find_crops(data: DataSet, root: Path) -> tuple[DataSet, Found]:
         ValueError: there are none, or they are not complete.
     """
     folder = crops_folder(data, root)
-    command = "python -m training.prepare with this configuration makes them"
+    command = "python -m training.prepare, with the same configuration, makes the crops"
     if not (folder / "img" / "train").is_dir() or not (folder / "label" / "train").is_dir():
         raise ValueError(f"data: {data.title}: `data.crops=five` needs the crops in {folder}; {command}")
     manifest, complete = read_manifest(folder)
@@ -80,9 +80,8 @@ def find_crops(data: DataSet, root: Path) -> tuple[DataSet, Found]:
         )
     by = "training.prepare" if manifest else "another program"
     shifted = id_table({index + 1: index for index in range(len(data.classes))}, void=[0])
-    return data._replace(table=shifted), Found(
-        _Numbered(folder, range(expected)), f"five crops of each training image, made by {by}, in {folder}"
-    )
+    found = Found(_Numbered(folder, range(expected)), f"five crops of each training image, made by {by}, in {folder}")
+    return data._replace(table=shifted, origin=command), found
 
 
 class _Numbered(Sequence[Pair]):

@@ -201,7 +201,7 @@ def read_list(data: DataSet, file: Path) -> list[str]:
 
 
 def _again(data: DataSet, error: ValueError) -> ValueError:
-    return ValueError(f"{error}; get it anew: {data.origin}")
+    return ValueError(f"{error}; it must be got anew: {data.origin}")
 
 
 def _matrix(file: Path, key: str) -> np.ndarray:

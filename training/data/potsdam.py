@@ -115,7 +115,7 @@ def halved_ids(label: Path) -> np.ndarray:
     if wrong.any():
         raise ValueError(
             f"data: label {display_name(label)} has the colour {pixels[wrong][0].tolist()}, which is none of the six of"
-            f" ISPRS; get it anew: {POTSDAM3.origin}"
+            f" ISPRS; it must be got anew: {POTSDAM3.origin}"
         )
     return result
 
