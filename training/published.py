@@ -17,7 +17,8 @@ from torch import Tensor
 
 from training import checkpoint
 from training.backbones import Backbone, build_backbone
-from training.backbones.timm_vit import TimmViT, load_weights
+from training.backbones.timm_vit import TimmViT
+from training.backbones.weights import load_weights
 from training.config import Config
 from training.config_file import load_config
 from training.photographs import display_name
