@@ -13,6 +13,7 @@ from training.backbones.compare import compare, main, patch_labels, uniform_agre
 from training.backbones.local import SCALE, similarity_as_attention
 from training.backbones.timm_vit import TimmViT, default_source
 from training.config import BackboneConfig, LocalConfig
+from training.run import open_run, open_trained
 
 VIT = "vit_tiny_patch16_224"
 CPU = torch.device("cpu")
@@ -114,6 +115,19 @@ def test_sources():
     assert weights.shape == (2, 9, 2, 3) and weights.std() > 0
 
 
+def test_a_run_and_its_checkpoint_go_by_the_configured_source(tiny_config):
+    config = tiny_config(backbone={"name": VIT, "cache": True}, local={"source": "features", "layer": 2})
+    run = open_run(config)
+    run.save()
+    _, restored, _ = open_trained(run.checkpoint_path)
+    for backbone in (run.backbone, restored):
+        assert (backbone.local_source, backbone.local_layer, backbone.prefix_tokens) == ("features", 2, 0)
+    images = torch.stack([run.train_bank.data.image(index) for index in (3, 5)]).float() / 255
+    alike = run.backbone(run.backbone.normalize(images)).query
+    expected = hpkernels.local_propagation_weights(alike, alike, run.train_bank.grid, prefix_tokens=0)
+    torch.testing.assert_close(run.train_bank.get(torch.tensor([3, 5])).weights, expected)
+
+
 @pytest.mark.parametrize(
     "name, source",
     [
@@ -172,6 +186,7 @@ def test_command_line(tmp_path, capsys, photo_folder):
         "tokens",
         "features of layer 4",
         "all neighbours alike",
+        "the classes themselves",
     ]
     with pytest.raises(SystemExit, match="^backbones.compare: .*`data.root`"):
         main(["--config", str(preset)])
