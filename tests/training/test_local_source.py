@@ -116,7 +116,11 @@ def test_sources():
 
 
 def test_a_run_and_its_checkpoint_go_by_the_configured_source(tiny_config):
-    config = tiny_config(backbone={"name": VIT, "cache": True}, local={"source": "features", "layer": 2})
+    config = tiny_config(
+        backbone={"name": VIT, "cache": True},
+        local={"source": "features", "layer": 2},
+        data={"name": "procedural", "size": [32, 48], "train_images": 10, "val_images": 4},
+    )
     run = open_run(config)
     run.save()
     _, restored, _ = open_trained(run.checkpoint_path)
