@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 
 FORMAT = "hpkernels training checkpoint 1"
@@ -92,6 +93,8 @@ def load_plain(path: str | Path) -> Any:
         ValueError: the file is damaged, is something else, or needs code to be unpickled.
     """
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, with advice of a page, for a file that is damaged or foreign

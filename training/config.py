@@ -75,7 +75,7 @@ class BackboneConfig(Section):
         description='any timm ViT, or "patch_dictionary": weight-free, fitted on the images',
     )
     pretrained: bool = Field(False, description="timm: download the weights, unless there are `weights`")
-    weights: UserPath | None = Field(None, description="timm: a local weight file (DINO, timm or SelfPatch layout)")
+    weights: UserPath | None = Field(None, description="timm: a local weight file, see docs/backbones.md")
     layer: int | None = Field(
         None, ge=1, le=1000, description="timm: the block, from 1 on, whose tokens are the features; null: the last"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from hpkernels.backends import select
 from training import checkpoint
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
-from training.config import Config
+from training.config import BackboneConfig, Config
 from training.config_file import config_from_dict, edited
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
 from training.features import FeatureBank
@@ -98,7 +99,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     number = clusters(train_data, config)
     prepare_folder(Path(config.output), "config: `output`")
 
-    backbone = build_backbone(config.backbone, config.seed, device)
+    backbone = build_backbone(_own_weights(config, saved), config.seed, device, config.local)
     height, width = backbone.grid(config.data.size)
     check_evaluation_size(config, backbone)
     check_clusters(number, len(train_data), height * width)
@@ -186,7 +187,7 @@ def open_trained(
     config.backbone.pretrained = False
     config.backbone.weights = None
     with _restoring(path):
-        backbone = build_backbone(config.backbone, config.seed, where)
+        backbone = build_backbone(config.backbone, config.seed, where, config.local)
         backbone.load_state_dict(saved["backbone"])
         number, classes = output_sizes(saved["state"])
         state = TrainingState(config, backbone.features_dim, number, where, classes)
@@ -225,6 +226,14 @@ def open_bank(
         device=device,
         backend=config.backend,
     )
+
+
+def _own_weights(config: Config, saved: dict[str, Any] | None) -> BackboneConfig:
+    """The backbone to build; weights are not fetched for a run whose checkpoint has them."""
+    backbone = copy.copy(config.backbone)
+    if saved is not None:
+        backbone.pretrained, backbone.weights = False, None
+    return backbone
 
 
 def clusters(data: SegmentationData, config: Config) -> int:

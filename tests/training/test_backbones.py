@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import timm
 import torch
 
@@ -124,6 +125,107 @@ def test_vit_selfpatch_layout(tmp_path):
     torch.testing.assert_close(tokens.std(dim=-1, correction=0), torch.ones(1, 4), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="lacks cls_token .*`backbone.class_token=false`"):
         TimmViT(VIT, weights=str(tmp_path / "selfpatch.pth"))
+
+
+def published(vit, **renamed):
+    """The state of `vit` with other values, under its author's names."""
+    state = {name: torch.rand_like(value) for name, value in vit.state_dict().items()}
+    return state, {renamed.get(name, name): value for name, value in state.items()}
+
+
+def test_ibot_msn_and_mae_layouts(vit, tmp_path):
+    state, _ = published(vit.vit)
+    module = {f"module.{name}": value for name, value in state.items()}
+    student = {"encoder": {name: value + 1 for name, value in module.items()}}
+    files = {
+        "ibot": {"state_dict": state, "epoch": 800},
+        "ibot in full": {
+            "student": {f"module.backbone.{name}": value + 1 for name, value in state.items()},
+            "teacher": {f"backbone.{name}": value for name, value in state.items()}
+            | {"head.mlp.0.bias": torch.ones(2)},
+            "args": Namespace(arch="vit_small"),
+        },
+        "msn": student | {"target_encoder": module | {"module.fc.fc1.weight": torch.ones(2, 2)}, "epoch": 800},
+        "mae": {"model": state},
+        "mae in full": {
+            "model": state | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 192)}
+        },
+    }
+    for name, contents in files.items():
+        torch.save(contents, tmp_path / "weights.pth")
+        loaded = TimmViT(VIT, weights=str(tmp_path / "weights.pth")).vit.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in loaded.items()), name
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
+def test_dinov2_layout(name, tmp_path):
+    donor = timm.create_model(name, num_classes=0)
+    state, file = published(donor, reg_token="register_tokens")
+    if "reg_token" in state:  # its author adds the position embedding of the class token, timm has it in the token
+        file["pos_embed"] = torch.cat((torch.rand(1, 1, 384), state["pos_embed"]), dim=1)
+        file["cls_token"] = state["cls_token"] - file["pos_embed"][:, :1]
+    file["mask_token"] = torch.rand(1, 384)
+    torch.save(file, tmp_path / "weights.pth")
+    whole = TimmViT(name, weights=str(tmp_path / "weights.pth")).vit.state_dict()
+    assert all(torch.allclose(value, state[key], atol=1e-6) for key, value in whole.items())
+    chunks = {f"backbone.{key.replace('blocks.', 'blocks.0.', 1)}": value for key, value in file.items()}
+    torch.save({"teacher": chunks | {"dino_head.mlp.0.bias": torch.ones(2)}}, tmp_path / "training.pth")
+    trained = TimmViT(name, weights=str(tmp_path / "training.pth")).vit.state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in trained.items())
+
+
+def test_dinov3_layout(tmp_path):
+    names = {"reg_token": "storage_tokens"}
+    donor = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0)
+    for block in range(12):
+        names |= {f"blocks.{block}.gamma_{n}": f"blocks.{block}.ls{n}.gamma" for n in (1, 2)}
+    state, file = published(donor, **names)
+    file |= {"mask_token": torch.rand(1, 384), "rope_embed.periods": torch.rand(16)}
+    for block in range(12):
+        query, value = (file.pop(f"blocks.{block}.attn.{part}_bias") for part in "qv")
+        file[f"blocks.{block}.attn.qkv.bias"] = torch.cat((query, torch.rand(384), value))  # that of the keys is masked
+        file[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(1152)
+    torch.save(file, tmp_path / "weights.pth")
+    loaded = TimmViT("vit_small_patch16_dinov3_qkvb", weights=str(tmp_path / "weights.pth")).vit.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+    # timm's plain name has no biases: a file whose biases are zero fits, another one does not.
+    with pytest.raises(ValueError, match="has blocks.0.attn.qkv.bias, which is not zero: choose .*_dinov3_qkvb"):
+        TimmViT("vit_small_patch16_dinov3", weights=str(tmp_path / "weights.pth"))
+    zero = {key: torch.zeros_like(value) if key.endswith("qkv.bias") else value for key, value in file.items()}
+    torch.save(zero, tmp_path / "weights.pth")
+    plain = TimmViT("vit_small_patch16_dinov3", weights=str(tmp_path / "weights.pth")).vit.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in plain.items())
+
+
+def test_safetensors_weights(vit, tmp_path):
+    safetensors.torch.save_file(vit.vit.state_dict(), tmp_path / "weights.safetensors")
+    loaded = TimmViT(VIT, weights=str(tmp_path / "weights.safetensors"))
+    assert torch.equal(loaded.vit.cls_token, vit.vit.cls_token)
+    (tmp_path / "weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="weights.safetensors cannot be read as plain tensors: it is damaged"):
+        TimmViT(VIT, weights=str(tmp_path / "weights.safetensors"))
+
+
+def test_position_embeddings_are_brought_to_size(vit, tmp_path):
+    state = vit.vit.state_dict()
+    torch.save(state | {"pos_embed": torch.ones(1, 1 + 10 * 10, 192)}, tmp_path / "small.pth")
+    loaded = TimmViT(VIT, weights=str(tmp_path / "small.pth"))
+    torch.testing.assert_close(loaded.vit.pos_embed, torch.ones(1, 197, 192))
+
+
+def test_weights_of_another_vit_are_refused(vit, tmp_path):
+    state = vit.vit.state_dict()
+    for more, message in (
+        (
+            {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8)},
+            r"has patch_embed.proj.weight of shape \(192, 3, 8, 8\)",
+        ),
+        ({"blocks.12.norm1.weight": torch.zeros(192)}, r"has blocks.12.norm1.weight beyond it \(1 entries\)"),
+        ({"blocks.0.ls1.gamma": torch.zeros(192)}, "has blocks.0.ls1.gamma beyond it"),
+    ):
+        torch.save(state | more, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=f"other.pth does not fit the ViT: it {message}"):
+            TimmViT(VIT, weights=str(tmp_path / "other.pth"))
 
 
 def test_vit_errors(vit, tmp_path):

@@ -13,12 +13,12 @@ class PatchFeatures(NamedTuple):
     """What a backbone returns for B images of H x W patches."""
 
     tokens: Tensor  # (B, H*W, Df), patch tokens after the final LayerNorm, not L2-normalised
-    query: Tensor  # (B, heads, prefix_tokens + H*W, d) of the last block
-    key: Tensor  # (B, heads, prefix_tokens + H*W, d)
+    query: Tensor  # (B, heads, prefix_tokens + H*W, d), from which the weights of local propagation are computed: ...
+    key: Tensor  # (B, heads, prefix_tokens + H*W, d), ... of an attention, or both the same for similarity of tokens
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen feature extractor: patch tokens and the last block's query and key.
+    """A frozen feature extractor: patch tokens, and the query and key that local propagation goes by.
 
     Attributes:
         features_dim: Df.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones.base import Backbone, PatchFeatures
+from training.backbones.local import similarity_as_attention
 
 _SCALES = (1, 2)  # windows are cut from the image and from the image at half its size
 _WINDOW = 6  # pixels a side of one window
@@ -18,7 +19,6 @@ _CONTEXT = (1, 3, 7)  # sides, in patches, of the neighbourhoods that descriptor
 _CONTRAST_FLOOR = 4e-4  # added to a window's variance, so that noise in flat windows is not amplified
 _WHITENING_FLOOR = 0.1  # added to the eigenvalues of windows of unit variance
 _WHITENING = 0.5  # exponent of the final PCA whitening: 0 keeps the variances, 1 makes them equal
-_ATTENTION_SCALE = 8.0  # logit of a patch with itself
 _LEARNING_IMAGES = 160  # images to learn from, drawn from all
 _LEARNING_WINDOWS = 40_000  # windows to learn a dictionary from
 _LEARNING_STRIDE = 5  # pixels between them; odd, so that they meet patches at every offset
@@ -82,9 +82,7 @@ class PatchDictionary(Backbone):
     def forward(self, images: Tensor) -> PatchFeatures:
         """Patch features of images (B, 3, h, w) in [0, 1]; the attention is that of similar descriptors."""
         tokens = ((self._descriptors(images) - self.mean) * self.scale) @ self.components
-        # query . key / sqrt(d) is then _ATTENTION_SCALE times the cosine similarity.
-        length = (_ATTENTION_SCALE * self.features_dim**0.5) ** 0.5
-        attention = F.normalize(tokens, dim=-1)[:, None] * length
+        attention = similarity_as_attention(tokens, centre=False)  # the PCA has centred them over all images
         return PatchFeatures(tokens, attention, attention)
 
     def _fit_projection(self, descriptors: Tensor) -> None:

@@ -6,7 +6,6 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -17,29 +16,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones.base import Backbone, PatchFeatures
-from training.checkpoint import load_plain
+from training.backbones.local import similarity_as_attention
+from training.backbones.weights import load_weights, read_weights
 
-_WRAPPERS = ("teacher", "student", "state_dict", "model")  # keys under which training scripts keep the weights
 _PATIENCE = 10  # seconds for the Hub to answer
-_PREFIXES = ("module.", "backbone.", "encoder.")
 
 
 class TimmViT(Backbone):
-    """A timm ViT: patch tokens after the final LayerNorm, query and key of the last block.
+    """A timm ViT: patch tokens of a block after the final LayerNorm, and what local propagation goes by.
 
     Args:
         name: timm name, for example ``vit_small_patch8_224.dino``.
         pretrained: download timm's weights.
-        weights: a local file, for which nothing is downloaded: DINO, timm or SelfPatch layout, perhaps inside a
-            training checkpoint.
+        weights: a local file, for which nothing is downloaded, in one of the layouts of `weights.py`.
         class_token: whether the ViT has one; SelfPatch trains without.
+        layer: the block, from 1 on, whose tokens are the features; None: the last. Later blocks do not run.
+        local_source: what local propagation goes by: "attention", query and key of that block; "tokens", similarity of
+            its tokens; "features", similarity of the tokens of block `local_layer`; "auto", by `default_source`.
+        local_layer: of "features", from 1 on; None: `layer`.
 
     Raises:
-        ValueError: timm does not know `name`, it is not a ViT, or the weights do not fit it.
+        ValueError: timm does not know `name`, it is not a ViT, the weights do not fit it, or it has no such layer.
     """
 
     def __init__(
-        self, name: str, pretrained: bool = False, weights: str | None = None, class_token: bool = True
+        self,
+        name: str,
+        pretrained: bool = False,
+        weights: str | None = None,
+        class_token: bool = True,
+        *,
+        layer: int | None = None,
+        local_source: str = "attention",
+        local_layer: int | None = None,
     ) -> None:
         super().__init__()
         _check_name(name)
@@ -49,7 +58,7 @@ class TimmViT(Backbone):
             _check_download(name)
         try:
             self.vit = timm.create_model(name, pretrained=download, num_classes=0, dynamic_img_size=True, **options)
-            self.vit.blocks[-1].attn.fused_attn = True  # so that query and key can be read where they meet
+            depth = len(self.vit.blocks)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"backbone: `backbone.name`: {name!r} is not a plain ViT") from error
         except (OSError, RuntimeError) as error:
@@ -66,13 +75,18 @@ class TimmViT(Backbone):
             raise ValueError(
                 f"backbone: `backbone.name`: {name!r} is not a plain ViT: its patches are made by a {kind}"
             )
+        self.layer = _block("backbone.layer", layer, depth, name)
+        self.local_source = default_source(name, self.vit) if local_source == "auto" else local_source
+        self.local_layer = _block("local.layer", local_layer or self.layer, depth, name)
         self.features_dim = self.vit.embed_dim
         self.patch_size = self.vit.patch_embed.patch_size[0]
-        self.prefix_tokens = self.vit.num_prefix_tokens
+        self.prefix_tokens = self.vit.num_prefix_tokens if self.local_source == "attention" else 0
         self._mean = torch.tensor(self.vit.pretrained_cfg["mean"])[:, None, None]
         self._std = torch.tensor(self.vit.pretrained_cfg["std"])[:, None, None]
         self.requires_grad_(False).eval()
         try:
+            if self.local_source == "attention":  # query and key are read where they meet: in the fused attention
+                self.vit.blocks[self.layer - 1].attn.fused_attn = True
             with torch.no_grad():
                 self(torch.zeros(1, 3, 2 * self.patch_size, 3 * self.patch_size))
         except (RuntimeError, AttributeError, TypeError, IndexError) as error:
@@ -86,14 +100,40 @@ class TimmViT(Backbone):
 
     def forward(self, images: Tensor) -> PatchFeatures:
         """Patch features of normalised images (B, 3, h, w)."""
-        with _attended() as calls:
-            tokens = self.vit.forward_features(images)
-        query, key, scale = calls[-1]
-        if query.shape != key.shape or query.shape[2] != tokens.shape[1]:
-            raise RuntimeError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, tokens {tuple(tokens.shape)}")
-        # The propagation op divides by sqrt(d), which is not every ViT's scale.
-        query = query * (scale * math.sqrt(query.shape[-1]))
-        return PatchFeatures(tokens[:, self.prefix_tokens :], query, key)
+        if self.local_source == "attention":
+            with _attended(self.vit.blocks[self.layer - 1].attn) as calls:
+                (tokens,) = self._tokens(images, [self.layer])
+            query, key, scale = calls[-1]
+            if query.shape != key.shape or query.shape[2] != self.prefix_tokens + tokens.shape[1]:
+                raise RuntimeError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, tokens {tuple(tokens.shape)}")
+            # The propagation op divides by sqrt(d), which is not every ViT's scale.
+            return PatchFeatures(tokens, query * (scale * math.sqrt(query.shape[-1])), key)
+        tokens, others = self._tokens(images, [self.layer, self.local_layer])
+        alike = similarity_as_attention(others, centre=True)
+        return PatchFeatures(tokens, alike, alike)
+
+    def _tokens(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        """Patch tokens (B, G, Df) after each of these blocks and the final LayerNorm; blocks after them do not run."""
+        blocks = sorted({layer - 1 for layer in layers})
+        found = self.vit.forward_intermediates(
+            images, indices=blocks, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return [found[blocks.index(layer - 1)] for layer in layers]
+
+
+def default_source(name: str, vit: nn.Module) -> str:
+    """What ``local.source=auto`` is for a ViT: docs/backbones.md has the reasons.
+
+    Query and key of DINOv2 and of ViTs with rotary embeddings (DINOv3, EVA-02, ...) say where a patch is.
+    """
+    rotary = getattr(vit, "rope", None) is not None
+    return "tokens" if rotary or "dinov2" in name else "attention"
+
+
+def _block(key: str, layer: int | None, depth: int, name: str) -> int:
+    if layer is not None and layer > depth:
+        raise ValueError(f"config: `{key}` must be at most the {depth} blocks of {name}, got {layer}")
+    return layer or depth
 
 
 def _check_name(name: str) -> None:
@@ -151,69 +191,27 @@ def _no_download(name: str) -> ValueError:
 
 
 @contextmanager
-def _attended() -> Iterator[list[tuple[Tensor, Tensor, float]]]:
-    """Query, key and scale of each attention inside the block, with all that the model does to them before they meet:
-    biases, norms, rotary embeddings."""
+def _attended(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """Query, key and scale of one module `attention`, with all that it does to them before they meet: biases, norms,
+    rotary embeddings. The attention stays fused, and of the other blocks nothing is kept."""
     calls: list[tuple[Tensor, Tensor, float]] = []
     original = F.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def spy(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
         scale = options.get("scale")
         calls.append((query, key, query.shape[-1] ** -0.5 if scale is None else scale))
         return original(query, key, *rest, **options)
 
-    F.scaled_dot_product_attention = attention
+    def listen(*_: Any) -> None:
+        F.scaled_dot_product_attention = spy
+
+    def stop(*_: Any) -> None:
+        F.scaled_dot_product_attention = original
+
+    hooks = [attention.register_forward_pre_hook(listen), attention.register_forward_hook(stop)]
     try:
         yield calls
     finally:
-        F.scaled_dot_product_attention = original
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a weight file, without the wrappers and prefixes that training scripts add.
-
-    Raises:
-        ValueError: the file is not there, needs code to be unpickled, or holds no state dict.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"backbone: `backbone.weights`: there is no weight file {path}")
-    try:
-        state = load_plain(path)
-    except ValueError as error:
-        raise ValueError(f"backbone: `backbone.weights`: {error}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"backbone: `backbone.weights`: {path} holds no state dict")
-    return {_bare(name): value for name, value in state.items()}
-
-
-def load_weights(vit: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load `state` into `vit`; entries of heads are left out, and every parameter of the ViT must be there.
-
-    SelfPatch keeps the final LayerNorm in its head, or leaves it out; it then stays without scale and shift.
-    """
-    own = vit.state_dict()
-    if "cls_token" not in state and "head.norm.weight" in state:
-        state |= {f"norm.{name}": state[f"head.norm.{name}"] for name in ("weight", "bias")}
-    optional = set() if "cls_token" in state else {"norm.weight", "norm.bias"}
-    missing = sorted(own.keys() - state.keys() - optional)
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or shapes:
-        problem = f"lacks {missing[0]}" if missing else _shape_problem(own, state, min(shapes))
-        if "cls_token" in missing:
-            problem += " (SelfPatch weights need `backbone.class_token=false`)"
-        raise ValueError(f"backbone: {path} does not fit the ViT: it {problem} ({len(missing) + len(shapes)} entries)")
-    vit.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-
-
-def _shape_problem(own: dict[str, Tensor], state: dict[str, Tensor], name: str) -> str:
-    return f"has {name} of shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-
-
-def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+        stop()
+        for hook in hooks:
+            hook.remove()
