@@ -49,7 +49,9 @@ class BackboneConfig:
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
     pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
-    layer: int | None = bounded(None, 1, 1000)  # timm: the block, from 1 on, whose tokens are the features; None: the last
+    layer: int | None = bounded(
+        None, 1, 1000
+    )  # timm: the block, from 1 on, whose tokens are the features; None: the last
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4, 16384)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
@@ -93,6 +95,8 @@ class LossConfig:
     symmetric: bool = True  # a positive of one anchor of a pair is one of the other
     local: bool = True  # the branch of local hidden positives
     consistency: float = bounded(0.05, 0)  # alpha
+    stego_weights: tuple[float, float, float] = bounded((0.67, 0.25, 0.63), 0, 100)  # itself, nearest, random images
+    stego_shifts: tuple[float, float, float] = bounded((0.18, 0.12, 0.46), -10, 10)  # likewise
 
 
 @dataclass
@@ -112,7 +116,7 @@ class OptimConfig:
     projection_lr: float = bounded(5e-4, 0)  # Adam, as for the probes
     linear_probe_lr: float = bounded(1e-3, 0)  # trained with labels
     cluster_probe_lr: float = bounded(5e-3, 0)  # trained without
-    clip_grad_norm: float = bounded(10.0, 0)  # of head and projection together; 0: not clipped
+    clip_grad_norm: float = bounded(10.0, 0)  # of the head; 0: not clipped
 
 
 @dataclass
@@ -121,7 +125,9 @@ class EvaluationConfig:
 
     size: tuple[int, int] | None = bounded(None, 1, 16384)  # in pixels, of the images that are scored; None: data.size
     flip: bool = False  # average the codes with those of the mirrored image
-    window: int | None = bounded(None, 1, 16384)  # pixels a side of sliding windows over larger images; None: no windows
+    window: int | None = bounded(
+        None, 1, 16384
+    )  # pixels a side of sliding windows over larger images; None: no windows
     stride: int | None = bounded(None, 1, 16384)  # pixels between windows; None: half a window
     match: str = choice("val", "val", "train")  # the images by whose labels clusters are matched to classes
     crf: str = choice("none", "none", "pydensecrf", "exact")  # refinement by a dense CRF
@@ -133,7 +139,8 @@ class QuirksConfig:
     """Behaviour of the published code that departs from the paper: the preset sets all, each can be set by itself."""
 
     preset: str = choice("corrected", "corrected", "published")  # all off, all on; None below: as the preset
-    dropout_on_frozen: bool | None = None  # channel dropout also on the frozen features and the pools
+    dropout_on_frozen: bool | None = None  # dropout also on f, s', mixed s and the pools, each drawn by itself
+    ema_before_step: bool | None = None  # the EMA head averages the weights of before the step
     jitter_after_normalization: bool | None = None  # colour jitter on normalised images
     skip_renewal_at_epoch_start: bool | None = None  # no pool renewal at the first step of an epoch
     select_on_labels: bool | None = None  # keep the checkpoint that is best on the labelled validation set

@@ -19,17 +19,23 @@ from training.config import Config
 
 GREATEST = 2**31 - 1  # integer without another bound
 PRESETS = Path(__file__).parent / "configs"
+VARIANTS = Path(__file__).parent / "variants.yaml"  # changes of a preset, by name
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read the YAML file at `path`, or the preset of that name, and apply ``section.key=value`` edits.
+    """Read the YAML file at `path`, or the preset of that name, with named variants after commas, and apply ``section.key=value`` edits.
 
     The values of edits are YAML as well.
 
     Raises:
         ValueError, TypeError: an unknown key (with the nearest known one), a value of another type or out of bounds.
     """
-    path = Path(path)
+    first, *rest = str(path).split(",")
+    variants = {} if not rest else _yaml(VARIANTS.read_text(encoding="utf-8"), str(VARIANTS))
+    for name in rest:
+        if name not in variants:
+            raise ValueError(f"config: no variant {name!r}; there are {', '.join(variants)}")
+    path = Path(first)
     preset = PRESETS / f"{path.name}.yaml"
     if path.name == str(path) and not path.exists() and preset.is_file():
         path = preset
@@ -46,6 +52,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise TypeError(f"config: {path} must hold a mapping, got {type(values).__name__}")
+    for name in rest:
+        _merge(values, variants[name])
     texts = {}
     for override in overrides:
         key, text = _apply(values, override)
@@ -175,6 +183,16 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, str]:
         raise ValueError(f"config: YAML reads {text!r} as nothing for `{key}`{_quote(key, text)}")
     values[name] = value
     return key, text
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put nested `changes` into `values`, section by section."""
+    for key, change in changes.items():
+        if isinstance(change, dict):
+            values[key] = dict(values.get(key) or {})
+            _merge(values[key], change)
+        else:
+            values[key] = change
 
 
 def _quote(key: str, text: str) -> str:
