@@ -27,7 +27,8 @@ class Pools:
         size: M.
         features_dim: Df.
         dim: D.
-        dropout: channel-dropout rate of both pools and of the EMA head that fills one: 0, or that of the head as the published code has it.
+        dropout: channel-dropout rate of both pools and of the EMA head that fills one: 0, or that of the head as
+            the published code has it.
     """
 
     def __init__(self, size: int, features_dim: int, dim: int, dropout: float) -> None:
