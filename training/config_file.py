@@ -23,7 +23,7 @@ VARIANTS = Path(__file__).parent / "variants.yaml"  # changes of a preset, by na
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read the YAML file at `path`, or the preset of that name, with named variants after commas, and apply ``section.key=value`` edits.
+    """Read the YAML file at `path`, or the preset of that name; then named variants, each after a comma, then edits.
 
     The values of edits are YAML as well.
 
