@@ -49,9 +49,7 @@ class BackboneConfig:
     name: str = "vit_small_patch8_224.dino"  # any timm ViT, or "patch_dictionary": weight-free, fitted on the images
     pretrained: bool = False  # timm: download the weights, unless there are `weights`
     weights: str | None = None  # timm: a local weight file (DINO, timm or SelfPatch layout)
-    layer: int | None = bounded(
-        None, 1, 1000
-    )  # timm: the block, from 1 on, whose tokens are the features; None: the last
+    layer: int | None = bounded(None, 1, 1000)  # timm: the block, from 1 on, of the features; None: the last
     class_token: bool = True  # timm: SelfPatch weights come without one
     patch_size: int = bounded(8, 4, 16384)  # patch_dictionary: pixels a side of one patch
     features_dim: int = bounded(192, 1)  # patch_dictionary: Df
@@ -125,9 +123,7 @@ class EvaluationConfig:
 
     size: tuple[int, int] | None = bounded(None, 1, 16384)  # in pixels, of the images that are scored; None: data.size
     flip: bool = False  # average the codes with those of the mirrored image
-    window: int | None = bounded(
-        None, 1, 16384
-    )  # pixels a side of sliding windows over larger images; None: no windows
+    window: int | None = bounded(None, 1, 16384)  # pixels a side of sliding windows; None: no windows
     stride: int | None = bounded(None, 1, 16384)  # pixels between windows; None: half a window
     match: str = choice("val", "val", "train")  # the images by whose labels clusters are matched to classes
     crf: str = choice("none", "none", "pydensecrf", "exact")  # refinement by a dense CRF
