@@ -127,6 +127,16 @@ class LossConfig(Section):
     symmetric: bool = Field(True, description="a positive of one anchor of a pair is one of the other")
     local: bool = Field(True, description="the branch of local hidden positives")
     consistency: float = Field(0.05, ge=0, description="alpha, the weight of the consistency term")
+    stego_weights: tuple[float, float, float] = Field(
+        (0.67, 0.25, 0.63), description="stego: of the image with itself, with its nearest and with a random one"
+    )
+    stego_shifts: tuple[float, float, float] = Field((0.18, 0.12, 0.46), description="stego: likewise")
+
+    @model_validator(mode="after")
+    def _some_positives(self) -> LossConfig:
+        if not (self.agnostic or self.specific):
+            raise ValueError("must have `agnostic` or `specific` positives, got neither")
+        return self
 
 
 class PoolConfig(Section):
@@ -144,7 +154,7 @@ class OptimConfig(Section):
     projection_lr: float = Field(5e-4, ge=0, description="Adam, as for the probes")
     linear_probe_lr: float = Field(1e-3, ge=0, description="trained with labels")
     cluster_probe_lr: float = Field(5e-3, ge=0, description="trained without")
-    clip_grad_norm: float = Field(10.0, ge=0, description="of head and projection together; 0: not clipped")
+    clip_grad_norm: float = Field(10.0, ge=0, description="of the head; 0: not clipped")
 
 
 class EvaluationConfig(Section):
@@ -170,8 +180,9 @@ class QuirksConfig(Section):
         "corrected", description="all off, all on; null below: as the preset"
     )
     dropout_on_frozen: bool | None = Field(
-        None, description="channel dropout also on the frozen features and the pools"
+        None, description="dropout also on f, s', mixed s and the pools, each drawn by itself"
     )
+    ema_before_step: bool | None = Field(None, description="the EMA head averages the weights of before the step")
     jitter_after_normalization: bool | None = Field(None, description="colour jitter on normalised images")
     skip_renewal_at_epoch_start: bool | None = Field(None, description="no pool renewal at the first step of an epoch")
     nearest_resize: bool | None = Field(

@@ -14,16 +14,22 @@ from pydantic import BaseModel, ValidationError
 from training.config import Config
 
 PRESETS = Path(__file__).parent / "configs"
+VARIANTS = Path(__file__).parent / "variants.yaml"  # changes of a preset, by name
 _WORDS = {"integer": "int", "number": "float", "boolean": "true or false", "string": "text", "array": "a list of names"}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read the YAML file at `path`, or the preset of that name, and apply ``section.key=value`` edits.
+    """Read the YAML file at `path`, or the preset of that name; then named variants, each after a comma, then edits.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of another type or out of bounds.
     """
-    path = Path(path)
+    first, *rest = str(path).split(",")
+    variants = _yaml(VARIANTS.read_text(encoding="utf-8"), str(VARIANTS)) if rest else {}
+    for name in rest:
+        if name not in variants:
+            raise ValueError(f"config: no variant {name!r}; there are {', '.join(variants)}")
+    path = Path(first)
     preset = PRESETS / f"{path.name}.yaml"
     if path.name == str(path) and not path.exists() and preset.is_file():
         path = preset
@@ -39,6 +45,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"config: {path} must be UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} must hold a mapping of keys, got {_shown(values)}")
+    for name in rest:
+        _merge(values, variants[name])
     edits = [_edit(values, override) for override in overrides]
     try:
         return config_from_dict(values)
@@ -147,6 +155,16 @@ def _edit(values: dict[str, Any], override: str) -> str:
     return key
 
 
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put nested `changes` into `values`, section by section."""
+    for key, change in changes.items():
+        if isinstance(change, dict):
+            values[key] = dict(values.get(key) or {})
+            _merge(values[key], change)
+        else:
+            values[key] = change
+
+
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     """The first mistake: which key, what it must be, what came."""
     first = error.errors()[0]
@@ -203,6 +221,8 @@ def _expected(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(schema["enum"])
     if "prefixItems" in schema:
+        if schema["maxItems"] != 2:
+            return f"a list of {schema['maxItems']} numbers"
         side = _expected(schema["prefixItems"][0]).removeprefix("int, ")
         return f"[height, width] or one number for a square, {side}"
     kind = _WORDS.get(schema["type"], schema["type"])

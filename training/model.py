@@ -32,6 +32,14 @@ class SegmentationHead(nn.Module):
         return linear + nonlinear
 
 
+class FrozenHead(nn.Module):
+    """Codes that are the frozen features: the baseline that nothing but the probes learns on."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features (B, G, Df) themselves."""
+        return features
+
+
 class Projection(nn.Module):
     """``z = normalize(Linear(s))``: where the contrastive and the consistency loss act."""
 

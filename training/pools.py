@@ -27,7 +27,8 @@ class Pools:
         size: M.
         features_dim: Df.
         dim: D.
-        dropout: channel-dropout rate on the frozen features: 0, or that of the head as the published code has it.
+        dropout: channel-dropout rate of both pools and of the EMA head that fills one: 0, or that of the head as
+            the published code has it.
     """
 
     def __init__(self, size: int, features_dim: int, dim: int, dropout: float) -> None:
@@ -43,7 +44,9 @@ class Pools:
     @torch.no_grad()
     def renew_specific(self, bank: FeatureBank, ema_head: SegmentationHead, generator: torch.Generator) -> None:
         """Refill the task-specific pool with codes s' of newly drawn patches."""
-        self.specific.fill(ema_head(self._draw(bank, generator)[:, None])[:, 0])
+        images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
+        codes = ema_head.train(self.dropout > 0)(bank.patches(images, positions)[:, None])
+        self.specific.fill(channel_dropout(codes, self.dropout)[:, 0])
 
     def _draw(self, bank: FeatureBank, generator: torch.Generator) -> Tensor:
         images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)

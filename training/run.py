@@ -45,6 +45,8 @@ class Run:
     state: TrainingState
     steps: int
     steps_per_epoch: int
+    cluster_centres: Tensor | None = None  # (C, Df), of `loss.objective=clusters`, once they were needed
+    nearest_images: Tensor | None = None  # (n, K) int64, of `loss.objective=stego`, likewise
 
     @property
     def checkpoint_path(self) -> Path:

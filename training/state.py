@@ -9,7 +9,7 @@ from torch import nn
 
 from training.clusterings import Clusterings
 from training.config import Config
-from training.model import Projection, SegmentationHead, ema_copy
+from training.model import FrozenHead, Projection, SegmentationHead, ema_copy
 from training.pools import Pools
 from training.probes import ClusterProbe, LinearProbe
 
@@ -45,25 +45,33 @@ class TrainingState:
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.best_accuracy = 0.0
-        self.head = SegmentationHead(features_dim, head.dim, head.dropout)
+        frozen = config.loss.objective == "none"
+        dim = features_dim if frozen else head.dim
+        self.head = FrozenHead() if frozen else SegmentationHead(features_dim, dim, head.dropout)
         self.ema_head = ema_copy(self.head)
-        self.projection = Projection(head.dim)
-        self.linear_probe = LinearProbe(head.dim, self.classes)
-        self.cluster_probe = ClusterProbe(head.dim, clusters)
+        self.projection = Projection(dim)
+        self.linear_probe = LinearProbe(dim, self.classes)
+        self.cluster_probe = ClusterProbe(dim, clusters)
         pool_dropout = head.dropout if config.quirks.dropout_on_frozen else 0.0
-        self.pools = Pools(config.pool.size, features_dim, head.dim, pool_dropout)
-        self.clusterings = Clusterings(features_dim, head.dim, clusters)
+        self.pools = Pools(config.pool.size, features_dim, dim, pool_dropout)
+        self.clusterings = Clusterings(features_dim, dim, clusters)
         for module in self.modules.values():
             module.to(device)
 
         adam, adamw = torch.optim.Adam, torch.optim.AdamW
         self.optimizers = {
-            "head": adamw(self.head.parameters(), lr=optim.head_lr, weight_decay=optim.head_weight_decay),
+            "head": adamw(
+                list(self.head.parameters()) or [torch.zeros(1)], lr=optim.head_lr, weight_decay=optim.head_weight_decay
+            ),
             "projection": adam(self.projection.parameters(), lr=optim.projection_lr),
             "linear_probe": adam(self.linear_probe.parameters(), lr=optim.linear_probe_lr),
             "cluster_probe": adam(self.cluster_probe.parameters(), lr=optim.cluster_probe_lr),
         }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        if frozen:  # the probes alone learn
+            del self.optimizers["head"], self.optimizers["projection"]
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2048, growth_interval=1000, enabled=device.type == "cuda"
+        )
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,18 @@ from training.config_file import load_config, overview
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
+from training.objectives import current_lambda, objective_term
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.results import write_results
 from training.run import Run, open_run
-from training.schedule import renewal_due, seed_step, specific_weight
+from training.schedule import renewal_due, seed_step
 
 
 class Views(NamedTuple):
     """Frozen features of a batch of B images."""
 
     tokens: Tensor  # (B, G, Df), f before normalisation
+    features: Tensor  # (B, G, Df), what positives are found by: f, or a draw of its dropout of its own
     weights: Tensor  # (B, 9, H, W), local-propagation weights
     photometric: Tensor | None  # (B, G, Df), f of the photometric view; None without the consistency term
 
@@ -54,13 +57,16 @@ def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
 
     views = load_views(run, images, generator)
     codes = encode(run, views)
-    terms = {"contrastive": contrastive_term(run, views, codes)}
-    if codes.z_photometric is not None:
+    terms = {"contrastive": objective_term(run, views, codes, images)}
+    if config.loss.consistency:
         terms["consistency"] = config.loss.consistency * (codes.z - codes.z_photometric).norm(dim=-1).mean()
     terms |= probe_terms(run, codes, images)
 
+    if config.quirks.ema_before_step:
+        update_ema(state.ema_head, state.head, config.head.ema)
     optimize(run, sum(terms.values()))
-    update_ema(state.ema_head, state.head, config.head.ema)
+    if not config.quirks.ema_before_step:
+        update_ema(state.ema_head, state.head, config.head.ema)
     state.step += 1
     return {name: term.detach() for name, term in terms.items()}
 
@@ -69,10 +75,10 @@ def load_views(run: Run, images: Tensor, generator: torch.Generator) -> Views:
     """Frozen features of the images and of a photometric view of them."""
     config, bank = run.config, run.train_bank
     tokens, weights = bank.get(images)
-    photometric = bank.photometric_tokens(images, generator) if config.loss.consistency else None
-    if config.quirks.dropout_on_frozen:
-        tokens = channel_dropout(tokens, config.head.dropout)
-    return Views(tokens, weights, photometric)
+    needs_photometric = config.loss.consistency > 0 or config.loss.objective == "views"
+    photometric = bank.photometric_tokens(images, generator) if needs_photometric else None
+    features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen)
+    return Views(tokens, features, weights, photometric)
 
 
 def encode(run: Run, views: Views) -> Codes:
@@ -80,6 +86,8 @@ def encode(run: Run, views: Views) -> Codes:
     state, bank = run.state, run.train_bank
     state.head.train()
     z_mixed = z_photometric = None
+    quirk = run.config.quirks.dropout_on_frozen
+    drop = partial(channel_dropout, rate=run.config.head.dropout, training=quirk)
     with torch.autocast(run.device.type, torch.float16, enabled=run.device.type == "cuda"):
         code = state.head(views.tokens)
         z = state.projection(code)
@@ -88,36 +96,12 @@ def encode(run: Run, views: Views) -> Codes:
             mixed = hpkernels.apply_local_propagation(
                 code_map, views.weights.to(code.dtype), backend=run.config.backend
             )
-            z_mixed = state.projection(to_rows(mixed)).float()
+            z_mixed = state.projection(drop(to_rows(mixed))).float()
         if views.photometric is not None:
             z_photometric = state.projection(state.head(views.photometric)).float()
         with torch.no_grad():
-            ema = state.ema_head(views.tokens).float()
+            ema = drop(state.ema_head.train(quirk)(views.tokens).float())
     return Codes(code.float(), ema, z.float(), z_mixed, z_photometric)
-
-
-def contrastive_term(run: Run, views: Views, codes: Codes) -> Tensor:
-    """Global hidden positives and the contrastive loss of both branches."""
-    loss, pools = run.config.loss, run.state.pools
-    lam = current_lambda(run)
-    specific = loss.specific and lam > 0
-    return hpkernels.ghp_contrastive(
-        codes.z.flatten(0, 1),
-        F.normalize(views.tokens, dim=-1).flatten(0, 1),
-        pools.agnostic(),
-        specific=F.normalize(codes.ema, dim=-1).flatten(0, 1) if specific else None,
-        specific_pool=pools.specific() if specific else None,
-        specific_weight=lam if specific else 0.0,
-        z_mixed=None if codes.z_mixed is None else codes.z_mixed.flatten(0, 1),
-        anchors_per_image=run.train_bank.anchors_per_image,
-        temperature=loss.temperature,
-        base_temperature=loss.base_temperature,
-        negative_rate=loss.negative_rate,
-        variant=loss.variant,
-        reweight=loss.reweight,
-        keep_specific_only=not run.config.quirks.drop_specific_only_anchors,
-        backend=run.config.backend,
-    )
 
 
 def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
@@ -132,24 +116,18 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
 
 
 def optimize(run: Run, loss: Tensor) -> None:
-    """One step of all optimizers, gradients of head and projection clipped (``clip_grad_norm=0``: as they are)."""
+    """One step of all optimizers, gradients of the head clipped (``clip_grad_norm=0``: as they are)."""
     state = run.state
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
-    trained = [*state.head.parameters(), *state.projection.parameters()]
-    if run.config.optim.clip_grad_norm:
-        nn.utils.clip_grad_norm_(trained, run.config.optim.clip_grad_norm)
+    if run.config.optim.clip_grad_norm and run.config.loss.objective != "none":
+        nn.utils.clip_grad_norm_(state.head.parameters(), run.config.optim.clip_grad_norm)
     for optimizer in state.optimizers.values():
         state.scaler.step(optimizer)
     state.scaler.update()
-
-
-def current_lambda(run: Run) -> float:
-    """The weight of task-specific positives at this step."""
-    return specific_weight(run.state.step, run.config.warmup, run.steps)
 
 
 @torch.no_grad()
