@@ -193,7 +193,7 @@ TINY = Sizes(images=2, grid=(2, 3), dim=7, feature_dim=5, pool_size=9, heads=1, 
 def test_exercise_runs_triton_kernels(monkeypatch):
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
     monkeypatch.setattr(gpu_check.backends, "registered_ops", lambda: ["hidden_positives"])
-    assert gpu_check.exercise("cpu", "triton") == 4  # two sizes of features, two dtypes
+    assert gpu_check.exercise("cpu", "triton") == 8  # two sizes of features, two dtypes, symmetric or not
 
 
 class Called(TorchDispatchMode):
