@@ -124,7 +124,7 @@ class TimmViT(Backbone):
 def default_source(name: str, vit: nn.Module) -> str:
     """What ``local.source=auto`` is for a ViT: docs/backbones.md has the reasons.
 
-    Query and key of DINOv2 and of ViTs with rotary embeddings (DINOv3, EVA-02, ...) say where a patch is.
+    Query and key of DINOv2 and DINOv3 say where a patch is; those of other ViTs with rotary embeddings may.
     """
     rotary = getattr(vit, "rope", None) is not None
     return "tokens" if rotary or "dinov2" in name else "attention"
