@@ -6,61 +6,106 @@ python -m training.evaluate --checkpoint runs/camvid/checkpoint.pt [--root DIR]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from training.config import Config
 from training.data import open_data
 from training.features import FeatureBank
-from training.metrics import SegmentationMetrics, to_json
+from training.metrics import SegmentationMetrics, merge_clusters, to_json
+from training.model import patch_classes
+from training.position import position_score
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_bank, open_trained
 from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
 from training.state import TrainingState
 
-_EDITABLE = ("data.size", "data.val_images", "evaluation.size", "backend")  # keys that a checkpoint does not settle
+_EDITABLE = (
+    "data.size",
+    "data.val_images",
+    "evaluation.size",
+    "evaluation.match",
+    "backend",
+)  # keys that a checkpoint does not settle
 
 HEADLINE = "kmeans"
 """The segmentation that stands for HP: the codes are clustered exactly as the baseline clusters the frozen features,
 so that the two differ in the representation alone. ``docs/training.md`` says more."""
 
 
-def evaluate(state: TrainingState, bank: FeatureBank, only: Iterable[str] = SEGMENTATIONS) -> dict[str, dict] | None:
+def evaluate(
+    state: TrainingState,
+    bank: FeatureBank,
+    only: Iterable[str] = SEGMENTATIONS,
+    match_on: FeatureBank | None = None,
+) -> dict[str, dict] | None:
     """Score each segmentation in `only` on all labelled images, and keep the classes that clusters were matched to.
 
     Segmentations that the state cannot give, because what they need was never fitted, are left out.
 
+    Args:
+        state: with fitted clusterings and probes.
+        bank: the images to score.
+        only: names of segmentations.
+        match_on: the images whose labels clusters are matched to classes by, if not those of `bank`.
+
     Returns:
-        for each segmentation accuracy and mIoU in percent, with clusters matched one to one, and the IoU of each class;
-        for clusters also "majority", the scores with each cluster as the class that most of its pixels have. None
-        without labels.
+        for each segmentation accuracy and mIoU in percent, with clusters matched one to one, the IoU of each class, and
+        "confusion", pixel counts by segmented (row) and labelled class, where a last row is of no class; for clusters
+        also "majority", the scores with each cluster as the class that most of its pixels have. None without labels.
     """
     usable = [name for name in only if why_unusable(state, name) is None]
+    metrics = _counted(state, bank, usable)
+    matching = metrics if match_on is None else _counted(state, match_on, [n for n in usable if n in CLUSTERED])
+    if metrics is None or matching is None:
+        return None
+    scores: dict[str, dict] = {}
+    for name, metric in metrics.items():
+        if name in CLUSTERED:
+            metric.assignment = matching[name].assignment
+        confusion = merge_clusters(metric.confusion, metric.assignment).tolist()
+        scores[name] = metric.scores() | {"class_iou": metric.class_iou().tolist(), "confusion": confusion}
+        if name in CLUSTERED:
+            scores[name]["majority"] = metric.majority_scores()
+            if matching[name].counted:
+                state.clusterings.set_assignment(CLUSTERED.index(name), metric.assignment)
+    return scores
+
+
+def _counted(state: TrainingState, bank: FeatureBank, names: list[str]) -> dict[str, SegmentationMetrics] | None:
+    """The pixels of all labelled images, by segmentation; None without labels."""
     classes = len(bank.data.classes) or state.classes
     metrics = {
         name: SegmentationMetrics(classes, state.clusters, match=True)
         if name in CLUSTERED
         else SegmentationMetrics(classes, state.classes)
-        for name in usable
+        for name in names
     }
     for images in tqdm(list(bank.batches(8)), desc="evaluate", unit="batch", leave=False):
         labels = bank.labels(images)
         if labels is None:
             return None
-        maps = segment(state, bank.get(images).tokens, bank.grid, tuple(labels.shape[1:]))
+        maps = segment(state, bank.get(images).tokens, bank.grid, tuple(labels.shape[1:]), only=names)
         for name, metric in metrics.items():
             metric.update(maps[name], labels)
-    scores: dict[str, dict] = {}
-    for name, metric in metrics.items():
-        scores[name] = metric.scores() | {"class_iou": metric.class_iou().tolist()}
-        if name in CLUSTERED:
-            scores[name]["majority"] = metric.majority_scores()
-            if metric.counted:
-                state.clusterings.set_assignment(CLUSTERED.index(name), metric.assignment)
-    return scores
+    return metrics
+
+
+def position_scores(state: TrainingState, bank: FeatureBank) -> dict[str, float]:
+    """The position score in percent of each clustering that the state can give, and of "labels" if there are any."""
+    usable = [name for name in CLUSTERED if why_unusable(state, name) is None]
+    maps: dict[str, list[Tensor]] = {name: [] for name in usable}
+    for images in bank.batches(8):
+        found = segment(state, bank.get(images).tokens, bank.grid, bank.grid, only=usable)
+        labels = patch_classes(bank.labels(images), bank.grid, len(bank.data.classes))
+        for name, clusters in found.items() | ({} if labels is None else {"labels": labels}).items():
+            maps.setdefault(name, []).append(clusters.flatten(1).cpu())
+    return {name: position_score(torch.cat(parts)) for name, parts in maps.items()}
 
 
 def images_scored(config: Config) -> str:
@@ -71,14 +116,14 @@ def images_scored(config: Config) -> str:
 
 
 def summary(scores: dict[str, dict] | None) -> dict[str, dict]:
-    """The scores as `metrics.json` has them.
+    """Accuracy and mIoU as `metrics.json` has them.
 
     None in place of the figures of a segmentation that was not scored, and in place of a figure without any labelled
     pixel.
     """
 
     def figures(of: dict[str, float]) -> dict[str, float | None]:
-        return {key: round(of[key], 3) if math.isfinite(of[key]) else None for key in ("accuracy", "miou")}
+        return {key: _rounded(of[key]) for key in ("accuracy", "miou")}
 
     def of(name: str) -> dict[str, Any] | None:
         if scores is None or name not in scores:
@@ -98,36 +143,75 @@ def summary(scores: dict[str, dict] | None) -> dict[str, dict]:
     }
 
 
+def all_scores(
+    scores: dict[str, dict] | None, positions: dict[str, float], config: Config, classes: Sequence[str]
+) -> dict[str, Any]:
+    """All that `metrics.json` says of the segmentations.
+
+    Args:
+        scores: of `evaluate`.
+        positions: of `position_scores`.
+        config: of the run.
+        classes: names.
+    """
+    return summary(scores) | {
+        "images": images_scored(config),
+        "matched_on": "training" if config.evaluation.match == "train" else images_scored(config),
+        "checkpoint": "best-on-val" if config.quirks.select_on_labels else "last",
+        "position_score": {name: _rounded(score) for name, score in positions.items()},
+        "per_class": {"classes": list(classes)}
+        | {
+            name: {"iou": [_rounded(iou) for iou in of_name["class_iou"]], "confusion": of_name["confusion"]}
+            for name, of_name in (scores or {}).items()
+        },
+    }
+
+
+def _rounded(figure: float) -> float | None:
+    return round(figure, 3) if math.isfinite(figure) else None
+
+
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The figures of `summary` for people."""
     rows = [
-        ("k-means on the frozen features (baseline)", metrics["baseline"]["unsupervised"]),
-        ("HP, k-means on the codes", metrics["hp"]["kmeans"]),
-        ("HP, cluster probe", metrics["hp"]["cluster_probe"]),
-        ("HP, linear probe (trained with labels)", metrics["hp"]["linear"]),
+        ("k-means on the frozen features (baseline)", metrics["baseline"]["unsupervised"], "baseline"),
+        ("HP, k-means on the codes", metrics["hp"]["kmeans"], "kmeans"),
+        ("HP, cluster probe", metrics["hp"]["cluster_probe"], "cluster_probe"),
+        ("HP, linear probe (trained with labels)", metrics["hp"]["linear"], "linear"),
     ]
-    real = [(name, figures) for name, figures in rows if figures is not None]
+    positions = metrics.get("position_score", {})
+    real = [(title, figures, name) for title, figures, name in rows if figures is not None]
     if not real:
-        return "no labels, so nothing to score"
+        told = ", ".join(f"{title} {_cell(positions[name])}" for title, _, name in rows if name in positions)
+        return "no labels, so nothing to score" + (f"\nposition score: {told}" if told else "")
     heads = f"{'accuracy':>9} {'mIoU':>7}"
-    lines = [f"{'':42} {'one to one':>16} {'majority':>16}", f"{'':42}{2 * heads}"]
-    for name, figures in real:
-        majority = figures.get("majority") or {}
-        lines.append(f"{name:42}{_cells(figures)}{_cells(majority) if majority else ''}".rstrip())
-    if any(figures["accuracy"] is None for _, figures in real):
+    lines = [f"{'':42} {'one to one':>16} {'majority':>16}", f"{'':42}{2 * heads} {'position':>9}"]
+    for title, figures, name in real:
+        majority = _cells(figures["majority"]) if "majority" in figures else ""
+        position = f" {_cell(positions[name]):>9}" if name in positions else ""
+        lines.append(f"{title:42}{_cells(figures)}{majority}{position}".rstrip())
+    if positions.get("labels") is not None:
+        lines.append(f"{'the labels themselves':74} {_cell(positions['labels']):>9}")
+    if any(figures["accuracy"] is None for _, figures, _ in real):
         lines.append("-: no labelled pixels")
     if rows[1][1] is None:
         lines.append("no row of k-means: its centres are fitted when the run finishes")
     if rows[3][1] is None:
         lines.append("no row of the linear probe: it never saw a label")
     if "images" in metrics:
-        lines.append(f"scored on the {metrics['images']} images")
+        lines.append(
+            f"scored on the {metrics['images']} images; clusters matched on the {metrics['matched_on']} images;"
+            f" checkpoint: {metrics['checkpoint']}"
+        )
     return "\n".join(lines)
 
 
 def _cells(figures: dict[str, float | None]) -> str:
-    accuracy, miou = ("-" if figures[key] is None else f"{figures[key]:.2f}%" for key in ("accuracy", "miou"))
-    return f"{accuracy:>9} {miou:>7}"
+    return f"{_cell(figures['accuracy']):>9} {_cell(figures['miou']):>7}"
+
+
+def _cell(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.2f}%"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -146,7 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
             config.data = config.data.model_copy(update={"name": name, "root": str(options.root)})
         device = next(state.head.parameters()).device
         bank = open_bank(config, backbone, open_data(config, "val"), device)
-        metrics = summary(evaluate(state, bank)) | {"images": images_scored(config)}
+        matching = None
+        if config.evaluation.match == "train":
+            matching = open_bank(config, backbone, open_data(config, "train"), device)
+        scores = evaluate(state, bank, match_on=matching)
+        metrics = all_scores(scores, position_scores(state, bank), config, bank.data.classes)
     print(to_json(metrics) if options.json else metrics_table(metrics))
 
 

@@ -38,6 +38,7 @@ class SegmentationMetrics:
         self.clusters = classes if clusters is None else clusters
         self.match = match
         self.confusion = torch.zeros(self.clusters, classes, dtype=torch.int64)
+        self._assignment: Tensor | None = None
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count predictions in [0, clusters) against labels of the same shape, where a negative label is ignored."""
@@ -54,10 +55,17 @@ class SegmentationMetrics:
 
         Values that need no matching are their own classes.
         """
+        if self._assignment is not None:
+            return self._assignment
         if self.match:
             return match_clusters(self.confusion)
         own = torch.arange(self.clusters)
         return own.where(own < self.classes, UNMATCHED)
+
+    @assignment.setter
+    def assignment(self, assignment: Tensor) -> None:
+        """Take a matching that was made elsewhere."""
+        self._assignment = assignment
 
     @property
     def majority(self) -> Tensor:

@@ -77,3 +77,11 @@ def to_map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
 def to_rows(code_map: Tensor) -> Tensor:
     """A map (B, D, H, W) as rows of patches (B, H*W, D)."""
     return code_map.flatten(2).mT
+
+
+def patch_classes(labels: Tensor | None, grid: tuple[int, int], classes: int) -> Tensor | None:
+    """The class (B, H, W) of most pixels of each patch, of labels (B, h, w); negative where most have none."""
+    if labels is None:
+        return None
+    counts = F.one_hot(labels.clamp(min=-1) + 1, classes + 1).permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(counts, grid).argmax(dim=1) - 1

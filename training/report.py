@@ -144,16 +144,26 @@ def duration(seconds: float) -> str:
 
 
 def _scores(metrics: Mapping[str, Any]) -> Table:
-    scores = {title: _at(metrics, *method) for method, title in _METHODS.items() if _at(metrics, *method) is not None}
+    positions = metrics.get("position_score", {})
+    scores = {}
+    for (model, name), title in _METHODS.items():
+        if (score := _at(metrics, model, name)) is not None:
+            position = positions.get("baseline" if (model, name) == ("baseline", "unsupervised") else name)
+            scores[title] = score if position is None else score | {"position_score": position}
     columns = {"mIoU, %": ["miou"], "Accuracy, %": ["accuracy"]}
     caption = f"{str(metrics.get('images', 'validation')).capitalize()} images. "
     caption += "Clusters are matched one to one to classes; pixels of a cluster left over are wrong."
+    if metrics.get("matched_on", metrics.get("images")) != metrics.get("images"):
+        caption += f" They are matched on the {metrics['matched_on']} images."
+    if metrics.get("checkpoint") == "best-on-val":
+        caption += " The checkpoint is the best of those scored on the labels of these images."
     if any("majority" in score for score in scores.values()):
         columns |= {"mIoU, majority, %": ["majority", "miou"], "Accuracy, majority, %": ["majority", "accuracy"]}
         caption += " Majority: each cluster is the class that most of its pixels have."
     if any("position_score" in score for score in scores.values()):
         columns |= {"Position score, %": ["position_score"]}
-        caption += " Position score: how far the place of a patch in its image tells its cluster."
+        caption += " Position score: how far the place of a patch in its image tells its cluster, chance taken off"
+        caption += f"; of the labels themselves {percent(positions['labels'])}." if positions.get("labels") else "."
     if any(score.get("miou") is None for score in scores.values()):
         caption += " A dash: there are no labelled pixels."
     rows = [(title, [_at(score, *path) for path in columns.values()]) for title, score in scores.items()]

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import hpkernels
 from training import checkpoint
-from training.evaluate import HEADLINE, evaluate, images_scored, summary
+from training.evaluate import HEADLINE, all_scores, evaluate, position_scores
 from training.figures import kept_fraction
 from training.metrics import to_json
+from training.precision import positive_precision
 from training.report import AnchorPositives, Example, PropagationWeights, Report, duration, write_report
 from training.run import Run
 from training.segment import map_names, segment, to_classes, why_unusable
@@ -44,10 +45,12 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
     if run.config.quirks.select_on_labels and run.best_path.is_file():
         run.state.load_modules(checkpoint.load(run.best_path)["state"])
     run.state.clusterings.fit(run.train_bank, run.state.head, run.config.seed)
-    scores = evaluate(run.state, run.val_bank)
+    matching = run.train_bank if run.config.evaluation.match == "train" else None
+    scores = evaluate(run.state, run.val_bank, match_on=matching)
     run.save()
-    metrics = summary(scores) | {
-        "images": images_scored(run.config),
+    positions = position_scores(run.state, run.val_bank)
+    metrics = all_scores(scores, positions, run.config, run.val_bank.data.classes) | {
+        "positives": positive_precision(run),
         "config": run.config.model_dump(),
         "run": provenance(run),
     }

@@ -31,7 +31,7 @@ class TrainingState:
         saw_labels: whether the linear probe was trained with a label.
         history: the figures of each logged step, for the curves of the report.
         seconds: time spent in training steps so far.
-        best_accuracy: the best validation accuracy so far, where the checkpoint is chosen by labels.
+        best_score: the best sum of validation scores so far, where the checkpoint is chosen by labels.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TrainingState:
         self.saw_labels = False
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
-        self.best_accuracy = 0.0
+        self.best_score = 0.0
         frozen = config.loss.objective == "none"
         dim = features_dim if frozen else head.dim
         self.head = FrozenHead() if frozen else SegmentationHead(features_dim, dim, head.dropout)
@@ -94,7 +94,7 @@ class TrainingState:
             "saw_labels": self.saw_labels,
             "history": self.history,
             "seconds": self.seconds,
-            "best_accuracy": self.best_accuracy,
+            "best_score": self.best_score,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
@@ -102,8 +102,9 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
-        for name in ("step", "history", "seconds", "best_accuracy"):
+        for name in ("step", "history", "seconds"):
             setattr(self, name, state[name])
+        self.best_score = state.get("best_score", 0.0)  # older checkpoints have another criterion
         self.load_modules(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])

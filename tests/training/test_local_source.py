@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 import hpkernels
 from training.backbones import build_backbone
-from training.backbones.compare import compare, main, patch_labels, uniform_agreement
+from training.backbones.compare import compare, main, uniform_agreement
 from training.backbones.local import SCALE, similarity_as_attention
 from training.backbones.timm_vit import TimmViT, default_source
 from training.config import BackboneConfig, LocalConfig
+from training.model import patch_classes
 from training.run import open_run, open_trained
 
 VIT = "vit_tiny_patch16_224"
@@ -172,7 +173,7 @@ def test_agreement_by_hand():
     labels = torch.zeros(1, 32, 48, dtype=torch.int64)
     labels[:, :, 32:] = 1
     labels[:, :16, :16] = -1
-    found = patch_labels(labels, 16, 2)
+    found = patch_classes(labels, (2, 3), 2)
     assert found.tolist() == [[[-1, 0, 1], [0, 0, 1]]]
     # Pairs of neighbours, void left out: 0-0 three, 1-1 one, 0-1 four.
     assert uniform_agreement(found) == pytest.approx(4 / 8)

@@ -194,13 +194,15 @@ def test_confusion_in_shares_of_each_class(page):
 
 
 def test_position_score_and_precision_of_positives(tmp_path):
-    score = {"accuracy": 40.5, "miou": 20.5, "position_score": 12.5}
+    score = {"accuracy": 40.5, "miou": 20.5}
     here = {"precision": 61.5, "per_anchor": 7.5}
     positives = {"agnostic": {"own_image": here}, "specific": {"precision": 63.5}, "images": 4}
     metrics = {"hp": {"kmeans": score, "linear": {"accuracy": 70.5, "miou": 50.5}}, "positives": positives}
+    metrics |= {"position_score": {"kmeans": 12.5, "labels": 33.5}}
     page, _ = written(tmp_path, Report("Both", metrics))
     assert page.texts["h2"] == ["Results", "Global hidden positives"]
     assert page.texts["td"] == ["20.5", "40.5", "12.5", "50.5", "70.5", "–", "61.5", "7.5", "63.5", "–"]
+    assert "of the labels themselves 33.5" in page.text()
     assert {"Position score, %", "per anchor", "Agnostic own image", "Specific"} <= set(page.texts["th"])
 
 

@@ -73,13 +73,36 @@ def test_evaluate_command_repeats_the_scores_of_training(trained, capsys):
     path = str(checkpoint_path(run.config))
     evaluation.main(["--checkpoint", path, "--json"])
     scores = json.loads(capsys.readouterr().out)
-    assert scores == {key: metrics[key] for key in ("baseline", "hp", "images")}
+    assert scores == {key: value for key, value in metrics.items() if key not in ("config", "run", "positives")}
     evaluation.main(["--checkpoint", path, "--root", str(root)])
     assert f"{scores['hp']['linear']['accuracy']:.2f}%" in capsys.readouterr().out
     evaluation.main(["--checkpoint", path, "data.val_images=1", "--json"])
     assert json.loads(capsys.readouterr().out)["hp"]["linear"] != scores["hp"]["linear"]
     with pytest.raises(SystemExit, match="^evaluate: config: `data.size` must be a multiple of the patch size"):
         evaluation.main(["--checkpoint", path, "data.size=35"])
+
+
+def test_clusters_matched_on_training_images_are_scored_on_validation_images(trained):
+    run, metrics, _ = trained
+    own = evaluation.evaluate(run.state, run.val_bank)
+    assert own["kmeans"]["accuracy"] == pytest.approx(metrics["hp"]["kmeans"]["accuracy"], abs=1e-3)
+    evaluation.evaluate(run.state, run.train_bank)
+    of_training = run.state.clusterings.assignments.clone()
+    scores = evaluation.evaluate(run.state, run.val_bank, match_on=run.train_bank)
+    assert torch.equal(run.state.clusterings.assignments, of_training)
+    assert scores["kmeans"]["accuracy"] <= own["kmeans"]["accuracy"]
+    # The same by hand: rows are classes of the training matching, the last row is of no class.
+    pixels = torch.tensor(scores["kmeans"]["confusion"])
+    assert pixels.shape == (7, 6) and pixels.sum() == torch.tensor(own["kmeans"]["confusion"]).sum()
+    assert scores["kmeans"]["accuracy"] == pytest.approx(100 * pixels.diagonal().sum().item() / pixels.sum().item())
+    evaluation.evaluate(run.state, run.val_bank)
+
+
+def test_evaluate_command_matches_on_training_images(trained, capsys):
+    run, metrics, _ = trained
+    assert (metrics["matched_on"], metrics["checkpoint"]) == ("validation", "last")
+    evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.match=train"])
+    assert "clusters matched on the training images; checkpoint: last" in capsys.readouterr().out
 
 
 def test_predict_command_writes_a_map_and_an_overlay_of_each_image(trained, tmp_path):

@@ -21,6 +21,7 @@ from training.config import Config
 from training.config_file import load_config
 from training.data import SegmentationData, open_data
 from training.kmeans import closeness, kmeans
+from training.model import patch_classes
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import check_backend, resolve_device
 
@@ -66,12 +67,6 @@ def uniform_agreement(labels: Tensor) -> float:
     return _neighbours(torch.ones(len(labels), 9, *labels.shape[1:]), labels)[1]
 
 
-def patch_labels(labels: Tensor, patch: int, classes: int) -> Tensor:
-    """The most frequent class of each patch (B, H, W) of labels (B, h, w); void, -1, is a class of its own."""
-    counts = F.one_hot(labels.clamp(min=-1) + 1, classes + 1).permute(0, 3, 1, 2).float()
-    return F.avg_pool2d(counts, patch).argmax(dim=1) - 1
-
-
 def _neighbours(weights: Tensor, labels: Tensor | None) -> tuple[float, float]:
     """The share of neighbours that get a weight, and the share of their weight that goes to the same class."""
     side = math.isqrt(weights.shape[1])
@@ -113,7 +108,9 @@ def _labels(data: SegmentationData, patch: int) -> Tensor | None:
     labels = [data.label(index) for index in range(len(data))]
     if any(label is None for label in labels) or not data.classes:
         return None
-    return patch_labels(torch.stack(labels), patch, len(data.classes))
+    stacked = torch.stack(labels)
+    grid = (stacked.shape[1] // patch, stacked.shape[2] // patch)
+    return patch_classes(stacked, grid, len(data.classes))
 
 
 def rows(config: Config) -> list[str]:
