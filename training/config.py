@@ -183,13 +183,14 @@ class QuirksConfig(Section):
         None, description="dropout also on f, s', mixed s and the pools, each drawn by itself"
     )
     ema_before_step: bool | None = Field(None, description="the EMA head averages the weights of before the step")
+    late_lambda: bool | None = Field(None, description="lambda is that of the step before, so that it never reaches 1")
     jitter_after_normalization: bool | None = Field(None, description="colour jitter on normalised images")
     skip_renewal_at_epoch_start: bool | None = Field(None, description="no pool renewal at the first step of an epoch")
     nearest_resize: bool | None = Field(
         None, description="images are resized by nearest neighbour too, which aliases fine texture"
     )
     select_on_labels: bool | None = Field(
-        None, description="keep the checkpoint that is best on the labelled validation set"
+        None, description="best-on-val: keep the checkpoint that is best on the labelled validation images"
     )
     drop_specific_only_anchors: bool | None = Field(
         None, description="drop anchors whose only positives are task-specific"

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class SegmentationHead(nn.Module):
@@ -65,8 +66,9 @@ def ema_copy(head: SegmentationHead) -> SegmentationHead:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, momentum: float) -> None:
     """``ema = momentum * ema + (1 - momentum) * model``, parameter by parameter."""
-    for average, current in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(current.detach(), 1 - momentum)
+    averages = list(ema.parameters())
+    if averages:  # frozen codes have none
+        get_ema_multi_avg_fn(momentum)(averages, list(model.parameters()), 0)
 
 
 def to_map(rows: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -37,7 +37,7 @@ def objective_term(run: Run, views: Views, codes: Codes, images: Tensor) -> Tens
 
 def current_lambda(run: Run) -> float:
     """The weight of task-specific positives at this step."""
-    return specific_weight(run.state.step, run.config.warmup, run.steps)
+    return specific_weight(run.state.step, run.config.warmup, run.steps, run.config.quirks.late_lambda)
 
 
 def hidden_positives(run: Run, views: Views, codes: Codes) -> Tensor:
@@ -107,9 +107,9 @@ def feature_correlation(run: Run, views: Views, codes: Codes, images: Tensor) ->
     terms = [_correlation(own, own, self_shift), _correlation(own, near, near_shift)]
     others = []
     for _ in range(_RANDOM_IMAGES):
-        # Never an image with itself, unless it is the only one.
-        turn = (torch.arange(len(images)) + int(torch.randint(1, max(len(images), 2), ()))) % len(images)
-        other = [_at(rows[turn], there, bank.grid) for rows in (views.tokens, codes.code)]
+        order = torch.randperm(len(images))
+        order = (order + (order == torch.arange(len(images)))) % len(images)  # never an image with itself
+        other = [_at(rows[order], there, bank.grid) for rows in (views.tokens, codes.code)]
         others.append(_correlation(own, other, random_shift))
     terms.append(torch.stack(others).mean())
     return sum(weight * term for weight, term in zip(loss.stego_weights, terms, strict=True))

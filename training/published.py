@@ -32,6 +32,7 @@ from training.config import Config
 from training.config_file import config_from_dict, edited, known_keys, load_config
 from training.data import open_data
 from training.evaluate import evaluate
+from training.model import SegmentationHead
 from training.photographs import display_name
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import check_backend, open_bank, open_trained, resolve_device
@@ -61,6 +62,8 @@ def export_state(backbone: Backbone, state: TrainingState) -> dict[str, Any]:
     """
     if not isinstance(backbone, TimmViT):
         raise ValueError("published: the layout has a place for a ViT only, and this run has another backbone")
+    if not isinstance(state.head, SegmentationHead):
+        raise ValueError("published: the layout has a place for a head, and this run (loss.objective=none) has none")
     net = {f"model.{name}": value for name, value in backbone.vit.state_dict().items()}
     for names, head in ((_HEAD, state.head), (_EMA_HEAD, state.ema_head)):
         for published, own in names.items():

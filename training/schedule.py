@@ -10,9 +10,9 @@ import torch
 from training.config import Config
 
 
-def specific_weight(step: int, warmup: int, steps: int) -> float:
-    """Lambda: 0 for the first `warmup` steps, then a linear rise to 1 at the last step."""
-    return max(0.0, (step + 1 - warmup) / (steps - warmup))
+def specific_weight(step: int, warmup: int, steps: int, late: bool = False) -> float:
+    """Lambda: 0 for the first `warmup` steps, then a linear rise to 1 at the last step; `late`: all a step later."""
+    return max(0.0, (step + (not late) - warmup) / (steps - warmup))
 
 
 def renewal_due(step: int, config: Config, steps_per_epoch: int) -> bool:

@@ -59,16 +59,16 @@ class TrainingState:
             module.to(device)
 
         adam, adamw = torch.optim.Adam, torch.optim.AdamW
-        self.optimizers = {
-            "head": adamw(
-                list(self.head.parameters()) or [torch.zeros(1)], lr=optim.head_lr, weight_decay=optim.head_weight_decay
-            ),
-            "projection": adam(self.projection.parameters(), lr=optim.projection_lr),
+        trained = {}
+        if not frozen:  # else the probes alone learn
+            trained = {
+                "head": adamw(self.head.parameters(), lr=optim.head_lr, weight_decay=optim.head_weight_decay),
+                "projection": adam(self.projection.parameters(), lr=optim.projection_lr),
+            }
+        self.optimizers = trained | {
             "linear_probe": adam(self.linear_probe.parameters(), lr=optim.linear_probe_lr),
             "cluster_probe": adam(self.cluster_probe.parameters(), lr=optim.cluster_probe_lr),
         }
-        if frozen:  # the probes alone learn
-            del self.optimizers["head"], self.optimizers["projection"]
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=2048, growth_interval=1000, enabled=device.type == "cuda"
         )

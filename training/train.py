@@ -169,7 +169,8 @@ def train(run: Run) -> None:
                 state.history.append({"step": step} | figures)
             due = state.step % config.checkpoint_every == 0 or state.step == run.steps
             state.seconds = time.perf_counter() - started
-            if config.quirks.select_on_labels and (due or state.step % run.steps_per_epoch == 0):
+            of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
+            if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or state.step == run.steps):
                 keep_best(run)
             if due:
                 run.save()
@@ -183,7 +184,7 @@ def keep_best(run: Run) -> None:
     scores = evaluate(run.state, run.val_bank, only=["cluster_probe", "linear"])
     if scores is not None:
         total = sum(score["accuracy"] + score["miou"] for score in scores.values())
-        if total > run.state.best_score:
+        if total >= run.state.best_score:  # of equals the later one
             run.state.best_score = total
             run.save(run.best_path)
     run.state.clusterings.forget()  # the matching is of this step alone

@@ -19,9 +19,10 @@ _JITTER = v2.Compose(
 def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
     """A randomly recoloured, perhaps blurred copy of images (B, 3, h, w) in [0, 1].
 
-    Values outside [0, 1] are clipped, which is what becomes of normalised images in the published code.
+    Brightness, contrast and saturation each clip their result to [0, 1], as in the published code: of normalised images
+    that cuts off most of the signal.
     """
     # torchvision draws from the global generator only; `fork_rng` leaves that as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        return torch.stack([_JITTER(image) for image in images.clamp(0, 1)])
+        return torch.stack([_JITTER(image) for image in images])

@@ -15,6 +15,12 @@ def test_lambda_is_zero_in_warmup_and_one_at_the_last_step():
     assert values == sorted(values)
 
 
+def test_lambda_of_the_published_code_is_a_step_late():
+    values = [specific_weight(step, 10, 110, late=True) for step in range(110)]
+    assert values == [0.0, *(specific_weight(step, 10, 110) for step in range(109))]
+    assert values[10] == 0 and values[-1] == pytest.approx(0.99)
+
+
 def test_renewals(tiny_config):
     config = tiny_config(pool={"size": 8, "renew_every": 3})
     assert [step for step in range(12) if renewal_due(step, config, steps_per_epoch=5)] == [0, 3, 6, 9]

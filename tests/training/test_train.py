@@ -14,7 +14,7 @@ from training import evaluate as evaluation
 from training import train as loop
 from training.data import batch_of_step
 from training.results import anchor_positives, write_results
-from training.run import open_run, open_trained, resolve_device
+from training.run import load_run, open_run, open_trained, resolve_device
 from training.train import train, train_step
 
 
@@ -144,6 +144,23 @@ def test_published_quirks_train(tiny_run):
     train(run)
     assert run.best_path.is_file()
     assert all(math.isfinite(figures["loss"]) for figures in run.state.history)
+
+
+def test_the_best_checkpoint_is_chosen_by_four_scores_in_each_epoch_and_at_its_end(tiny_run, monkeypatch):
+    looked = []
+
+    def evaluate(state, bank, only):
+        looked.append(state.step)
+        figure = {2: 10.0, 4: 30.0, 5: 30.0, 6: 20.0}[state.step]
+        return {name: {"accuracy": figure, "miou": 1.0} for name in only}
+
+    monkeypatch.setattr("training.train.evaluate", evaluate)
+    run = tiny_run(steps=6, batch_size=2, checkpoint_every=2, quirks={"select_on_labels": True})
+    assert run.steps_per_epoch == 5
+    train(run)
+    assert looked == [2, 4, 5, 6]  # the last is that of the run
+    kept = load_run(run.best_path)["state"]
+    assert kept["step"] == 5 and kept["best_score"] == 62  # two probes; of equals the later one
 
 
 def test_uncached_features_are_the_cached_ones(tiny_run):

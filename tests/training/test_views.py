@@ -29,6 +29,16 @@ def test_stays_in_range_and_leaves_the_input_and_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_normalised_images_are_clipped_by_each_operation_and_not_before():
+    """As in the published code, where the first operation sees what is outside [0, 1]."""
+    normalised = torch.full((40, 3, 8, 8), 1.2)  # darkened by up to 30 %, it may come back into the range
+    normalised[:, :, 4:] = -1
+    view = photometric(normalised, torch.Generator().manual_seed(0))
+    clipped_before = photometric(normalised.clamp(0, 1), torch.Generator().manual_seed(0))
+    assert view.min() >= 0 and view.max() <= 1 + 1e-5
+    assert not torch.allclose(view, clipped_before)
+
+
 def test_geometry_is_kept():
     half = torch.zeros(1, 3, 16, 20)
     half[..., 10:] = 1
