@@ -14,24 +14,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import Config
+from training.config import Config, EvaluationConfig
+from training.config_file import known_keys
+from training.crf import refined
 from training.data import open_data
 from training.features import FeatureBank
 from training.metrics import SegmentationMetrics, merge_clusters, to_json
 from training.model import patch_classes
+from training.neighbours import knn_scores
 from training.position import position_score
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_bank, open_trained
-from training.segment import CLUSTERED, SEGMENTATIONS, segment, why_unusable
+from training.segment import CLUSTERED, SEGMENTATIONS, log_probabilities, segment, why_unusable
 from training.state import TrainingState
 
+# Keys that a checkpoint does not settle.
 _EDITABLE = (
     "data.size",
     "data.val_images",
-    "evaluation.size",
-    "evaluation.match",
+    *(key for key in known_keys() if key.startswith("evaluation.")),
     "backend",
-)  # keys that a checkpoint does not settle
+)
 
 HEADLINE = "kmeans"
 """The segmentation that stands for HP: the codes are clustered exactly as the baseline clusters the frozen features,
@@ -43,6 +46,7 @@ def evaluate(
     bank: FeatureBank,
     only: Iterable[str] = SEGMENTATIONS,
     match_on: FeatureBank | None = None,
+    how: EvaluationConfig | None = None,
 ) -> dict[str, dict] | None:
     """Score each segmentation in `only` on all labelled images, and keep the classes that clusters were matched to.
 
@@ -53,6 +57,7 @@ def evaluate(
         bank: the images to score.
         only: names of segmentations.
         match_on: the images whose labels clusters are matched to classes by, if not those of `bank`.
+        how: whether mirrored images count, and which CRF. None: plainly.
 
     Returns:
         for each segmentation accuracy and mIoU in percent, with clusters matched one to one, the IoU of each class, and
@@ -60,8 +65,10 @@ def evaluate(
         also "majority", the scores with each cluster as the class that most of its pixels have. None without labels.
     """
     usable = [name for name in only if why_unusable(state, name) is None]
-    metrics = _counted(state, bank, usable)
-    matching = metrics if match_on is None else _counted(state, match_on, [n for n in usable if n in CLUSTERED])
+    how = EvaluationConfig() if how is None else how
+    metrics = _counted(state, bank, usable, how)
+    clustered = [name for name in usable if name in CLUSTERED]
+    matching = metrics if match_on is None else _counted(state, match_on, clustered, how)
     if metrics is None or matching is None:
         return None
     scores: dict[str, dict] = {}
@@ -77,7 +84,9 @@ def evaluate(
     return scores
 
 
-def _counted(state: TrainingState, bank: FeatureBank, names: list[str]) -> dict[str, SegmentationMetrics] | None:
+def _counted(
+    state: TrainingState, bank: FeatureBank, names: list[str], how: EvaluationConfig
+) -> dict[str, SegmentationMetrics] | None:
     """The pixels of all labelled images, by segmentation; None without labels."""
     classes = len(bank.data.classes) or state.classes
     metrics = {
@@ -90,10 +99,29 @@ def _counted(state: TrainingState, bank: FeatureBank, names: list[str]) -> dict[
         labels = bank.labels(images)
         if labels is None:
             return None
-        maps = segment(state, bank.get(images).tokens, bank.grid, tuple(labels.shape[1:]), only=names)
+        maps = _maps(state, bank, images, tuple(labels.shape[1:]), names, how)
         for name, metric in metrics.items():
             metric.update(maps[name], labels)
     return metrics
+
+
+def _maps(
+    state: TrainingState,
+    bank: FeatureBank,
+    images: Tensor,
+    size: tuple[int, int],
+    names: list[str],
+    how: EvaluationConfig,
+) -> dict[str, Tensor]:
+    tokens = bank.get(images).tokens
+    mirrored = bank.mirrored_tokens(images) if how.flip else None
+    if how.crf == "none":
+        return segment(state, tokens, bank.grid, size, names, mirrored)
+    pictures = torch.stack([bank.data.image(index) for index in images.tolist()])
+    return {
+        name: refined(how.crf, pictures, log_probabilities(state, tokens, bank.grid, size, name, mirrored))
+        for name in names
+    }
 
 
 def position_scores(state: TrainingState, bank: FeatureBank) -> dict[str, float]:
@@ -143,6 +171,26 @@ def summary(scores: dict[str, dict] | None) -> dict[str, dict]:
     }
 
 
+def score(
+    config: Config, state: TrainingState, train: FeatureBank | None, val: FeatureBank
+) -> tuple[dict[str, Any], dict[str, dict] | None]:
+    """All that `metrics.json` says of the segmentations, and the scores of `evaluate`.
+
+    Args:
+        config: of the run.
+        state: trained, with fitted clusterings.
+        train: needed for ``evaluation.match=train`` and ``evaluation.knn``.
+        val: the images to score.
+    """
+    how = config.evaluation
+    scores = evaluate(state, val, match_on=train if how.match == "train" else None, how=how)
+    metrics = all_scores(scores, position_scores(state, val), config, val.data.classes)
+    if how.knn and train is not None:
+        for model, figures in (knn_scores(state, train, val, how.knn, config.seed) or {}).items():
+            metrics[model]["knn"] = {name: _rounded(figure) for name, figure in figures.items()}
+    return metrics, scores
+
+
 def all_scores(
     scores: dict[str, dict] | None, positions: dict[str, float], config: Config, classes: Sequence[str]
 ) -> dict[str, Any]:
@@ -157,6 +205,7 @@ def all_scores(
     return summary(scores) | {
         "images": images_scored(config),
         "matched_on": "training" if config.evaluation.match == "train" else images_scored(config),
+        "crf": config.evaluation.crf,
         "checkpoint": "best-on-val" if config.quirks.select_on_labels else "last",
         "position_score": {name: _rounded(score) for name, score in positions.items()},
         "per_class": {"classes": list(classes)}
@@ -178,6 +227,8 @@ def metrics_table(metrics: dict[str, Any]) -> str:
         ("HP, k-means on the codes", metrics["hp"]["kmeans"], "kmeans"),
         ("HP, cluster probe", metrics["hp"]["cluster_probe"], "cluster_probe"),
         ("HP, linear probe (trained with labels)", metrics["hp"]["linear"], "linear"),
+        ("neighbours in the features (with labels)", metrics["baseline"].get("knn"), "knn"),
+        ("HP, neighbours in the codes (with labels)", metrics["hp"].get("knn"), "knn"),
     ]
     positions = metrics.get("position_score", {})
     real = [(title, figures, name) for title, figures, name in rows if figures is not None]
@@ -201,7 +252,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     if "images" in metrics:
         lines.append(
             f"scored on the {metrics['images']} images; clusters matched on the {metrics['matched_on']} images;"
-            f" checkpoint: {metrics['checkpoint']}"
+            f" CRF: {metrics['crf']}; checkpoint: {metrics['checkpoint']}"
         )
     return "\n".join(lines)
 
@@ -229,12 +280,11 @@ def main(arguments: list[str] | None = None) -> None:
             name = "folder" if config.data.name == "procedural" else config.data.name
             config.data = config.data.model_copy(update={"name": name, "root": str(options.root)})
         device = next(state.head.parameters()).device
-        bank = open_bank(config, backbone, open_data(config, "val"), device)
-        matching = None
-        if config.evaluation.match == "train":
-            matching = open_bank(config, backbone, open_data(config, "train"), device)
-        scores = evaluate(state, bank, match_on=matching)
-        metrics = all_scores(scores, position_scores(state, bank), config, bank.data.classes)
+        bank = open_bank(config, backbone, open_data(config, "val"), device, scored=True)
+        train = None
+        if config.evaluation.match == "train" or config.evaluation.knn:
+            train = open_bank(config, backbone, open_data(config, "train"), device)
+        metrics = score(config, state, train, bank)[0]
     print(to_json(metrics) if options.json else metrics_table(metrics))
 
 

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import hpkernels
 from training.backbones.base import Backbone
 from training.data import SegmentationData
+from training.inference import Features, Windows, features_of
 from training.views import photometric
 
 _CHUNK = 32  # images that go through the backbone at a time
 _LOADER_THREADS = 8  # decoding releases the interpreter lock
-
-
-class Features(NamedTuple):
-    """What the frozen backbone says about B images of H x W patches."""
-
-    tokens: Tensor  # (B, G, Df) float32
-    weights: Tensor  # (B, 9, H, W) float32, for local propagation
 
 
 class FeatureBank:
@@ -42,6 +34,7 @@ class FeatureBank:
         jitter_after_normalization: apply the photometric jitter to normalised images, as the published code does.
         seed: of the kept views.
         backend: of the local-propagation weights.
+        windows: for images larger than these; None: in one piece.
     """
 
     def __init__(
@@ -56,6 +49,7 @@ class FeatureBank:
         seed: int,
         device: torch.device,
         backend: str,
+        windows: Windows | None = None,
     ) -> None:
         self.data = data
         self.backbone = backbone
@@ -63,6 +57,7 @@ class FeatureBank:
         self.jitter_after_normalization = jitter_after_normalization
         self.device = device
         self.backend = backend
+        self.windows = windows
         self._cached = self._compute_all() if cache else None
         self._views = [self._compute_views(torch.Generator().manual_seed(seed + view)) for view in range(views)]
 
@@ -91,6 +86,10 @@ class FeatureBank:
             return Features(tokens[images], weights[images])
         return self._compute(self._load(images))
 
+    def mirrored_tokens(self, images: Tensor) -> Tensor:
+        """Tokens (B, G, Df) of the images with these indices (B,), mirrored left to right."""
+        return self._compute(self._load(images).flip(3), weights=False).tokens
+
     def photometric_tokens(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Tokens (B, G, Df) of a photometric view of the images with these indices (B,)."""
         if self._views:
@@ -116,15 +115,8 @@ class FeatureBank:
             pixels = torch.stack(list(pool.map(self.data.image, images.tolist())))
         return pixels.to(self.device).float() / 255
 
-    @torch.no_grad()
     def _compute(self, images: Tensor, weights: bool = True) -> Features:
-        tokens, query, key = self.backbone(self.backbone.normalize(images))
-        if not weights:
-            return Features(tokens.float(), tokens.new_empty(0))
-        local = hpkernels.local_propagation_weights(
-            query, key, self.grid, prefix_tokens=self.backbone.prefix_tokens, backend=self.backend
-        )
-        return Features(tokens.float(), local.float())
+        return features_of(self.backbone, images, weights=weights, windows=self.windows, backend=self.backend)
 
     @torch.no_grad()
     def _tokens_of_view(self, images: Tensor, generator: torch.Generator) -> Tensor:

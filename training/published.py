@@ -156,7 +156,7 @@ def fit_missing(config: Config, backbone: Backbone, state: TrainingState) -> str
         module.to(device)
     if not state.clusterings.fitted:
         state.clusterings.fit(open_bank(config, backbone, train, device), state.head, config.seed)
-    scores = evaluate(state, open_bank(config, backbone, val, device), CLUSTERED)
+    scores = evaluate(state, open_bank(config, backbone, val, device, scored=True), CLUSTERED)
     matched = (
         "and matched on the validation images" if scores is not None else "and not matched, as there are no labels"
     )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import hpkernels
 from training import checkpoint
-from training.evaluate import HEADLINE, all_scores, evaluate, position_scores
+from training.evaluate import HEADLINE, score
 from training.figures import kept_fraction
 from training.metrics import to_json
 from training.precision import positive_precision
@@ -45,11 +45,9 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
     if run.config.quirks.select_on_labels and run.best_path.is_file():
         run.state.load_modules(checkpoint.load(run.best_path)["state"])
     run.state.clusterings.fit(run.train_bank, run.state.head, run.config.seed)
-    matching = run.train_bank if run.config.evaluation.match == "train" else None
-    scores = evaluate(run.state, run.val_bank, match_on=matching)
+    scored, scores = score(run.config, run.state, run.train_bank, run.val_bank)
     run.save()
-    positions = position_scores(run.state, run.val_bank)
-    metrics = all_scores(scores, positions, run.config, run.val_bank.data.classes) | {
+    metrics = scored | {
         "positives": positive_precision(run),
         "config": run.config.model_dump(),
         "run": provenance(run),

@@ -22,8 +22,10 @@ from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import BackboneConfig, Config
 from training.config_file import config_from_dict, edited
+from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
 from training.features import FeatureBank
+from training.inference import Windows
 from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
@@ -124,7 +126,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
-    val_bank = open_bank(config, backbone, val_data, device)
+    val_bank = open_bank(config, backbone, val_data, device, scored=True)
     if fresh:
         remove_run(Path(config.output))
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
@@ -209,14 +211,22 @@ def check_evaluation_size(config: Config, backbone: Backbone) -> None:
     """
     try:
         backbone.grid(image_size(config, "val"))
+        scoring_windows(config, backbone)
+        check_crf(config.evaluation.crf)
     except ValueError as error:
         raise ValueError(str(error).replace("`data.size`", "`evaluation.size`")) from error
 
 
 def open_bank(
-    config: Config, backbone: Backbone, data: SegmentationData, device: torch.device, views: int = 0
+    config: Config,
+    backbone: Backbone,
+    data: SegmentationData,
+    device: torch.device,
+    views: int = 0,
+    *,
+    scored: bool = False,
 ) -> FeatureBank:
-    """The features of a data set as the configuration wants them kept."""
+    """The features of a data set as the configuration wants them kept; of images to score by windows, if it says so."""
     return FeatureBank(
         data,
         backbone,
@@ -227,7 +237,28 @@ def open_bank(
         seed=config.seed,
         device=device,
         backend=config.backend,
+        windows=scoring_windows(config, backbone) if scored else None,
     )
+
+
+def scoring_windows(config: Config, backbone: Backbone) -> Windows | None:
+    """The windows that images to score are cut into.
+
+    Raises:
+        ValueError: the patches of the backbone do not fit them, or they leave gaps.
+    """
+    side, stride, patch = config.evaluation.window, config.evaluation.stride, backbone.patch_size
+    if side is None:
+        if stride is not None:
+            raise ValueError(f"config: `evaluation.stride` needs an `evaluation.window`, got {stride} alone")
+        return None
+    stride = max(patch, side // 2 // patch * patch) if stride is None else stride
+    for name, value in (("window", side), ("stride", stride)):
+        if value % patch:
+            raise ValueError(f"config: `evaluation.{name}` must be a multiple of the patch size {patch}, got {value}")
+    if stride > side:
+        raise ValueError(f"config: `evaluation.stride` must be at most the window, {side}, got {stride}")
+    return Windows(side, stride)
 
 
 def _own_weights(config: Config, saved: dict[str, Any] | None) -> BackboneConfig:

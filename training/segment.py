@@ -29,6 +29,7 @@ def segment(
     grid: tuple[int, int],
     size: tuple[int, int],
     only: Sequence[str] = SEGMENTATIONS,
+    mirrored: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Segment images, at `size` pixels, each way of `only`.
 
@@ -40,19 +41,63 @@ def segment(
         tokens: (B, G, Df) frozen features.
         grid: (H, W) of the patches.
         size: (h, w) of the result.
+        only: names of segmentations.
+        mirrored: (B, G, Df) features of the mirrored images, to average features and codes with.
 
     Returns:
         cluster maps (B, h, w) int64; for "linear" class maps.
     """
-    codes = state.head.eval()(tokens)
-    code_map = to_map(codes, grid)
-    scores = {
-        "baseline": lambda: to_map(closeness(tokens, state.clusterings.features), grid),
-        "kmeans": lambda: to_map(closeness(codes, state.clusterings.codes), grid),
-        "cluster_probe": lambda: state.cluster_probe.similarity(code_map) * code_map.norm(dim=1, keepdim=True),
-        "linear": lambda: state.linear_probe(code_map),
+    features, codes = feature_maps(state, tokens, grid, mirrored)
+    length = codes.norm(dim=1, keepdim=True)
+    return {
+        name: greatest(_scores(state, name, features, codes) * (length if name == "cluster_probe" else 1), size)
+        for name in only
     }
-    return {name: greatest(scores[name](), size) for name in only}
+
+
+@torch.no_grad()
+def log_probabilities(
+    state: TrainingState,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    name: str,
+    mirrored: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities (B, C, h, w) of the segmentation `name`, as the CRF takes them; other arguments as `segment`.
+
+    Features and codes are interpolated to pixels first. As published: ``log_softmax`` of the logits of the linear
+    probe, and of twice the cosine with each cluster, which are twice the closeness for k-means.
+    """
+    maps = feature_maps(state, tokens, grid, mirrored)
+    parts = []
+    for image in range(len(tokens)):  # codes at pixels are large
+        features, codes = (upsample(of[image, None], size) for of in maps)
+        scores = _scores(state, name, features, codes)
+        parts.append((scores if name == "linear" else 2 * scores).log_softmax(dim=1))
+    return torch.cat(parts)
+
+
+def feature_maps(
+    state: TrainingState, tokens: Tensor, grid: tuple[int, int], mirrored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Maps of features (B, Df, H, W) and of codes (B, D, H, W), averaged with those of the mirrored images."""
+    head = state.head.eval()
+    maps = to_map(tokens, grid), to_map(head(tokens), grid)
+    if mirrored is None:
+        return maps
+    turned = to_map(mirrored, grid).flip(3), to_map(head(mirrored), grid).flip(3)
+    return (maps[0] + turned[0]) / 2, (maps[1] + turned[1]) / 2
+
+
+def _scores(state: TrainingState, name: str, features: Tensor, codes: Tensor) -> Tensor:
+    """The score (B, C, H, W) of each cluster or class, of maps of features and codes."""
+    if name == "linear":
+        return state.linear_probe(codes)
+    if name == "cluster_probe":
+        return state.cluster_probe.similarity(codes)
+    of, centres = (features, state.clusterings.features) if name == "baseline" else (codes, state.clusterings.codes)
+    return closeness(of.movedim(1, -1), centres).movedim(-1, 1)
 
 
 def greatest(scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -181,7 +181,8 @@ def keep_best(run: Run) -> None:
 
     As in the published code that is the sum of accuracy and mIoU of the cluster probe and of the linear probe.
     """
-    scores = evaluate(run.state, run.val_bank, only=["cluster_probe", "linear"])
+    how = run.config.evaluation.model_copy(update={"crf": "none"})  # which takes its time
+    scores = evaluate(run.state, run.val_bank, only=["cluster_probe", "linear"], how=how)
     if scores is not None:
         total = sum(score["accuracy"] + score["miou"] for score in scores.values())
         if total >= run.state.best_score:  # of equals the later one

@@ -102,7 +102,7 @@ def test_evaluate_command_matches_on_training_images(trained, capsys):
     run, metrics, _ = trained
     assert (metrics["matched_on"], metrics["checkpoint"]) == ("validation", "last")
     evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.match=train"])
-    assert "clusters matched on the training images; checkpoint: last" in capsys.readouterr().out
+    assert "clusters matched on the training images; CRF: none; checkpoint: last" in capsys.readouterr().out
 
 
 def test_predict_command_writes_a_map_and_an_overlay_of_each_image(trained, tmp_path):

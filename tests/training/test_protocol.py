@@ -1,0 +1,158 @@
+"""How images are scored: mirrored images, windows, neighbours, and what comes before a CRF."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training import evaluate as evaluation
+from training.backbones.base import Backbone, PatchFeatures
+from training.config import EvaluationConfig
+from training.inference import Windows, features_of
+from training.model import patch_classes, to_map
+from training.neighbours import knn_scores
+from training.results import write_results
+from training.run import checkpoint_path, open_run
+from training.segment import SEGMENTATIONS, log_probabilities, segment
+from training.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from tiny import tiny_values
+
+    from training.config_file import config_from_dict
+
+    run = open_run(config_from_dict(tiny_values(tmp_path_factory.mktemp("protocol") / "run")))
+    train(run)
+    write_results(run)
+    return run
+
+
+class Plain(Backbone):
+    """Tokens are the mean colours of patches and where they lie in what the backbone is shown."""
+
+    features_dim, patch_size, prefix_tokens = 5, 4, 0
+
+    def normalize(self, images):
+        return images
+
+    def forward(self, images):
+        colours = F.avg_pool2d(images, 4)
+        height, width = colours.shape[2:]
+        places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
+        tokens = torch.cat([colours, places.expand(len(images), -1, -1, -1)], dim=1).flatten(2).mT
+        return PatchFeatures(tokens, tokens[:, None], tokens[:, None])
+
+
+def test_windows_average_what_overlaps():
+    pixels = torch.rand(2, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    whole = features_of(Plain(), pixels)
+    assert torch.equal(features_of(Plain(), pixels, windows=Windows(28, 8)).tokens, whole.tokens), "no larger"
+    found = features_of(Plain(), pixels, windows=Windows(12, 8))
+    assert found.weights.shape == (2, 9, 5, 7)
+    maps, expected = to_map(found.tokens, (5, 7)), to_map(whole.tokens, (5, 7))
+    torch.testing.assert_close(maps[:, :3], expected[:, :3])  # colours are the same in every window
+    # Windows of 3 patches begin at rows 0 and 2, and at columns 0, 2 and 4.
+    assert maps[0, 3, :, 0].tolist() == [0, 1, (2 + 0) / 2, 1, 2]
+    assert maps[0, 4, 0].tolist() == [0, 1, (2 + 0) / 2, 1, (2 + 0) / 2, 1, 2]
+
+
+def test_the_last_window_ends_with_the_image():
+    pixels = torch.rand(1, 3, 12, 32, generator=torch.Generator().manual_seed(0))
+    found = to_map(features_of(Plain(), pixels, weights=False, windows=Windows(12, 12)).tokens, (3, 8))
+    assert found[0, 4, 0].tolist() == [0, 1, 2, 0, 1, (2 + 0) / 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"window": 20}, "`evaluation.window` must be a multiple of the patch size 8, got 20"),
+        ({"window": 16, "stride": 12}, "`evaluation.stride` must be a multiple of the patch size 8, got 12"),
+        ({"window": 16, "stride": 24}, "`evaluation.stride` must be at most the window, 16, got 24"),
+        ({"stride": 8}, "`evaluation.stride` needs an `evaluation.window`, got 8 alone"),
+    ],
+)
+def test_windows_that_do_not_fit(tiny_config, values, message):
+    with pytest.raises(ValueError, match=message):
+        open_run(tiny_config(evaluation=values))
+
+
+def test_validation_images_are_cut_into_windows(tiny_config):
+    run = open_run(tiny_config(evaluation={"size": [48, 56], "window": 24, "stride": 16}))
+    expected = features_of(
+        run.backbone, torch.stack([run.val_bank.data.image(1)]).float() / 255, windows=Windows(24, 16)
+    )
+    found = run.val_bank.get(torch.tensor([1]))
+    torch.testing.assert_close(found.tokens, expected.tokens)
+    assert run.train_bank.windows is None
+
+
+def test_mirrored_images_are_averaged(run):
+    bank, images = run.val_bank, torch.arange(3)
+    tokens, mirrored = bank.get(images).tokens, bank.mirrored_tokens(images)
+    plain = segment(run.state, tokens, bank.grid, bank.data.size)
+    both = segment(run.state, tokens, bank.grid, bank.data.size, mirrored=mirrored)
+    # The mirrored image with itself mirrored: the same map mirrored, whatever is averaged.
+    turned = segment(run.state, mirrored, bank.grid, bank.data.size, mirrored=tokens)
+    for name in SEGMENTATIONS:
+        assert (both[name] != turned[name].flip(2)).double().mean() < 0.01, name
+    assert any(not torch.equal(plain[name], both[name]) for name in SEGMENTATIONS)
+    head = run.state.head.eval()
+    codes = (to_map(head(tokens), bank.grid) + to_map(head(mirrored), bank.grid).flip(3)) / 2
+    logits = F.interpolate(run.state.linear_probe(codes), bank.data.size, mode="bilinear")
+    assert (both["linear"] == logits.argmax(dim=1)).double().mean() > 0.999
+    scores = [
+        evaluation.evaluate(run.state, bank, ["linear"], how=EvaluationConfig(flip=flip)) for flip in (False, True)
+    ]
+    assert scores[0]["linear"] != scores[1]["linear"]
+
+
+def test_log_probabilities_are_those_of_the_published_evaluation(run):
+    bank, images = run.val_bank, torch.arange(2)
+    tokens, size = bank.get(images).tokens, bank.data.size
+    codes = F.interpolate(to_map(run.state.head.eval()(tokens), bank.grid), size, mode="bilinear", align_corners=False)
+    cosine = torch.einsum(
+        "bdhw,cd->bchw", F.normalize(codes, dim=1), F.normalize(run.state.cluster_probe.clusters, dim=1)
+    )
+    expected = {"linear": run.state.linear_probe(codes).log_softmax(1), "cluster_probe": (2 * cosine).log_softmax(1)}
+    for name, values in expected.items():
+        found = log_probabilities(run.state, tokens, bank.grid, size, name)
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-4)
+
+
+def test_a_crf_changes_the_scores_and_is_told(run, capsys):
+    path = str(checkpoint_path(run.config))
+    evaluation.main(["--checkpoint", path, "evaluation.crf=exact"])
+    refined = capsys.readouterr().out
+    evaluation.main(["--checkpoint", path])
+    plain = capsys.readouterr().out
+    assert "CRF: exact" in refined and "CRF: none" in plain
+    assert refined.replace("CRF: exact", "CRF: none") != plain
+
+
+def test_neighbours_vote(run):
+    """Against a loop over patches and sorted similarities, with all training patches."""
+    found = knn_scores(run.state, run.train_bank, run.val_bank, 5, seed=0)
+    train_images, val_images = torch.arange(len(run.train_bank)), torch.arange(len(run.val_bank))
+    labels = patch_classes(run.train_bank.labels(train_images), run.train_bank.grid, 6).flatten()
+    for name, of in {"baseline": nn.Identity(), "hp": run.state.head.eval()}.items():
+        keys = F.normalize(of(run.train_bank.get(train_images).tokens), dim=-1).flatten(0, 1)[labels >= 0]
+        queries = F.normalize(of(run.val_bank.get(val_images).tokens), dim=-1)
+        shares = torch.zeros(*queries.shape[:2], 6)
+        for image, rows in enumerate(queries):
+            for patch, row in enumerate(rows):
+                nearest = (keys @ row).argsort(descending=True)[:5]
+                for vote in labels[labels >= 0][nearest].tolist():
+                    shares[image, patch, vote] += 0.2
+        prediction = F.interpolate(to_map(shares, run.val_bank.grid), run.val_bank.data.size, mode="bilinear").argmax(1)
+        truth = run.val_bank.labels(val_images)
+        right = (prediction == truth)[truth >= 0].double().mean().item()
+        assert found[name]["accuracy"] == pytest.approx(100 * right, abs=1)
+        assert 20 < found[name]["miou"] <= 100
+
+
+def test_neighbours_are_in_the_table(run, capsys):
+    evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.knn=3"])
+    out = capsys.readouterr().out
+    assert "neighbours in the features (with labels)" in out and "HP, neighbours in the codes" in out

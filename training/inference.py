@@ -1,0 +1,67 @@
+"""Frozen features of pixels: in one piece, or window by window for images larger than a backbone was trained on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import hpkernels
+from training.backbones.base import Backbone
+
+
+class Features(NamedTuple):
+    """What the frozen backbone says about B images of H x W patches."""
+
+    tokens: Tensor  # (B, G, Df) float32
+    weights: Tensor  # (B, 9, H, W) float32, for local propagation; empty where they were not asked for
+
+
+class Windows(NamedTuple):
+    """Square windows over an image, in pixels; both multiples of the patch size."""
+
+    side: int
+    stride: int
+
+
+@torch.no_grad()
+def features_of(
+    backbone: Backbone, pixels: Tensor, *, weights: bool = True, windows: Windows | None = None, backend: str = "auto"
+) -> Features:
+    """Features of images (B, 3, h, w) in [0, 1]; where windows overlap, the mean of theirs."""
+    if windows is None or max(pixels.shape[2:]) <= windows.side:
+        return _whole(backbone, pixels, weights, backend)
+    patch = backbone.patch_size
+    height, width = backbone.grid(tuple(pixels.shape[2:]))
+    total: dict[str, Tensor] = {}
+    count = pixels.new_zeros(height, width)
+    for top in _starts(pixels.shape[2], windows):
+        for left in _starts(pixels.shape[3], windows):
+            cut = pixels[:, :, top : top + windows.side, left : left + windows.side]
+            found = _whole(backbone, cut, weights, backend)
+            grid = backbone.grid(tuple(cut.shape[2:]))
+            inside = (slice(top // patch, top // patch + grid[0]), slice(left // patch, left // patch + grid[1]))
+            count[inside] += 1
+            for name, part in {"tokens": found.tokens.mT.unflatten(2, grid), "weights": found.weights}.items():
+                if part.numel():
+                    if name not in total:
+                        total[name] = part.new_zeros(len(part), part.shape[1], height, width)
+                    total[name][:, :, inside[0], inside[1]] += part
+    tokens = (total["tokens"] / count).flatten(2).mT
+    return Features(tokens, total["weights"] / count if weights else tokens.new_empty(0))
+
+
+def _starts(length: int, windows: Windows) -> list[int]:
+    """Where windows begin along a side; the last one ends with the image."""
+    last = max(0, length - windows.side)
+    return [*range(0, last, windows.stride), last]
+
+
+def _whole(backbone: Backbone, pixels: Tensor, weights: bool, backend: str) -> Features:
+    tokens, query, key = backbone(backbone.normalize(pixels))
+    if not weights:
+        return Features(tokens.float(), tokens.new_empty(0))
+    grid = backbone.grid(tuple(pixels.shape[2:]))
+    local = hpkernels.local_propagation_weights(query, key, grid, prefix_tokens=backbone.prefix_tokens, backend=backend)
+    return Features(tokens.float(), local.float())
