@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ValueError: an unknown key (with the nearest known one), a value of another type or out of bounds.
     """
     first, *rest = str(path).split(",")
-    variants = _yaml(VARIANTS.read_text(encoding="utf-8"), str(VARIANTS)) if rest else {}
+    variants = _variants()
     for name in rest:
         if name not in variants:
             raise ValueError(f"config: no variant {name!r}; there are {', '.join(variants)}")
@@ -104,6 +105,8 @@ def overview() -> str:
     lines = [f"presets (in {PRESETS}):"]
     for file in sorted(PRESETS.glob("*.yaml")):
         lines.append(f"  {file.stem:14}{file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
+    lines.append("\nvariants, joined to a preset by commas (--config camvid,row_b):")
+    lines.append(textwrap.fill(", ".join(_variants()), 76, initial_indent="  ", subsequent_indent="  "))
     lines.append("\nsections of keys, which --keys lists with their meaning:")
     for name, section in _sections().items():
         lines.append(f"  {name:14}{(section.__doc__ or '').partition(chr(10))[0]}")
@@ -153,6 +156,12 @@ def _edit(values: dict[str, Any], override: str) -> str:
             raise ValueError(f"config: `{key}` goes into `{section}`, which is not a section")
     values[name] = _yaml(text, f"the value of `{key}`") if text[:1] in ("[", "{", '"', "'") else text
     return key
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    """Changes of a preset, by name."""
+    variants: dict[str, dict[str, Any]] = _yaml(VARIANTS.read_text(encoding="utf-8"), str(VARIANTS))
+    return variants
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
