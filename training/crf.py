@@ -35,7 +35,7 @@ def check_crf(name: str) -> None:
 
 
 def refined(name: str, images: Tensor, log_probabilities: Tensor) -> Tensor:
-    """Class or cluster maps (B, h, w) int64 of images, refined by the CRF called `name`.
+    """Probabilities (B, C, h, w) of classes or clusters at the pixels of images, refined by the CRF called `name`.
 
     Args:
         name: "pydensecrf", the permutohedral approximation, images in parallel processes; or "exact".
@@ -43,16 +43,16 @@ def refined(name: str, images: Tensor, log_probabilities: Tensor) -> Tensor:
         log_probabilities: (B, C, h, w).
     """
     if name == "exact":
-        return torch.stack([exact(*pair) for pair in zip(images, log_probabilities, strict=True)]).argmax(dim=1)
+        return torch.stack([exact(*pair) for pair in zip(images, log_probabilities, strict=True)])
     probabilities = log_probabilities.exp().cpu().numpy()
     pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     jobs: list[Callable] = [delayed(_permutohedral)(*pair) for pair in zip(pixels, probabilities, strict=True)]
-    maps = Parallel(n_jobs=min(len(jobs), torch.get_num_threads()))(jobs)
-    return torch.from_numpy(np.stack(maps)).to(log_probabilities.device)
+    beliefs = Parallel(n_jobs=min(len(jobs), torch.get_num_threads()))(jobs)
+    return torch.from_numpy(np.stack(beliefs)).to(log_probabilities.device)
 
 
 def _permutohedral(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The map (h, w) int64 of one image (h, w, 3) uint8 with probabilities (C, h, w)."""
+    """Probabilities (C, h, w) of one image (h, w, 3) uint8 with probabilities (C, h, w)."""
     from pydensecrf.densecrf import DenseCRF2D
     from pydensecrf.utils import unary_from_softmax
 
@@ -63,7 +63,7 @@ def _permutohedral(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     field.addPairwiseGaussian(sxy=position, compat=weight)
     weight, position, colour = _APPEARANCE
     field.addPairwiseBilateral(sxy=position, srgb=colour, rgbim=image, compat=weight)
-    return np.array(field.inference(_ROUNDS)).argmax(axis=0).reshape(height, width).astype(np.int64)
+    return np.array(field.inference(_ROUNDS), dtype=np.float32).reshape(classes, height, width)
 
 
 def exact(image: Tensor, log_probabilities: Tensor, cells: int = _CELLS) -> Tensor:

@@ -119,7 +119,9 @@ def _maps(
         return segment(state, tokens, bank.grid, size, names, mirrored)
     pictures = torch.stack([bank.data.image(index) for index in images.tolist()])
     return {
-        name: refined(how.crf, pictures, log_probabilities(state, tokens, bank.grid, size, name, mirrored))
+        name: refined(how.crf, pictures, log_probabilities(state, tokens, bank.grid, size, name, mirrored)).argmax(
+            dim=1
+        )
         for name in names
     }
 

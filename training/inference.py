@@ -25,6 +25,23 @@ class Windows(NamedTuple):
     stride: int
 
 
+def fitted_size(
+    photograph: tuple[int, int], size: tuple[int, int], windows: Windows | None, patch: int
+) -> tuple[int, int]:
+    """Height and width that the whole of a photograph is segmented at.
+
+    Without windows `size`. Windows keep the shape of the photograph, up to the rounding to patches: its shorter side
+    becomes that of `size`, and its longer side at most eight times that, so that memory is bounded.
+    """
+    if windows is None:
+        return size
+    short = min(size)
+    height, width = (
+        max(patch, round(min(short * side / min(photograph), 8 * short) / patch) * patch) for side in photograph
+    )
+    return height, width
+
+
 @torch.no_grad()
 def features_of(
     backbone: Backbone, pixels: Tensor, *, weights: bool = True, windows: Windows | None = None, backend: str = "auto"

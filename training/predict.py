@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -22,28 +21,50 @@ from tqdm import tqdm
 
 from training.backbones import Backbone
 from training.config import Config
-from training.data import class_names, resized
+from training.crf import refined
+from training.data import class_names, image_size, resized
 from training.evaluate import HEADLINE
 from training.figures import class_palette
+from training.inference import features_of, fitted_size
 from training.output import prepare_folder
 from training.photographs import MARK, display_name, is_prediction, list_images, read_rgb, real, visible_files
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.run import open_trained
-from training.segment import SEGMENTATIONS, check_usable, map_names, segment, to_classes
+from training.run import open_trained, scoring_windows
+from training.segment import (
+    SEGMENTATIONS,
+    check_usable,
+    greatest,
+    log_probabilities,
+    map_names,
+    segment,
+    to_classes,
+)
 from training.state import TrainingState
 
-_EDITABLE = ("data.size", "backend")  # keys that a checkpoint does not settle
+# Keys that a checkpoint does not settle.
+_EDITABLE = ("data.size", *(f"evaluation.{key}" for key in ("size", "flip", "window", "stride", "crf")), "backend")
 _NAMES = "classes.json"
 
 
 def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path, kind: str) -> Tensor:
     """The class map (h, w) int64, on the CPU, of one photograph at its own size."""
-    device = next(state.head.parameters()).device
+    device, how = next(state.head.parameters()).device, config.evaluation
+    windows = scoring_windows(config, backbone)
     photograph = read_rgb(file)
-    pixels = resized(photograph, config.data.size)[None].to(device).float() / 255
-    with torch.no_grad():
-        tokens = backbone(backbone.normalize(pixels)).tokens.float()
-    maps = segment(state, tokens, backbone.grid(config.data.size), (photograph.height, photograph.width), only=[kind])
+    full = photograph.height, photograph.width
+    size = fitted_size(full, image_size(config, "val"), windows, backbone.patch_size)
+    image = resized(photograph, size)[None].to(device)
+
+    def tokens(pixels: Tensor) -> Tensor:
+        return features_of(backbone, pixels, weights=False, windows=windows).tokens
+
+    pixels, grid = image.float() / 255, backbone.grid(size)
+    features, mirrored = tokens(pixels), tokens(pixels.flip(3)) if how.flip else None
+    if how.crf == "none":
+        maps = segment(state, features, grid, full, [kind], mirrored)
+    else:  # at the size that the backbone saw: at that of the photograph it would take all memory
+        logs = log_probabilities(state, features, grid, size, kind, mirrored)
+        maps = {kind: greatest(refined(how.crf, image, logs), full)}
     return to_classes(state, maps)[kind][0].cpu()
 
 
@@ -136,9 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=expanded, help="the folder to write to")
     parser.add_argument("--segmentation", default=HEADLINE, choices=SEGMENTATIONS, help=f"which one ({HEADLINE})")
     parser.add_argument("--device", default="auto")
-    add_overrides(
-        parser, "edits of data.size, which photographs are resized to for the backbone, and backend", keys=False
-    )
+    add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. evaluation.flip=true", keys=False)
     options = parse_with_overrides(parser, arguments)
     with one_sentence("predict"):
         run(options)

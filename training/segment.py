@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,11 @@ def segment(
     features, codes = feature_maps(state, tokens, grid, mirrored)
     length = codes.norm(dim=1, keepdim=True)
     return {
-        name: greatest(_scores(state, name, features, codes) * (length if name == "cluster_probe" else 1), size)
+        name: greatest(
+            _scores(state, name, features if name == "baseline" else codes)
+            * (length if name == "cluster_probe" else 1),
+            size,
+        )
         for name in only
     }
 
@@ -69,12 +73,14 @@ def log_probabilities(
     Features and codes are interpolated to pixels first. As published: ``log_softmax`` of the logits of the linear
     probe, and of twice the cosine with each cluster, which are twice the closeness for k-means.
     """
-    maps = feature_maps(state, tokens, grid, mirrored)
+    features, codes = feature_maps(state, tokens, grid, mirrored)
     parts = []
-    for image in range(len(tokens)):  # codes at pixels are large
-        features, codes = (upsample(of[image, None], size) for of in maps)
-        scores = _scores(state, name, features, codes)
-        parts.append((scores if name == "linear" else 2 * scores).log_softmax(dim=1))
+    for of in (features if name == "baseline" else codes).split(1):
+        bands = []
+        for _, pixels in _interpolated(of, size):  # features at all pixels are large
+            scores = _scores(state, name, pixels)
+            bands.append((scores if name == "linear" else 2 * scores).log_softmax(dim=1))
+        parts.append(torch.cat(bands, dim=2))
     return torch.cat(parts)
 
 
@@ -90,14 +96,14 @@ def feature_maps(
     return (maps[0] + turned[0]) / 2, (maps[1] + turned[1]) / 2
 
 
-def _scores(state: TrainingState, name: str, features: Tensor, codes: Tensor) -> Tensor:
-    """The score (B, C, H, W) of each cluster or class, of maps of features and codes."""
+def _scores(state: TrainingState, name: str, maps: Tensor) -> Tensor:
+    """The score (B, C, H, W) of each cluster or class, of maps of features for the baseline, of codes for the rest."""
     if name == "linear":
-        return state.linear_probe(codes)
+        return state.linear_probe(maps)
     if name == "cluster_probe":
-        return state.cluster_probe.similarity(codes)
-    of, centres = (features, state.clusterings.features) if name == "baseline" else (codes, state.clusterings.codes)
-    return closeness(of.movedim(1, -1), centres).movedim(-1, 1)
+        return state.cluster_probe.similarity(maps)
+    centres = state.clusterings.features if name == "baseline" else state.clusterings.codes
+    return closeness(maps.movedim(1, -1), centres).movedim(-1, 1)
 
 
 def greatest(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -105,19 +111,24 @@ def greatest(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Goes through bands of rows, so that memory is bounded whatever the size.
     """
+    result = torch.empty((len(scores), *size), dtype=torch.int64, device=scores.device)
+    for band, pixels in _interpolated(scores, size):
+        result[:, band] = pixels.argmax(dim=1)
+    return result
+
+
+def _interpolated(maps: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`upsample` in bands: the rows of each, and the maps (B, C, rows, w) there."""
     height, width = size
     # Bilinear interpolation is one of columns after one of rows; that of columns is small as long as rows are few.
-    wide = F.interpolate(scores, size=(scores.shape[2], width), mode="bilinear", align_corners=False)
-    at = ((torch.arange(height, device=scores.device) + 0.5) * scores.shape[2] / height - 0.5).clamp(min=0)
-    above = at.long().clamp(max=scores.shape[2] - 1)
-    below = (above + 1).clamp(max=scores.shape[2] - 1)
-    share = (at - above)[:, None].to(scores.dtype)
-    result = torch.empty((len(scores), height, width), dtype=torch.int64, device=scores.device)
-    rows = max(1, _BAND_NUMBERS // max(1, scores.shape[0] * scores.shape[1] * width))
-    for band in torch.arange(height, device=scores.device).split(rows):
-        blended = wide[:, :, above[band]].lerp(wide[:, :, below[band]], share[band])
-        result[:, band] = blended.argmax(dim=1)
-    return result
+    wide = upsample(maps, (maps.shape[2], width))
+    at = ((torch.arange(height, device=maps.device) + 0.5) * maps.shape[2] / height - 0.5).clamp(min=0)
+    above = at.long().clamp(max=maps.shape[2] - 1)
+    below = (above + 1).clamp(max=maps.shape[2] - 1)
+    share = (at - above)[:, None].to(maps.dtype)
+    rows = max(1, _BAND_NUMBERS // max(1, maps.shape[0] * maps.shape[1] * width))
+    for band in torch.arange(height, device=maps.device).split(rows):
+        yield band, wide[:, :, above[band]].lerp(wide[:, :, below[band]], share[band])
 
 
 def why_unusable(state: TrainingState, name: str) -> str | None:
