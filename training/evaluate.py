@@ -188,8 +188,10 @@ def score(
     scores = evaluate(state, val, match_on=train if how.match == "train" else None, how=how)
     metrics = all_scores(scores, position_scores(state, val), config, val.data.classes)
     if how.knn and train is not None:
-        for model, figures in (knn_scores(state, train, val, how.knn, config.seed) or {}).items():
-            metrics[model]["knn"] = {name: _rounded(figure) for name, figure in figures.items()}
+        found = knn_scores(state, train, val, how.knn, config.seed, same_images=images_scored(config) == "training")
+        for model in ("baseline", "hp"):
+            figures = None if found is None else {name: _rounded(figure) for name, figure in found[model].items()}
+            metrics[model]["knn"] = figures
     return metrics, scores
 
 
@@ -208,7 +210,7 @@ def all_scores(
         "images": images_scored(config),
         "matched_on": "training" if config.evaluation.match == "train" else images_scored(config),
         "crf": config.evaluation.crf,
-        "checkpoint": "best-on-val" if config.quirks.select_on_labels else "last",
+        "checkpoint": "best-on-val" if config.quirks.select_on_labels and scores is not None else "last",
         "position_score": {name: _rounded(score) for name, score in positions.items()},
         "per_class": {"classes": list(classes)}
         | {
@@ -251,6 +253,8 @@ def metrics_table(metrics: dict[str, Any]) -> str:
         lines.append("no row of k-means: its centres are fitted when the run finishes")
     if rows[3][1] is None:
         lines.append("no row of the linear probe: it never saw a label")
+    if "knn" in metrics["hp"] and rows[5][1] is None:
+        lines.append("no row of neighbours: no patch of the training images has a label")
     if "images" in metrics:
         lines.append(
             f"scored on the {metrics['images']} images; clusters matched on the {metrics['matched_on']} images;"

@@ -82,8 +82,16 @@ def to_rows(code_map: Tensor) -> Tensor:
 
 
 def patch_classes(labels: Tensor | None, grid: tuple[int, int], classes: int) -> Tensor | None:
-    """The class (B, H, W) of most pixels of each patch, of labels (B, h, w); negative where most have none."""
+    """The class (B, H, W) of most pixels of each patch, of labels (B, h, w); -1 where most have none. None without."""
     if labels is None:
         return None
-    counts = F.one_hot(labels.clamp(min=-1) + 1, classes + 1).permute(0, 3, 1, 2).float()
-    return F.adaptive_avg_pool2d(counts, grid).argmax(dim=1) - 1
+    images, *size = labels.shape
+    row, column = (torch.arange(s, device=labels.device) * n // s for s, n in zip(size, grid, strict=True))
+    patch = (
+        row[:, None] * grid[1] + column + torch.arange(images, device=labels.device)[:, None, None] * grid[0] * grid[1]
+    )
+    values = classes + 1  # void is one of them
+    counts = (
+        (patch * values + labels.clamp(min=-1) + 1).flatten().bincount(minlength=images * grid[0] * grid[1] * values)
+    )
+    return counts.view(images, *grid, values).argmax(dim=3) - 1

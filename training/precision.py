@@ -16,6 +16,7 @@ from training.run import Run
 from training.schedule import seed_step
 
 _BATCHES = 4
+_KINDS = ("agnostic", "specific")
 
 
 @torch.no_grad()
@@ -35,19 +36,18 @@ def positive_precision(run: Run) -> dict[str, dict[str, dict[str, float]]]:
         image = torch.arange(len(images), device=run.device).repeat_interleave(run.train_bank.anchors_per_image)
         same_image = PositiveMask.from_labels(image)
         classes = patch_classes(run.train_bank.labels(images), run.train_bank.grid, len(run.train_bank.data.classes))
-        known = same_class = None
+        relevant: list[PositiveMask] = []  # pairs of labelled patches, and of those of one class
         if classes is not None:
-            same_class = PositiveMask.from_labels(classes.flatten())
-            known = PositiveMask.from_labels(torch.where(classes.flatten() >= 0, 0, -1))
+            known = torch.where(classes.flatten() >= 0, 0, -1)
+            relevant = [PositiveMask.from_labels(known), PositiveMask.from_labels(classes.flatten())]
         for kind, positives in discovered(run, images).items():
             within = positives & same_image
-            for where, number in {"within": _count(within), "across": _count(positives) - _count(within)}.items():
-                counts[kind][where][0] += number
-            if known is not None and same_class is not None:
-                for place, mask in enumerate((known, same_class), start=1):
-                    inside, all_of_them = _count(within & mask), _count(positives & mask)
-                    counts[kind]["within"][place] += inside
-                    counts[kind]["across"][place] += all_of_them - inside
+            counts[kind]["within"][0] += _count(within)
+            counts[kind]["across"][0] += _count(positives) - _count(within)
+            for place, mask in enumerate(relevant, start=1):
+                inside = _count(within & mask)
+                counts[kind]["within"][place] += inside
+                counts[kind]["across"][place] += _count(positives & mask) - inside
         anchors += len(image)
     return {
         kind: {
@@ -59,9 +59,6 @@ def positive_precision(run: Run) -> dict[str, dict[str, dict[str, float]]]:
         }
         for kind, of_kind in counts.items()
     }
-
-
-_KINDS = ("agnostic", "specific")
 
 
 def discovered(run: Run, images: Tensor) -> dict[str, PositiveMask]:

@@ -152,6 +152,45 @@ def test_neighbours_vote(run):
         assert 20 < found[name]["miou"] <= 100
 
 
+@pytest.mark.parametrize("neighbours", [1, 1000])
+def test_no_patch_is_voted_for_by_its_own_image(run, neighbours):
+    """Where training images are scored, the nearest patch of all is the patch itself."""
+    bank, images = run.train_bank, torch.arange(len(run.train_bank))
+    itself = knn_scores(run.state, bank, bank, 1, seed=0)["baseline"]["accuracy"]
+    found = knn_scores(run.state, bank, bank, neighbours, seed=0, same_images=True)
+    rows = F.normalize(bank.get(images).tokens, dim=-1)
+    labels = patch_classes(bank.labels(images), bank.grid, 6).flatten(1)
+    shares = torch.zeros(*rows.shape[:2], 6)
+    for image in images:
+        others, known = images != image, labels[images != image] >= 0
+        products = rows[image] @ rows[others][known].T
+        nearest = products.topk(min(neighbours, products.shape[1])).indices
+        shares[image] = F.one_hot(labels[others][known][nearest], 6).double().mean(dim=1).float()
+    prediction = F.interpolate(to_map(shares, bank.grid), bank.data.size, mode="bilinear").argmax(1)
+    truth = bank.labels(images)
+    right = (prediction == truth)[truth >= 0].double().mean().item()
+    assert found["baseline"]["accuracy"] == pytest.approx(100 * right, abs=1)
+    assert found["baseline"]["accuracy"] < itself - 3
+
+
+@pytest.mark.parametrize("images, same", [("training", True), ("validation", False)])
+def test_the_scores_say_whether_images_vote_for_themselves(run, monkeypatch, images, same):
+    asked = []
+    monkeypatch.setattr(evaluation, "images_scored", lambda config: images)
+    monkeypatch.setattr(evaluation, "knn_scores", lambda *_, same_images: asked.append(same_images))
+    config = run.config.model_copy(update={"evaluation": EvaluationConfig(knn=3)})
+    metrics = evaluation.score(config, run.state, run.train_bank, run.val_bank)[0]
+    assert asked == [same]
+    assert metrics["hp"]["knn"] is None and metrics["baseline"]["knn"] is None
+    assert "no row of neighbours: no patch of the training images has a label" in evaluation.metrics_table(metrics)
+
+
+def test_without_labels_no_checkpoint_is_best(tiny_config):
+    config = tiny_config(quirks={"select_on_labels": True})
+    assert evaluation.all_scores({}, {}, config, [])["checkpoint"] == "best-on-val"
+    assert evaluation.all_scores(None, {}, config, [])["checkpoint"] == "last"
+
+
 def test_neighbours_are_in_the_table(run, capsys):
     evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.knn=3"])
     out = capsys.readouterr().out
