@@ -2,17 +2,22 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from training import evaluate as evaluation
+from training import predict as prediction
 from training.backbones.base import Backbone, PatchFeatures
 from training.config import EvaluationConfig
-from training.inference import Windows, features_of
+from training.config_file import edited
+from training.crf import refined
+from training.inference import Windows, features_of, fitted_size
 from training.model import patch_classes, to_map
 from training.neighbours import knn_scores
+from training.predict import predict
 from training.results import write_results
-from training.run import checkpoint_path, open_run
+from training.run import checkpoint_path, open_run, scoring_windows
 from training.segment import SEGMENTATIONS, log_probabilities, segment
 from training.train import train
 
@@ -195,3 +200,58 @@ def test_neighbours_are_in_the_table(run, capsys):
     evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.knn=3"])
     out = capsys.readouterr().out
     assert "neighbours in the features (with labels)" in out and "HP, neighbours in the codes" in out
+
+
+@pytest.mark.parametrize(
+    "photograph, windows, expected",
+    [
+        ((60, 90), None, (32, 40)),
+        ((60, 90), Windows(16, 8), (32, 48)),
+        ((90, 60), Windows(16, 8), (48, 32)),
+        ((10, 10000), Windows(16, 8), (32, 256)),
+    ],
+)
+def test_windows_keep_the_shape_of_a_photograph(photograph, windows, expected):
+    assert fitted_size(photograph, (32, 40), windows, 8) == expected
+
+
+@pytest.mark.parametrize("edits", [{"flip": True}, {"window": 16, "stride": 8, "flip": True}, {"crf": "exact"}])
+def test_a_photograph_is_predicted_as_it_is_scored(run, tmp_path, edits):
+    """With the shape of the validation images, a prediction is the map that `evaluate` counts."""
+    image = run.val_bank.data.image(1)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    values = {f"evaluation.{key}": value for key, value in edits.items()}
+    config = edited(run.config, [f"{key}={value}" for key, value in values.items()], values)
+    found = predict(config, run.backbone, run.state, tmp_path / "a.png", "linear")
+    pixels = image[None].float() / 255
+    windows = scoring_windows(config, run.backbone)
+    tokens, mirrored = (features_of(run.backbone, of, windows=windows).tokens for of in (pixels, pixels.flip(3)))
+    mirrored = mirrored if config.evaluation.flip else None
+    grid, size = run.val_bank.grid, run.val_bank.data.size
+    if config.evaluation.crf == "none":
+        expected = segment(run.state, tokens, grid, size, ["linear"], mirrored)["linear"][0]
+    else:
+        logs = log_probabilities(run.state, tokens, grid, size, "linear", mirrored)
+        expected = refined("exact", image[None], logs).argmax(dim=1)[0]
+    assert torch.equal(found, expected)
+    plain = predict(run.config, run.backbone, run.state, tmp_path / "a.png", "linear")
+    assert not torch.equal(found, plain)
+
+
+def test_predict_takes_edits(run, tmp_path, photo_folder):
+    root = photo_folder(images=1)
+    arguments = ["--checkpoint", str(checkpoint_path(run.config)), "--images", str(root / "imgs" / "val")]
+    prediction.main([*arguments, "--out", str(tmp_path / "out"), "evaluation.window=16", "evaluation.crf=exact"])
+    with Image.open(tmp_path / "out" / "mosaic_0000.png") as file:
+        assert file.size == (64, 48)
+    with pytest.raises(SystemExit, match="^predict: config: `evaluation.window` must be a multiple"):
+        prediction.main([*arguments, "--out", str(tmp_path / "other"), "evaluation.window=20"])
+
+
+@pytest.mark.parametrize("name", SEGMENTATIONS)
+def test_log_probabilities_in_bands(run, monkeypatch, name):
+    bank = run.val_bank
+    arguments = run.state, bank.get(torch.arange(2)).tokens, bank.grid, (33, 41), name
+    whole = log_probabilities(*arguments)
+    monkeypatch.setattr("training.segment._BAND_NUMBERS", 3000)
+    torch.testing.assert_close(log_probabilities(*arguments), whole)
