@@ -228,11 +228,11 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     """The figures of `summary` for people."""
     rows = [
         ("k-means on the frozen features (baseline)", metrics["baseline"]["unsupervised"], "baseline"),
-        ("HP, k-means on the codes", metrics["hp"]["kmeans"], "kmeans"),
-        ("HP, cluster probe", metrics["hp"]["cluster_probe"], "cluster_probe"),
-        ("HP, linear probe (trained with labels)", metrics["hp"]["linear"], "linear"),
+        ("k-means on the codes", metrics["hp"]["kmeans"], "kmeans"),
+        ("cluster probe", metrics["hp"]["cluster_probe"], "cluster_probe"),
+        ("linear probe (trained with labels)", metrics["hp"]["linear"], "linear"),
         ("neighbours in the features (with labels)", metrics["baseline"].get("knn"), "knn"),
-        ("HP, neighbours in the codes (with labels)", metrics["hp"].get("knn"), "knn"),
+        ("neighbours in the codes (with labels)", metrics["hp"].get("knn"), "knn"),
     ]
     positions = metrics.get("position_score", {})
     real = [(title, figures, name) for title, figures, name in rows if figures is not None]

@@ -23,11 +23,11 @@ from training.checkpoint import written_whole
 
 _METHODS = {
     ("baseline", "unsupervised"): "Baseline: k-means of the frozen features",
-    ("hp", "kmeans"): "Hidden Positives: k-means of the codes",
-    ("hp", "cluster_probe"): "Hidden Positives: cluster probe",
-    ("hp", "linear"): "Hidden Positives: linear probe (learns from labels)",
+    ("hp", "kmeans"): "Codes: k-means",
+    ("hp", "cluster_probe"): "Codes: cluster probe",
+    ("hp", "linear"): "Codes: linear probe (learns from labels)",
     ("baseline", "knn"): "Baseline: nearest neighbours of the frozen features (learns from labels)",
-    ("hp", "knn"): "Hidden Positives: nearest neighbours of the codes (learns from labels)",
+    ("hp", "knn"): "Codes: nearest neighbours (learns from labels)",
 }
 _CURVES = {
     "loss": "Loss",
@@ -176,7 +176,7 @@ def _cards(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     return [
         (percent(baseline), "mIoU of the baseline, %"),
-        (percent(hp), "mIoU of Hidden Positives, %"),
+        (percent(hp), "mIoU of the codes, %"),
         (f"{hp - baseline:+.1f}".replace("-", "−"), "difference in points, no labels used"),
     ]
 

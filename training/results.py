@@ -30,9 +30,9 @@ _ANCHORS = 4  # how many anchors are shown with their positives
 _SEARCHED = 256  # images among which the positives of an anchor are searched
 _TITLES = {
     "baseline": "Baseline",
-    HEADLINE: "Hidden Positives",
-    "cluster_probe": "HP, cluster probe",
-    "linear": "HP, linear probe",
+    HEADLINE: "Codes, k-means",
+    "cluster_probe": "Codes, cluster probe",
+    "linear": "Codes, linear probe",
 }
 
 
@@ -101,6 +101,7 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
         (about["finished"], about["device"], f"{duration(about['training_seconds'])} for {about['steps']} steps"),
         (
             run.config.backbone.name,
+            "" if run.config.loss.objective == "hp" else f"loss.objective: {run.config.loss.objective}",
             f"trained on {about['training_images']:,} images",
             f"{about['scored_images']:,} {metrics['images']} images segmented",
             commit,

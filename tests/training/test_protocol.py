@@ -199,7 +199,7 @@ def test_without_labels_no_checkpoint_is_best(tiny_config):
 def test_neighbours_are_in_the_table(run, capsys):
     evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.knn=3"])
     out = capsys.readouterr().out
-    assert "neighbours in the features (with labels)" in out and "HP, neighbours in the codes" in out
+    assert "neighbours in the features (with labels)" in out and "neighbours in the codes (with labels)" in out
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_shows_everything(page):
 
 def test_headline_is_not_repeated_in_the_table(page):
     rows = page.texts["th"]
-    assert "Hidden Positives: k-means of the codes" in rows
+    assert "Codes: k-means" in rows
     assert "Hidden Positives, unsupervised" not in rows
 
 

@@ -56,9 +56,9 @@ def test_a_report_says_how_its_figures_were_got(tiny_config, photo_folder, monke
     assert list(shown.examples[0].maps) == [
         "Label",
         "Baseline",
-        "Hidden Positives",
-        "HP, cluster probe",
-        "HP, linear probe",
+        "Codes, k-means",
+        "Codes, cluster probe",
+        "Codes, linear probe",
     ]
     assert shown.facts[1] == (
         "patch_dictionary · trained on 4 images · 4 training images segmented · commit 0123abc-dirty"
@@ -71,7 +71,11 @@ def test_without_labels_no_probe_of_labels_is_shown(tiny_config, photo_folder):
     data = {"name": "folder", "root": str(photo_folder(labels=False)), "size": [32, 40], "clusters": 4}
     run = open_run(tiny_config(data=data))
     run.state.clusterings.fit(run.train_bank, run.state.head, 0)
-    assert list(results.examples(run, torch.arange(1))[0].maps) == ["Baseline", "Hidden Positives", "HP, cluster probe"]
+    assert list(results.examples(run, torch.arange(1))[0].maps) == [
+        "Baseline",
+        "Codes, k-means",
+        "Codes, cluster probe",
+    ]
 
 
 def test_outside_a_repository_there_is_no_commit(monkeypatch, tmp_path):
