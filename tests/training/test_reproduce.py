@@ -1,6 +1,7 @@
-"""docs/reproduce.md: every command is a valid configuration, and every variant is in a row."""
+"""docs/reproduce.md: every command is valid, every variant is in a row, the presets have the published settings."""
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,26 @@ def test_every_variant_has_a_row():
     variants = set(yaml.safe_load(VARIANTS.read_text(encoding="utf-8")))
     assert variants <= named
     assert all(name in overview() for name in variants)
+
+
+def settings():
+    """Rows of the table of settings that name keys: (keys, preset, values), both separated by commas."""
+    section = PAGE.split("## Settings")[1]
+    for row in re.findall(r"^\| `.*\|$", section, flags=re.MULTILINE):
+        _, *values, keys = (cell.strip() for cell in row.strip("|").split("|"))
+        for preset, value in zip(("coco27", "cityscapes27", "potsdam3"), values, strict=True):
+            yield pytest.param(re.findall(r"`([\w.=]+)`", keys), preset, value.split(", "), id=f"{preset}-{keys}")
+
+
+@pytest.mark.parametrize("keys, preset, values", list(settings()))
+def test_presets_have_the_published_settings(keys, preset, values):
+    config = load_config(preset, [])
+    for key, value in zip(keys, values, strict=True):
+        key, _, ours = key.partition("=")  # "loss.variant=joint" names our value of a published number
+        found = reduce(getattr, key.split("."), config)
+        if key == "backbone.name":
+            assert found == {"ViT-S/8": "vit_small_patch8_224.dino", "ViT-B/8": "vit_base_patch8_224.dino"}[value]
+        elif key == "data.size":
+            assert found == (int(value), int(value))
+        else:
+            assert str(found).lower() == ours if ours else found == float(value)
