@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,21 +35,31 @@ def check_crf(name: str) -> None:
         )
 
 
-def refined(name: str, images: Tensor, log_probabilities: Tensor) -> Tensor:
+def refined(name: str, images: Tensor, log_probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Probabilities (B, C, h, w) of classes or clusters at the pixels of images, refined by the CRF called `name`.
 
     Args:
         name: "pydensecrf", the permutohedral approximation, images in parallel processes; or "exact".
         images: (B, 3, h, w) uint8.
-        log_probabilities: (B, C, h, w).
+        log_probabilities: (B, C, h, w) of each segmentation.
     """
     if name == "exact":
-        return torch.stack([exact(*pair) for pair in zip(images, log_probabilities, strict=True)])
-    probabilities = log_probabilities.exp().cpu().numpy()
+        beliefs: dict[str, list[Tensor]] = {key: [] for key in log_probabilities}
+        for index, image in enumerate(images):
+            size = next(iter(log_probabilities.values())).shape[2:]
+            pairs = pair_weights(image.to(next(iter(log_probabilities.values())).device), size)
+            for key, logs in log_probabilities.items():
+                beliefs[key].append(exact(pairs, logs[index]))
+        return {key: torch.stack(parts) for key, parts in beliefs.items()}
     pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    jobs: list[Callable] = [delayed(_permutohedral)(*pair) for pair in zip(pixels, probabilities, strict=True)]
-    beliefs = Parallel(n_jobs=min(len(jobs), torch.get_num_threads()))(jobs)
-    return torch.from_numpy(np.stack(beliefs)).to(log_probabilities.device)
+    found = {}
+    for key, logs in log_probabilities.items():
+        jobs: list[Callable] = [
+            delayed(_permutohedral)(*pair) for pair in zip(pixels, logs.exp().cpu().numpy(), strict=True)
+        ]
+        parts = Parallel(n_jobs=min(len(jobs), torch.get_num_threads()))(jobs)
+        found[key] = torch.from_numpy(np.stack(parts)).to(logs.device)
+    return found
 
 
 def _permutohedral(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -66,34 +77,42 @@ def _permutohedral(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return np.array(field.inference(_ROUNDS), dtype=np.float32).reshape(classes, height, width)
 
 
-def exact(image: Tensor, log_probabilities: Tensor, cells: int = _CELLS) -> Tensor:
-    """Probabilities (C, h, w) after mean-field rounds over all pairs, on any device.
+class Pairs(NamedTuple):
+    """The kernels between all cells of a grid over an image."""
 
-    Larger images are averaged to a grid of at most `cells`; what the rounds change there, in log p, is interpolated
-    back to all pixels. Positions stay those in pixels of the image.
+    weights: Tensor  # (n, n), the sum of w_k N_k K_k N_k
+    grid: tuple[int, int]
 
-    Args:
-        image: (3, h, w) uint8.
-        log_probabilities: (C, h, w).
-        cells: memory is two numbers for each pair of them.
+
+def pair_weights(image: Tensor, size: Sequence[int], cells: int = _CELLS) -> Pairs:
+    """The kernels of an image (3, h, w) uint8 over a grid of at most `cells`, in positions of `size` pixels.
+
+    Two numbers of memory for each pair of cells.
     """
-    size = log_probabilities.shape[1:]
     shrink = max(1.0, (size[0] * size[1] / cells) ** 0.5)
     grid = (max(1, int(size[0] / shrink)), max(1, int(size[1] / shrink)))
-    colours = F.adaptive_avg_pool2d(image.float().to(log_probabilities.device), grid).flatten(1).T
-    small = F.adaptive_avg_pool2d(log_probabilities, grid).flatten(1).T  # (n, C)
-    small = small.log_softmax(dim=1)
-    rows, columns = ((torch.arange(n, device=small.device) + 0.5) * s / n for n, s in zip(grid, size, strict=True))
+    colours = F.adaptive_avg_pool2d(image.float(), grid).flatten(1).T
+    rows, columns = ((torch.arange(n, device=image.device) + 0.5) * s / n for n, s in zip(grid, size, strict=True))
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
     weight, position = _SMOOTHNESS
-    kernel = weight * _normalised(places / position)
+    weights = weight * _normalised(places / position)
     weight, position, colour = _APPEARANCE
-    kernel += weight * _normalised(torch.cat([places / position, colours / colour], dim=1))
+    weights += weight * _normalised(torch.cat([places / position, colours / colour], dim=1))
+    return Pairs(weights, grid)
+
+
+def exact(pairs: Pairs, log_probabilities: Tensor) -> Tensor:
+    """Probabilities (C, h, w) after mean-field rounds over all pairs, of log-probabilities (C, h, w), on any device.
+
+    Where the grid is coarser than the pixels, log p is averaged to it, and what the rounds change in it is interpolated
+    back to all pixels.
+    """
+    small = F.adaptive_avg_pool2d(log_probabilities, pairs.grid).flatten(1).T.log_softmax(dim=1)  # (n, C)
     beliefs = small.exp()
     for _ in range(_ROUNDS):
-        beliefs = (small + kernel @ beliefs).softmax(dim=1)
-    change = (beliefs.clamp(min=1e-12).log() - small).T.unflatten(1, grid)[None]
-    wide = F.interpolate(change, size=tuple(size), mode="bilinear", align_corners=False)[0]
+        beliefs = (small + pairs.weights @ beliefs).softmax(dim=1)
+    change = (beliefs.clamp(min=1e-12).log() - small).T.unflatten(1, pairs.grid)[None]
+    wide = F.interpolate(change, size=tuple(log_probabilities.shape[1:]), mode="bilinear", align_corners=False)[0]
     return (log_probabilities + wide).softmax(dim=0)
 
 

@@ -56,7 +56,8 @@ def evaluate(
         state: with fitted clusterings and probes.
         bank: the images to score.
         only: names of segmentations.
-        match_on: the images whose labels clusters are matched to classes by, if not those of `bank`.
+        match_on: the images whose labels clusters are matched to classes by, if not those of `bank`. If they have none,
+            clusters are not scored.
         how: whether mirrored images count, and which CRF. None: plainly.
 
     Returns:
@@ -69,11 +70,13 @@ def evaluate(
     metrics = _counted(state, bank, usable, how)
     clustered = [name for name in usable if name in CLUSTERED]
     matching = metrics if match_on is None else _counted(state, match_on, clustered, how)
-    if metrics is None or matching is None:
+    if metrics is None:
         return None
     scores: dict[str, dict] = {}
     for name, metric in metrics.items():
         if name in CLUSTERED:
+            if match_on is not None and (matching is None or not matching[name].counted):
+                continue  # nothing to match by
             metric.assignment = matching[name].assignment
         confusion = merge_clusters(metric.confusion, metric.assignment).tolist()
         scores[name] = metric.scores() | {"class_iou": metric.class_iou().tolist(), "confusion": confusion}
@@ -118,12 +121,8 @@ def _maps(
     if how.crf == "none":
         return segment(state, tokens, bank.grid, size, names, mirrored)
     pictures = torch.stack([bank.data.image(index) for index in images.tolist()])
-    return {
-        name: refined(how.crf, pictures, log_probabilities(state, tokens, bank.grid, size, name, mirrored)).argmax(
-            dim=1
-        )
-        for name in names
-    }
+    logs = {name: log_probabilities(state, tokens, bank.grid, size, name, mirrored) for name in names}
+    return {name: beliefs.argmax(dim=1) for name, beliefs in refined(how.crf, pictures, logs).items()}
 
 
 def position_scores(state: TrainingState, bank: FeatureBank) -> dict[str, float]:
@@ -143,6 +142,11 @@ def images_scored(config: Config) -> str:
     if config.data.name == "folder" and not (Path(config.data.root or "") / "imgs" / "val").is_dir():
         return "training"
     return "validation"
+
+
+def matched_on(config: Config) -> str:
+    """Which images clusters are matched to classes on."""
+    return "training" if config.evaluation.match == "train" else images_scored(config)
 
 
 def summary(scores: dict[str, dict] | None) -> dict[str, dict]:
@@ -186,7 +190,9 @@ def score(
     """
     how = config.evaluation
     scores = evaluate(state, val, match_on=train if how.match == "train" else None, how=how)
-    metrics = all_scores(scores, position_scores(state, val), config, val.data.classes)
+    # A run that is finished has gone back to its best state, if there was one.
+    best = config.quirks.select_on_labels and state.best_score > 0 and bool(state.clusterings.fitted)
+    metrics = all_scores(scores, position_scores(state, val), config, val.data.classes, best)
     if how.knn and train is not None:
         found = knn_scores(state, train, val, how.knn, config.seed, same_images=images_scored(config) == "training")
         for model in ("baseline", "hp"):
@@ -196,7 +202,11 @@ def score(
 
 
 def all_scores(
-    scores: dict[str, dict] | None, positions: dict[str, float], config: Config, classes: Sequence[str]
+    scores: dict[str, dict] | None,
+    positions: dict[str, float],
+    config: Config,
+    classes: Sequence[str],
+    best: bool = False,
 ) -> dict[str, Any]:
     """All that `metrics.json` says of the segmentations.
 
@@ -205,12 +215,13 @@ def all_scores(
         positions: of `position_scores`.
         config: of the run.
         classes: names.
+        best: whether the state is the best of those scored on labels, and not the last.
     """
     return summary(scores) | {
         "images": images_scored(config),
-        "matched_on": "training" if config.evaluation.match == "train" else images_scored(config),
+        "matched_on": None if scores is None else matched_on(config),
         "crf": config.evaluation.crf,
-        "checkpoint": "best-on-val" if config.quirks.select_on_labels and scores is not None else "last",
+        "checkpoint": "best-on-val" if best else "last",
         "position_score": {name: _rounded(score) for name, score in positions.items()},
         "per_class": {"classes": list(classes)}
         | {
@@ -250,7 +261,12 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     if any(figures["accuracy"] is None for _, figures, _ in real):
         lines.append("-: no labelled pixels")
     if rows[1][1] is None:
-        lines.append("no row of k-means: its centres are fitted when the run finishes")
+        unmatched = rows[2][1] is None  # nor of the cluster probe, which needs no fitting
+        lines.append(
+            "no rows of clusters: no training image has a label to match them by"
+            if unmatched
+            else "no row of k-means: its centres are fitted when the run finishes"
+        )
     if rows[3][1] is None:
         lines.append("no row of the linear probe: it never saw a label")
     if "knn" in metrics["hp"] and rows[5][1] is None:
@@ -285,11 +301,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.root is not None:
             name = "folder" if config.data.name == "procedural" else config.data.name
             config.data = config.data.model_copy(update={"name": name, "root": str(options.root)})
-        device = next(state.head.parameters()).device
-        bank = open_bank(config, backbone, open_data(config, "val"), device, scored=True)
+        bank = open_bank(config, backbone, open_data(config, "val"), state.device, scored=True)
         train = None
         if config.evaluation.match == "train" or config.evaluation.knn:
-            train = open_bank(config, backbone, open_data(config, "train"), device)
+            train = open_bank(config, backbone, open_data(config, "train"), state.device)
         metrics = score(config, state, train, bank)[0]
     print(to_json(metrics) if options.json else metrics_table(metrics))
 

@@ -13,6 +13,7 @@ from training.kmeans import closeness, kmeans
 from training.schedule import specific_weight
 
 if TYPE_CHECKING:
+    from training.config import Config
     from training.run import Run
     from training.train import Codes, Views
 
@@ -33,6 +34,18 @@ def objective_term(run: Run, views: Views, codes: Codes, images: Tensor) -> Tens
     if objective == "stego":
         return feature_correlation(run, views, codes, images)
     return codes.code.new_zeros(())
+
+
+def check_objective(config: Config, images: int, clusters: int) -> None:
+    """Refuse an objective that the data or the pool is too small for.
+
+    Raises:
+        ValueError: it is.
+    """
+    if config.loss.objective == "clusters" and config.pool.size < clusters:
+        raise ValueError(f"config: `pool.size` must be at least the {clusters} clusters, got {config.pool.size}")
+    if config.loss.objective == "stego" and images < 2:
+        raise ValueError(f"config: `loss.objective` stego needs at least 2 training images, got {images}")
 
 
 def current_lambda(run: Run) -> float:
@@ -134,8 +147,6 @@ def _centres(run: Run) -> Tensor:
     """k-means centres (C, Df) of the task-agnostic pool, which a resumed run finds again."""
     if run.cluster_centres is None:
         pool, number = run.state.pools.agnostic(), run.state.clusters
-        if len(pool) < number:
-            raise ValueError(f"config: `pool.size` must be at least the {number} clusters, got {len(pool)}")
         run.cluster_centres = kmeans(pool, number, seed=run.config.seed, restarts=5)
     return run.cluster_centres
 
@@ -145,8 +156,6 @@ def _neighbours(run: Run) -> Tensor:
     """The nearest images (n, K) of each training image, by the mean of their features."""
     if run.nearest_images is None:
         bank = run.train_bank
-        if len(bank) < 2:
-            raise ValueError("config: `data.train_images` must be at least 2 for `loss.objective=stego`, got 1")
         means = F.normalize(torch.cat([bank.get(some).tokens.mean(dim=1) for some in bank.batches()]), dim=1)
         close = [
             # An image is no neighbour of itself.

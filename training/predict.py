@@ -48,7 +48,7 @@ _NAMES = "classes.json"
 
 def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path, kind: str) -> Tensor:
     """The class map (h, w) int64, on the CPU, of one photograph at its own size."""
-    device, how = next(state.head.parameters()).device, config.evaluation
+    device, how = state.device, config.evaluation
     windows = scoring_windows(config, backbone)
     photograph = read_rgb(file)
     full = photograph.height, photograph.width
@@ -64,7 +64,7 @@ def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path
         maps = segment(state, features, grid, full, [kind], mirrored)
     else:  # at the size that the backbone saw: at that of the photograph it would take all memory
         logs = log_probabilities(state, features, grid, size, kind, mirrored)
-        maps = {kind: greatest(refined(how.crf, image, logs), full)}
+        maps = {kind: greatest(refined(how.crf, image, {kind: logs})[kind], full)}
     return to_classes(state, maps)[kind][0].cpu()
 
 
@@ -88,6 +88,7 @@ def outputs(images: Path, out: Path) -> dict[Path, tuple[Path, Path]]:
     Raises:
         ValueError: there are no photographs, or something would be overwritten that is not an earlier prediction.
     """
+    images = images.absolute()
     whole = images.parent if images.is_file() else images
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {display_name(out)}")

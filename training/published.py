@@ -31,7 +31,7 @@ from training.clusterings import check_clusters
 from training.config import Config
 from training.config_file import config_from_dict, edited, known_keys, load_config
 from training.data import open_data
-from training.evaluate import evaluate
+from training.evaluate import evaluate, matched_on
 from training.model import SegmentationHead
 from training.photographs import display_name
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
@@ -154,13 +154,16 @@ def fit_missing(config: Config, backbone: Backbone, state: TrainingState) -> str
     check_clusters(state.clusters, len(train), height * width)
     for module in (backbone, *state.modules.values()):
         module.to(device)
+    train_bank = open_bank(config, backbone, train, device)
+    fitted = "as they are in the file"
     if not state.clusterings.fitted:
-        state.clusterings.fit(open_bank(config, backbone, train, device), state.head, config.seed)
-    scores = evaluate(state, open_bank(config, backbone, val, device, scored=True), CLUSTERED)
-    matched = (
-        "and matched on the validation images" if scores is not None else "and not matched, as there are no labels"
-    )
-    return f"clusters fitted on {len(train)} training images {matched}"
+        state.clusterings.fit(train_bank, state.head, config.seed)
+        fitted = f"fitted on {len(train)} training images"
+    how = config.evaluation
+    val_bank = open_bank(config, backbone, val, device, scored=True)
+    scores = evaluate(state, val_bank, CLUSTERED, train_bank if how.match == "train" else None, how)
+    matched = f"matched on the {matched_on(config)} images" if scores else "not matched, as there are no labels"
+    return f"clusters {fitted}, {matched}"
 
 
 def _flat(contents: dict[str, Any]) -> dict[str, Tensor]:

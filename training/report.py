@@ -153,7 +153,7 @@ def _scores(metrics: Mapping[str, Any]) -> Table:
     columns = {"mIoU, %": ["miou"], "Accuracy, %": ["accuracy"]}
     caption = f"{str(metrics.get('images', 'validation')).capitalize()} images. "
     caption += "Clusters are matched one to one to classes; pixels of a cluster left over are wrong."
-    if metrics.get("matched_on", metrics.get("images")) != metrics.get("images"):
+    if metrics.get("matched_on") not in (None, metrics.get("images")):
         caption += f" They are matched on the {metrics['matched_on']} images."
     if metrics.get("checkpoint") == "best-on-val":
         caption += " The checkpoint is the best of those scored on the labels of these images."

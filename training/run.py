@@ -26,6 +26,7 @@ from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
 from training.features import FeatureBank
 from training.inference import Windows
+from training.objectives import check_objective
 from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
@@ -101,6 +102,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
     number = clusters(train_data, config)
+    check_objective(config, len(train_data), number)
     prepare_folder(Path(config.output), "config: `output`")
 
     backbone = build_backbone(_own_weights(config, saved), config.seed, device, config.local)
@@ -197,6 +199,13 @@ def open_trained(
         state = TrainingState(config, backbone.features_dim, number, where, classes)
         state.load_modules(saved["state"])
         state.step = saved["state"]["step"]
+    edits = {override.partition("=")[0].strip() for override in overrides}
+    if "data.size" in edits and "evaluation.size" not in edits and config.evaluation.size is not None:
+        height, width = config.evaluation.size
+        raise ValueError(
+            "config: `data.size` changes nothing here, as the checkpoint has `evaluation.size`"
+            f" {height} x {width}: edit that"
+        )
     if overrides:
         backbone.grid(config.data.size)  # which an edit may not fit
         check_evaluation_size(config, backbone)

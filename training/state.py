@@ -74,6 +74,11 @@ class TrainingState:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the modules are."""
+        return self.cluster_probe.clusters.device
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """Everything with parameters or buffers, by its name in the checkpoint."""
         return {
@@ -104,15 +109,15 @@ class TrainingState:
         """Continue where `state` was taken."""
         for name in ("step", "history", "seconds"):
             setattr(self, name, state[name])
-        self.best_score = state.get("best_score", 0.0)  # older checkpoints have another criterion
         self.load_modules(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
 
     def load_modules(self, state: dict[str, Any]) -> None:
-        """Take the modules alone from `state`, and whether the linear probe saw a label."""
+        """Take the modules alone from `state`, and what labels did to them."""
         self.saw_labels = saw_labels(state)
+        self.best_score = state.get("best_score", 0.0)  # older checkpoints have another criterion
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
 

@@ -352,3 +352,11 @@ def test_build_backbone_follows_the_configuration():
     built = build_backbone(BackboneConfig(name="patch_dictionary", features_dim=12, patch_size=8), 0, device)
     assert isinstance(built, PatchDictionary) and built.features_dim == 12
     assert isinstance(build_backbone(BackboneConfig(name=VIT), 0, device), TimmViT)
+
+
+def test_random_weights_follow_the_seed():
+    config = BackboneConfig(name="vit_tiny_patch16_224")
+    before = torch.get_rng_state()
+    first, again, other = (build_backbone(config, seed, torch.device("cpu")).vit.cls_token for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())

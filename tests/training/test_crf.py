@@ -55,9 +55,13 @@ def tensors(image, probabilities):
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(probabilities).float().log()
 
 
+def solved(image, logs, cells=6400):
+    return crf.exact(crf.pair_weights(image, logs.shape[1:], cells), logs)
+
+
 def test_exact_is_the_mean_field_over_all_pairs(problem):
     expected = mean_field(*problem)
-    found = crf.exact(*tensors(*problem)).numpy()
+    found = solved(*tensors(*problem)).numpy()
     assert np.abs(found - expected).max() < 1e-4
     assert np.abs(mean_field(*problem, rounds=3) - expected).max() > 1e-3
     assert np.abs(mean_field(*problem, appearance=3.0) - expected).max() > 1e-2
@@ -69,9 +73,9 @@ def test_pydensecrf_approximates_it(problem, monkeypatch):
     expected = mean_field(*problem)
 
     def error():
-        return np.abs(crf.refined("pydensecrf", image, logs)[0].numpy() - expected).mean()
+        return np.abs(crf.refined("pydensecrf", image, {"a": logs})["a"][0].numpy() - expected).mean()
 
-    two = crf.refined("pydensecrf", image.expand(2, -1, -1, -1), logs.expand(2, -1, -1, -1))
+    two = crf.refined("pydensecrf", image.expand(2, -1, -1, -1), {"a": logs.expand(2, -1, -1, -1)})["a"]
     assert torch.equal(two[0], two[1])
     assert error() < 4.5e-4  # 3e-4 was measured
     for name, other in {"_APPEARANCE": (2.0, 67.0, 3.0), "_SMOOTHNESS": (3.0, 2.0), "_ROUNDS": 3}.items():
@@ -85,7 +89,7 @@ def test_refined_maps_follow_the_edges_of_the_picture(problem):
     labels = torch.zeros(HEIGHT, WIDTH, dtype=torch.int64)
     labels[:, 6:] = 1
     before = (logs[0].argmax(dim=0) == labels).double().mean()
-    after = (crf.refined("exact", image, logs)[0].argmax(dim=0) == labels).double().mean()
+    after = (crf.refined("exact", image, {"a": logs})["a"][0].argmax(dim=0) == labels).double().mean()
     assert after > before + 0.1 and after > 0.95
 
 
@@ -93,7 +97,7 @@ def test_large_images_are_summed_on_a_grid(problem):
     image, logs = tensors(*problem)
     wide = image.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
     wide_logs = logs.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
-    found = crf.exact(wide, wide_logs, cells=HEIGHT * WIDTH)
+    found = solved(wide, wide_logs, HEIGHT * WIDTH)
     assert found.shape == (CLASSES, 4 * HEIGHT, 4 * WIDTH)
     torch.testing.assert_close(found.sum(dim=0), torch.ones(4 * HEIGHT, 4 * WIDTH))
     labels = torch.zeros(4 * HEIGHT, 4 * WIDTH, dtype=torch.int64)

@@ -82,3 +82,22 @@ def test_stego_is_the_published_correlation_loss(tiny_config):
         random.append(loss(own, sampled([m[order % 4] for m in maps["own"]], others), 0.46))
     expected = 0.67 * loss(own, own, 0.18) + 0.25 * loss(own, sampled(maps["near"], others), 0.12)
     torch.testing.assert_close(value, expected + 0.63 * torch.stack(random).mean())
+
+
+@pytest.mark.parametrize(
+    "edits, message",
+    [
+        (
+            {"loss": {"objective": "clusters"}, "pool": {"size": 4}},
+            "`pool.size` must be at least the 6 clusters, got 4",
+        ),
+        (
+            {"loss": {"objective": "stego"}, "batch_size": 1, "data": {"name": "procedural", "train_images": 1}},
+            "`loss.objective` stego needs at least 2 training images, got 1",
+        ),
+    ],
+)
+def test_objectives_that_the_data_is_too_small_for(tiny_config, tmp_path, edits, message):
+    with pytest.raises(ValueError, match=message):
+        open_run(tiny_config(**edits))
+    assert not (tmp_path / "run").exists()

@@ -190,10 +190,61 @@ def test_the_scores_say_whether_images_vote_for_themselves(run, monkeypatch, ima
     assert "no row of neighbours: no patch of the training images has a label" in evaluation.metrics_table(metrics)
 
 
-def test_without_labels_no_checkpoint_is_best(tiny_config):
-    config = tiny_config(quirks={"select_on_labels": True})
-    assert evaluation.all_scores({}, {}, config, [])["checkpoint"] == "best-on-val"
-    assert evaluation.all_scores(None, {}, config, [])["checkpoint"] == "last"
+@pytest.mark.parametrize("labels, kept", [("labels", "best-on-val"), ("void", "last"), ("none", "last")])
+def test_the_checkpoint_is_the_best_only_where_labels_chose_it(tiny_config, photo_folder, labels, kept):
+    root = photo_folder(labels=labels != "none")
+    if labels == "void":
+        for file in (root / "labels" / "val").iterdir():
+            Image.new("L", (64, 48), 255).save(file)
+    data = {"name": "folder", "root": str(root), "size": [32, 40], "classes": list("abcdef")}
+    run = open_run(tiny_config(data=data, quirks={"select_on_labels": True}))
+    train(run)
+    assert run.best_path.is_file() == (kept == "best-on-val")
+    metrics = write_results(run)[1]
+    assert metrics["checkpoint"] == kept
+    assert (metrics["matched_on"] is None) == (labels == "none")
+
+
+@pytest.mark.parametrize("void", [True, False])
+def test_clusters_are_not_scored_without_labels_to_match_them_by(tiny_config, photo_folder, capsys, void):
+    root = photo_folder()
+    data = {"name": "folder", "root": str(root), "size": [32, 40], "classes": list("abcdef")}
+    run = open_run(tiny_config(data=data))
+    train(run)
+    write_results(run)
+    for file in (root / "labels" / "train").iterdir():
+        if void:
+            Image.new("L", (64, 48), 255).save(file)
+        else:
+            file.unlink()
+    evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "evaluation.match=train"])
+    out = capsys.readouterr().out
+    assert "no rows of clusters: no training image has a label to match them by" in out
+    assert "linear probe (trained with labels)" in out and "cluster probe" not in out
+
+
+def test_frozen_codes_are_scored_and_segmented(tiny_config, photo_folder, tmp_path, monkeypatch, capsys):
+    """From a folder as one writes it on a command line, relative to where one is."""
+    photo_folder(name="photos")
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "folder", "root": "photos", "size": [32, 40], "classes": list("abcdef")}
+    run = open_run(tiny_config(data=data, loss={"objective": "none", "local": False, "consistency": 0}))
+    train(run)
+    write_results(run)
+    path = str(checkpoint_path(run.config))
+    evaluation.main(["--checkpoint", path, "--root", "photos"])
+    assert "linear probe (trained with labels)" in capsys.readouterr().out
+    prediction.main(["--checkpoint", path, "--images", "photos/imgs/val", "--out", "maps"])
+    assert (tmp_path / "maps" / "mosaic_0000.png").is_file()
+
+
+def test_an_edit_of_the_size_that_changes_nothing_is_refused(tiny_config):
+    run = open_run(tiny_config(evaluation={"size": [48, 56]}))
+    run.save()
+    with pytest.raises(
+        SystemExit, match="`data.size` changes nothing here, as the checkpoint has `evaluation.size` 48"
+    ):
+        evaluation.main(["--checkpoint", str(checkpoint_path(run.config)), "data.size=32"])
 
 
 def test_neighbours_are_in_the_table(run, capsys):
@@ -232,7 +283,7 @@ def test_a_photograph_is_predicted_as_it_is_scored(run, tmp_path, edits):
         expected = segment(run.state, tokens, grid, size, ["linear"], mirrored)["linear"][0]
     else:
         logs = log_probabilities(run.state, tokens, grid, size, "linear", mirrored)
-        expected = refined("exact", image[None], logs).argmax(dim=1)[0]
+        expected = refined("exact", image[None], {"a": logs})["a"].argmax(dim=1)[0]
     assert torch.equal(found, expected)
     plain = predict(run.config, run.backbone, run.state, tmp_path / "a.png", "linear")
     assert not torch.equal(found, plain)

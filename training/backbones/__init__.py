@@ -27,15 +27,17 @@ def build_backbone(
                 raise ValueError(f"config: `{key}` must be null, as patch_dictionary has no layers, got {value}")
         backbone = PatchDictionary(config.features_dim, config.patch_size, seed)
     else:
-        backbone = TimmViT(
-            config.name,
-            config.pretrained,
-            config.weights,
-            config.class_token,
-            layer=config.layer,
-            local_source=local.source,
-            local_layer=local.layer,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of random weights
+            backbone = TimmViT(
+                config.name,
+                config.pretrained,
+                config.weights,
+                config.class_token,
+                layer=config.layer,
+                local_source=local.source,
+                local_layer=local.layer,
+            )
     return backbone.to(device)
 
 

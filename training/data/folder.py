@@ -49,7 +49,7 @@ class FolderData:
         self.classes = classes
         self.size = size
         self._frame = Frame(size, crop, nearest)
-        root = Path(os.path.expanduser(root))
+        root = Path(os.path.expanduser(root)).absolute()
         _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
