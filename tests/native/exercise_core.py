@@ -22,7 +22,9 @@ def main(folder):
     for anchors in (1, 31, 33, 70):
         rows = normal(anchors, 5)
         codes, stats = core.coarse_int8(rows)
-        bits = core.pack(codes.astype(np.int32) @ codes.T, rows, stats, normal(anchors))
+        threshold = normal(anchors)
+        for symmetric in (False, True):
+            bits = core.pack(codes.astype(np.int32) @ codes.T, rows, stats, threshold, symmetric)
         core.transpose_bits(bits, anchors)
         core.repeat_bits(bits[0], anchors, 5 * anchors)
         for per_image in sorted({1, anchors}):
