@@ -56,14 +56,13 @@ def current_lambda(run: Run) -> float:
 def hidden_positives(run: Run, views: Views, codes: Codes) -> Tensor:
     """Global hidden positives and the contrastive loss of both branches."""
     loss, pools = run.config.loss, run.state.pools
-    features = F.normalize(views.features, dim=-1).flatten(0, 1)
     if not loss.agnostic:
         return _specific_alone(run, codes)
     lam = current_lambda(run)
     specific = loss.specific and lam > 0
     return hpkernels.ghp_contrastive(
         codes.z.flatten(0, 1),
-        features,
+        F.normalize(views.features, dim=-1).flatten(0, 1),
         pools.agnostic(),
         specific=F.normalize(codes.ema, dim=-1).flatten(0, 1) if specific else None,
         specific_pool=pools.specific() if specific else None,
@@ -77,14 +76,12 @@ def hidden_positives(run: Run, views: Views, codes: Codes) -> Tensor:
 
 def _specific_alone(run: Run, codes: Codes) -> Tensor:
     """The same with task-specific positives in the place of the task-agnostic ones, from the first step on."""
-    loss = run.config.loss
-    ema = F.normalize(codes.ema, dim=-1).flatten(0, 1)
     return hpkernels.ghp_contrastive(
         codes.z.flatten(0, 1),
-        ema,
+        F.normalize(codes.ema, dim=-1).flatten(0, 1),
         run.state.pools.specific(),
         z_mixed=None if codes.z_mixed is None else codes.z_mixed.flatten(0, 1),
-        symmetric=loss.symmetric,
+        symmetric=run.config.loss.symmetric,
         **_options(run),
     )
 
