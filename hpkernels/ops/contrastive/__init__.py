@@ -1,0 +1,257 @@
+"""The contrastive loss for everyone: many positives, anchors against keys, no N x K tensor."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.backends import Backend
+from hpkernels.ops import _checks as check
+from hpkernels.ops.contrastive import registration
+from hpkernels.ops.contrastive.chunked import Needs
+from hpkernels.ops.contrastive.registration import Arguments
+from hpkernels.ops.contrastive.relations import Checked, Labels, PairLists, Pairs, Relation, Sizes, checked, without
+
+__all__ = ["ContrastiveStatistics", "Labels", "PairLists", "contrastive"]
+
+Aggregation = Literal["outside", "inside"]
+Denominator = Literal["all", "negatives"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+class ContrastiveStatistics(NamedTuple):
+    """What the loss knows of its anchors and, in both directions, of its keys; without gradients.
+
+    Attributes:
+        log_denominator: (N,) log of the sum of the exponentials of an anchor's logits; -inf for an empty denominator.
+        positives: (N,) int64, how many positives an anchor has.
+        key_log_denominator: (K,) the same of the keys, or None.
+        key_positives: (K,) int64, or None.
+    """
+
+    log_denominator: Tensor
+    positives: Tensor
+    key_log_denominator: Tensor | None = None
+    key_positives: Tensor | None = None
+
+
+@overload
+def contrastive(
+    anchors: Tensor,
+    keys: Tensor | None = None,
+    *,
+    positives: Pairs | tuple[Pairs, ...],
+    exclude: Pairs | tuple[Pairs, ...] | None = None,
+    exclude_positives: bool = True,
+    temperature: float | Tensor = 0.07,
+    key_bias: Tensor | None = None,
+    positive_aggregation: Aggregation = "outside",
+    denominator: Denominator = "all",
+    both_directions: bool = False,
+    anchor_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    return_statistics: Literal[False] = False,
+    backend: Backend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def contrastive(
+    anchors: Tensor,
+    keys: Tensor | None = None,
+    *,
+    positives: Pairs | tuple[Pairs, ...],
+    exclude: Pairs | tuple[Pairs, ...] | None = None,
+    exclude_positives: bool = True,
+    temperature: float | Tensor = 0.07,
+    key_bias: Tensor | None = None,
+    positive_aggregation: Aggregation = "outside",
+    denominator: Denominator = "all",
+    both_directions: bool = False,
+    anchor_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    return_statistics: Literal[True],
+    backend: Backend = "auto",
+) -> tuple[Tensor, ContrastiveStatistics]: ...
+
+
+def contrastive(
+    anchors: Tensor,
+    keys: Tensor | None = None,
+    *,
+    positives: Pairs | tuple[Pairs, ...],
+    exclude: Pairs | tuple[Pairs, ...] | None = None,
+    exclude_positives: bool = True,
+    temperature: float | Tensor = 0.07,
+    key_bias: Tensor | None = None,
+    positive_aggregation: Aggregation = "outside",
+    denominator: Denominator = "all",
+    both_directions: bool = False,
+    anchor_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    return_statistics: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, ContrastiveStatistics]:
+    """Compute a softmax contrastive loss with any number of positives for each anchor, without any N x K tensor.
+
+    With ``l_ij = <anchors_i, keys_j> / temperature + key_bias_j``, positives of weights ``w_ij`` (1 but for weighted
+    lists) and ``n_i = sum_j w_ij``, the loss of an anchor is
+    ``L_i = log sum_{k in Den_i} exp l_ik - sum_j w_ij l_ij / n_i`` (SupCon, Khosla et al., NeurIPS 2020, L_out). InfoNCE
+    and CLIP are the case of one positive.
+
+    Args:
+        anchors: (N, D) floating-point rows, any strides; usually L2-normalised, but any rows whose products do not
+            overflow are safe.
+        keys: (K, D), the dtype and device of `anchors`. None: the anchors are each other's keys, and none its own.
+        positives: which pairs are positives: `Labels`, a `PositiveMask`, `PairLists`, or a tuple of them, whose union
+            they are. An integer tensor stands for ``Labels`` of it, a bool tensor (N, K) for a mask. A pair that several
+            forms name counts by the greatest of its weights.
+        exclude: pairs that take no part, in the same forms: they are in no denominator, and no positives. Lists have no
+            weights here.
+        exclude_positives: False: a pair that `positives` and `exclude` both name stays a positive, so that `exclude`
+            names false negatives alone.
+        temperature: > 0, a float, or a 0-d floating-point tensor, which receives a gradient (1 / logit scale).
+        key_bias: (K,) floating-point, added to the logits of each key, with a gradient; minus the log of a key's
+            sampling probability is the log-Q correction.
+        positive_aggregation: "outside" as above, or "inside": ``L_i = log sum_{Den_i} exp l_ik - log (sum_j w_ij exp
+            l_ij / n_i)`` (SupCon's L_in; MIL-NCE, Miech et al., CVPR 2020, less the constant ``log n_i``).
+        denominator: Den_i are all pairs that take part ("all"), or those that are no positives ("negatives", decoupled
+            contrastive learning, Yeh et al., ECCV 2022).
+        both_directions: also the same loss of the keys with the anchors as their keys, from the same logits, and the
+            mean of both (CLIP).
+        anchor_weight: (N,) floating-point, at least 0, what each anchor's loss counts; no gradient. It has no say in
+            the loss of the keys.
+        reduction: "mean": the mean over the anchors that have positives and a denominator, weighted by `anchor_weight`;
+            "sum"; or "none": (N,), not in both directions.
+        return_statistics: also return `ContrastiveStatistics`.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The loss, float32 (float64 for float64 `anchors`), 0-d or (N,); with `return_statistics` it and the statistics.
+        Anchors without positives, or whose denominator is empty, contribute zero loss and gradient, and are left out of
+        the mean; if nothing is left the loss is 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. On the CPU, outside
+            ``torch.compile``, values that are not finite, and lists with offsets or keys out of range, are a ValueError;
+            elsewhere the loss is NaN, and listed keys out of range are no pairs.
+
+    Notes:
+        Logits and sums are float32 (float64) whatever the dtype of `anchors`. Gradients reach `anchors`, `keys`,
+        `temperature` and `key_bias`; double backward is refused. Deterministic. Under autocast keys of another floating
+        dtype are cast to that of the anchors. Memory: blocks of pairs in 32 MiB on the CPU and 1 GiB on a GPU, but at
+        least 32 rows of K numbers; twice as much for weighted lists. With "mean" or "sum" in one direction the gradients
+        are found forward, and kept in the accumulation's dtype; otherwise logits are computed again. Where the keys
+        are the anchors and the relations symmetric, pairs i < j alone are computed.
+
+    Example:
+        >>> import torch, hpkernels
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = normalize(torch.eye(3) + 0.1), normalize(torch.eye(3) - 0.1).requires_grad_()
+        >>> matching = hpkernels.Labels(torch.arange(3))
+        >>> loss = hpkernels.contrastive(images, texts, positives=matching, both_directions=True)
+        >>> loss.backward()
+        >>> texts.grad.shape
+        torch.Size([3, 3])
+    """
+    op = "contrastive"
+    check.tensor(op, "anchors", anchors, ("N", "D"))
+    count = anchors.shape[0]
+    if keys is not None:
+        keys = check.with_autocast(keys, anchors)
+        check.tensor(op, "keys", keys, ("K", anchors.shape[1]))
+        check.same(op, "keys", keys, "anchors", anchors)
+    sizes = Sizes(count, count if keys is None else keys.shape[0], keys is None)
+    check.choice(op, "positive_aggregation", positive_aggregation, ("outside", "inside"))
+    check.choice(op, "denominator", denominator, ("all", "negatives"))
+    check.choice(op, "reduction", reduction, ("mean", "sum", "none") if not both_directions else ("mean", "sum"))
+    flags = {
+        "exclude_positives": exclude_positives,
+        "both_directions": both_directions,
+        "return_statistics": return_statistics,
+    }
+    for name, value in flags.items():
+        check.flag(op, name, value)
+    of_positives = checked(op, "positives", positives, anchors, sizes, weighted=True)
+    excluded = None if exclude is None else checked(op, "exclude", exclude, anchors, sizes)
+    for relation in (of_positives, excluded):
+        if relation is not None and relation.ignored is not None:
+            excluded = without(excluded, relation.ignored)
+    scale = _temperature(op, temperature, anchors)
+    if key_bias is not None:
+        check.tensor(op, "key_bias", key_bias, (sizes.keys,))
+        check.same(op, "key_bias", key_bias, "anchors", anchors, dtype=False)
+        check.finite(op, "key_bias", key_bias)
+    if anchor_weight is not None:
+        anchor_weight = _weight(op, anchor_weight, anchors)
+    check.finite(op, "anchors", anchors)
+    if keys is not None:
+        check.finite(op, "keys", keys)
+    needs = Needs(*map(_needs_gradient, (anchors, keys, scale, key_bias)))
+    arguments = Arguments(
+        anchors,
+        keys,
+        of_positives.relation,
+        Relation() if excluded is None else excluded.relation,
+        key_bias,
+        scale,
+        anchor_weight,
+        _is_symmetric(of_positives, excluded, key_bias, both_directions),
+        positive_aggregation == "inside",
+        denominator == "negatives",
+        exclude_positives,
+        both_directions,
+        reduction,
+        needs,
+        backends.select(op, backend, anchors),
+    )
+    loss, rows, columns, _ = registration.contrastive(*arguments.flat())
+    if check.readable(loss.detach()) and not loss.isfinite().all():  # the inputs are: they were checked
+        raise ValueError(
+            f"{op}: `anchors` and `keys` must have inner products that are finite when divided by the temperature, in"
+            f" {str(loss.dtype).removeprefix('torch.')}, got a loss of {loss[~loss.isfinite()].flatten()[0].item()}"
+        )
+    if not return_statistics:
+        return loss  # type: ignore[no-any-return]
+    of_keys = (columns[:, 0], columns[:, 3].long()) if both_directions else (None, None)
+    return loss, ContrastiveStatistics(rows[:, 0], rows[:, 3].long(), *of_keys)
+
+
+def _is_symmetric(positives: Checked, excluded: Checked | None, key_bias: Tensor | None, both: bool) -> bool:
+    """Whether the loss of pair (i, j) is that of (j, i), and the anchors are their own keys."""
+    relations = positives.symmetric and (excluded is None or excluded.symmetric)
+    return relations and key_bias is None and not both
+
+
+def _needs_gradient(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad and torch.is_grad_enabled()
+
+
+def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tensor:
+    """The temperature as a 0-d tensor of the accumulation's dtype."""
+    (accumulate,) = check.accumulation(anchors.dtype)
+    if not isinstance(temperature, Tensor):
+        value = check.reciprocal(op, "temperature", temperature, accumulate)
+        # A sum, so that Dynamo makes a float that changes at every step an input of the graph.
+        return torch.zeros((), dtype=accumulate, device=anchors.device) + value
+    check.tensor(op, "temperature", temperature, ())
+    check.same(op, "temperature", temperature, "anchors", anchors, dtype=False)
+    if check.readable(temperature):
+        check.reciprocal(op, "temperature", temperature.item(), accumulate)
+    # Where values cannot be read, a bad one shows in the loss.
+    return temperature.to(accumulate).where(temperature > 0, torch.nan)
+
+
+def _weight(op: str, weight: Any, anchors: Tensor) -> Tensor:
+    (accumulate,) = check.accumulation(anchors.dtype)
+    check.tensor(op, "anchor_weight", weight, (anchors.shape[0],))
+    check.same(op, "anchor_weight", weight, "anchors", anchors, dtype=False)
+    check.constant(op, "anchor_weight", weight)
+    check.finite(op, "anchor_weight", weight)
+    if check.readable(weight) and (weight < 0).any():
+        raise ValueError(f"{op}: `anchor_weight` must be at least 0, got {weight.min().item():g}")
+    weight = weight.detach().to(accumulate)
+    return weight.where(weight >= 0, torch.nan).contiguous()  # where values cannot be read, a bad one shows in the loss
