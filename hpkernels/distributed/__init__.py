@@ -3,3 +3,7 @@
 Each rank of a process group of torch.distributed has some rows of the batch, which is their concatenation in the order
 of ranks.
 """
+
+from hpkernels.distributed.contrastive import contrastive
+
+__all__ = ["contrastive"]

@@ -64,6 +64,11 @@ class Arguments(NamedTuple):
         """As the schema has them."""
         return [*self[:2], *self.positives, *self.excluded, *self[4:-2], list(self.needs), self.backend]
 
+    def parts(self) -> tuple[list[Tensor | None], list[Any]]:
+        """The tensors and the settings of the schema."""
+        flat, settings = self.flat(), _SETTINGS.count(",") + 1
+        return flat[:-settings], flat[-settings:]
+
     @property
     def one_pass(self) -> bool:
         """Whether forward finds the gradients as well."""
@@ -206,10 +211,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     if arguments.one_pass:
         ctx.save_for_backward(*found)
         return
-    flat = arguments.flat()
-    ctx.tensor_count = len(flat) - 8
-    ctx.save_for_backward(rows, columns, *flat[: ctx.tensor_count])
-    ctx.settings = flat[ctx.tensor_count :]
+    tensors, ctx.settings = arguments.parts()
+    ctx.save_for_backward(rows, columns, *tensors)
 
 
 def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
