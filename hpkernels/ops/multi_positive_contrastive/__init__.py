@@ -141,6 +141,8 @@ def mean_loss(
         *weighting,
         symmetric,
         z.shape[1] * z.element_size(),
+        z.shape[0],
+        0,
         backend,
     )
     losses, _ = registration.multi_positive_contrastive(
@@ -155,6 +157,8 @@ def mean_loss(
         options.negative_rate,
         *weighting,
         symmetric,
+        None,
+        0,
         backend,
     )
     mean: Tensor = losses.mean()
