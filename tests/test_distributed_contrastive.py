@@ -1,13 +1,16 @@
-"""`hpkernels.distributed.contrastive` in several processes against `hpkernels.contrastive` in one, on the whole batch."""
+"""`hpkernels.distributed.contrastive` on several ranks against `hpkernels.contrastive` of the whole batch."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import raised, run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -69,9 +72,10 @@ class Batch(NamedTuple):
             return self.mask[rows]
         if kind == "mask":
             return PositiveMask.from_dense(self.mask[rows], keys=not self.own or rank is not None)
-        lists = self.weights[rows].to_sparse_csr()
-        offsets, indices = lists.crow_indices(), lists.col_indices()
-        return PairLists(offsets, indices, lists.values() if kind == "weights" else None)
+        weights = self.weights[rows]
+        listed = weights > 0
+        offsets = nn.functional.pad(listed.sum(dim=1).cumsum(0), (1, 0))
+        return PairLists(offsets, listed.nonzero()[:, 1], weights[listed] if kind == "weights" else None)
 
 
 def _part(counts: tuple[int, ...], rank: int | None) -> slice:
@@ -165,55 +169,251 @@ def check_case(batch: Batch, options: Options, rank: int, **more: Any) -> None:
     """One rank's part of a call against the same in one process."""
     whole = compute(hpkernels.contrastive, batch, options, None, backend=more["backend"])
     part = compute(contrastive, batch, options, rank, **more)
-    tolerance, rows, columns = TOLERANCE[batch.anchors.dtype], batch.rows(rank), batch.columns(rank)
-    wanted_loss = whole.loss[rows] if options.settings.get("reduction") == "none" else whole.loss
-    close = functools.partial(assert_close, tolerance=tolerance)
-    close(part.loss, wanted_loss)
-    close(part.anchors, whole.anchors[rows])
-    close(part.keys, None if whole.keys is None else whole.keys[columns])
-    close(part.bias, None if whole.bias is None else whole.bias[columns])
-    close(part.temperature, whole.temperature)
+    rows, columns = batch.rows(rank), batch.columns(rank)
+    factor = batch.ranks if more["ddp"] else 1
+    close = functools.partial(assert_close, tolerance=TOLERANCE[batch.anchors.dtype])
+    close(part.loss, whole.loss[rows] if options.settings.get("reduction") == "none" else whole.loss)
+    close(part.anchors, factor * whole.anchors[rows])
+    close(part.keys, None if whole.keys is None else factor * whole.keys[columns])
+    close(part.bias, None if whole.bias is None else factor * whole.bias[columns])
+    close(part.temperature, factor / batch.ranks * whole.temperature)
     places = (rows, rows, columns, columns)
     for found, wanted, place in zip(part.statistics, whole.statistics, places, strict=True):
         close(found, None if wanted is None else wanted[place])
 
 
-def check_all(rank: int, ranks: int, dtype: torch.dtype, backend: str) -> None:
+def check_all(rank: int, ranks: int, dtype: torch.dtype, backend: str, ddp: bool = False) -> None:
     for own in (False, True):
         batch = Batch.drawn(ranks, own, dtype)
         for options in (options for options in OPTIONS if options.own == own):
             for exchange in ("gather", "ring"):
                 try:
-                    check_case(batch, options, rank, exchange=exchange, backend=backend, ddp=False)
+                    check_case(batch, options, rank, exchange=exchange, backend=backend, ddp=ddp)
                 except Exception as error:
                     raise AssertionError(f"{options}, {exchange}, {dtype}, rank {rank}") from error
 
 
-def in_processes(tmp_path: Any, ranks: int, function: Any, *arguments: Any) -> None:
-    """Run ``function(rank, ranks, *arguments)`` in processes that form a group."""
-    torch.multiprocessing.spawn(_run, (ranks, tmp_path / "group", function, arguments), ranks)
+@contextmanager
+def patched(module: Any, **values: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(module, name, value)
+        yield
 
 
-def _run(rank: int, ranks: int, file: Any, function: Any, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
-    function(rank, ranks, *arguments)
-    dist.barrier()
-    dist.destroy_process_group()
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_process(dtype):
     check_all(0, 1, dtype, "auto")
 
 
-def _check_processes(rank: int, ranks: int) -> None:
+def _check_ranks(rank: int, ranks: int) -> None:
     check_all(rank, ranks, torch.float64, "reference")
-    check_all(rank, ranks, torch.float32, "auto")
-    chunked.CPU_WORKSPACE = 1  # blocks of 32 anchors
-    check_all(rank, ranks, torch.float64, "auto")
+    check_all(rank, ranks, torch.float32, "auto", ddp=True)
+    with patched(chunked, CPU_WORKSPACE=1):  # blocks of 32 anchors
+        check_all(rank, ranks, torch.bfloat16, "auto")
+    for check in (_check_blocks, _check_deterministic, _check_ddp, _check_settings, _check_failures, _check_group):
+        check(rank, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_processes(tmp_path, ranks):
-    in_processes(tmp_path, ranks, _check_processes)
+def test_ranks(tmp_path, ranks):
+    run_ranks(_check_ranks, ranks, tmp_path, ranks)
+
+
+def _check_blocks(rank: int, ranks: int) -> None:
+    """Of all keys at once, or of those of one rank at a time."""
+    seen: list[int] = []
+
+    def visited(kernels: Any, problem: Any, both: bool) -> Any:
+        seen.append(len(problem.keys))
+        return statistics(kernels, problem, both)
+
+    batch, statistics, counts = Batch.drawn(ranks, False, torch.float32), chunked.statistics, KEYS[ranks]
+    with patched(chunked, statistics=visited):
+        compute(contrastive, batch, Options(False, ("label",), settings=BOTH), rank, exchange="gather")
+        assert seen == [sum(counts)]
+        compute(contrastive, batch, Options(False, ("label",), settings=BOTH), rank, exchange="ring")
+    assert seen[1:] == [counts[(rank - step) % ranks] for step in range(ranks)]
+
+
+def _check_deterministic(rank: int, ranks: int) -> None:
+    """The same bits twice, and a loss and a gradient of the temperature that are the same on all ranks."""
+    for own, exchange in ((False, "gather"), (False, "ring"), (True, "ring")):
+        batch = Batch.drawn(ranks, own, torch.float32)
+        options = Options(own, ("label",), biased=True, settings=BOTH)
+        first, again = (compute(contrastive, batch, options, rank, exchange=exchange) for _ in range(2))
+        for found, repeated in zip(first, again, strict=True):
+            assert found is first.statistics or found is None or torch.equal(found, repeated)
+        shared: list[Any] = [None] * ranks
+        dist.all_gather_object(shared, (first.loss.item(), first.temperature.item()))
+        assert shared == shared[:1] * ranks
+
+
+class Model(nn.Module):
+    """Two towers and a learnt logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.images, self.texts = nn.Linear(DIM, 12), nn.Linear(DIM, 12)
+        self.log_scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return normalize(self.images(images)), normalize(self.texts(texts)), (-self.log_scale).exp()
+
+
+def _check_ddp(rank: int, ranks: int) -> None:
+    """Parameters have the gradients of one process with the whole batch."""
+    batch = Batch.drawn(ranks, False, torch.float32)
+    for settings in (BOTH, {}, {"reduction": "none"}):
+        for exchange in ("gather", "ring"):
+            whole, model = Model(), DistributedDataParallel(Model())
+            images, texts, temperature = whole(batch.anchors, batch.keys)
+            labels = batch.relation("label", None)
+            loss = hpkernels.contrastive(images, texts, positives=labels, temperature=temperature, **settings)
+            loss.sum().backward()
+            images, texts, temperature = model(batch.anchors[batch.rows(rank)], batch.keys[batch.columns(rank)])
+            labels = batch.relation("label", rank)
+            options: Any = settings | {"temperature": temperature, "exchange": exchange}
+            contrastive(images, texts, positives=labels, **options).sum().backward()
+            for parameter, wanted in zip(model.parameters(), whole.parameters(), strict=True):
+                assert_close(parameter.grad, wanted.grad, 2e-6)
+
+
+def _check_settings(rank: int, ranks: int) -> None:
+    """What differs between ranks is named on all of them."""
+    anchors = torch.eye(6, 4)
+    labels, last = torch.arange(6) // 2, rank == ranks - 1
+    others = "rank " + " and ".join(map(str, range(ranks - 1)))
+    for given, name, *values in [
+        ({"temperature": 0.2 if last else 0.1}, "temperature", "0.1", "0.2"),
+        ({"reduction": "sum" if last else "mean"}, "reduction", "mean", "sum"),
+        ({"exchange": "ring" if last else "gather"}, "exchange", "gather", "ring"),
+        ({"keys": anchors if last else None}, "keys", "None", "given"),
+        ({"anchor_weight": torch.ones(6) if last else None}, "anchor_weight", "None", "given"),
+    ]:
+        text = raised(contrastive, anchors, **{"positives": labels, "temperature": 0.1} | given)
+        want = (
+            f"ValueError: contrastive: `{name}` must be the same on all ranks, got {values[0]} on {others}, {values[1]}"
+        )
+        assert text.startswith(want), text
+
+
+def _check_failures(rank: int, ranks: int) -> None:
+    """A rank that fails has its own error, the others its sentence; and no one waits."""
+    batch = Batch.drawn(ranks, False, torch.float32)
+    told = "RuntimeError: contrastive: rank 1 has failed, and so no rank can go on: "
+    wrong = {"temperature": 0.1 if rank != 1 else -1.0}
+    text = raised(contrastive, batch.anchors[batch.rows(rank)], positives=batch.ids[batch.rows(rank), 0], **wrong)
+    sentence = "ValueError: contrastive: `temperature` must be a finite number above 0, got -1.0"
+    assert text == (sentence if rank == 1 else told + sentence)
+
+    lists = PairLists(torch.tensor([0, 1]), torch.tensor([ranks if rank == 1 else ranks - 1]))
+    text = raised(contrastive, torch.ones(1, 2), positives=lists)
+    sentence = f"ValueError: contrastive: `positives.indices` must be keys from 0 to {ranks - 1}, got {ranks}"
+    assert text == (sentence if rank == 1 else told + sentence)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no room for a block")
+
+    sentence = "MemoryError: no room for a block"
+    for name, settings in [
+        ("statistics", BOTH),
+        ("two_pass", BOTH),
+        ("one_pass", {}),
+        ("two_pass", {"reduction": "none"}),
+    ]:
+        for exchange in ("gather", "ring") if name != "one_pass" else ("gather",):
+            options = Options(False, ("label",), settings=settings)
+            with patched(chunked, **({name: fail} if rank == 1 else {})):
+                text = raised(compute, contrastive, batch, options, rank, exchange=exchange)
+            assert text == (sentence if rank == 1 else told + sentence), (name, exchange, text)
+    check_case(batch, Options(False, ("label",)), rank, exchange="ring", ddp=False, backend="auto")
+
+
+def _check_group(rank: int, ranks: int) -> None:
+    """All ranks but the first, in a group of their own."""
+    group, batch = dist.new_group(list(range(1, ranks))), Batch.drawn(ranks - 1, False, torch.float64)
+    if rank == 0:
+        text = raised(contrastive, batch.anchors, positives=batch.ids[:, 0], group=group)
+        assert text.startswith("ValueError: hpkernels.distributed: `group` must have this process in it")
+        return
+    for options in (Options(False, ("label",), settings=BOTH), Options(False, ("mask",))):
+        for exchange in ("gather", "ring"):
+            check_case(batch, options, rank - 1, exchange=exchange, ddp=True, backend="auto", group=group)
+
+
+def test_double_backward_is_refused():
+    for reduction in ("mean", "none"):
+        anchors = torch.eye(4, 3, requires_grad=True)
+        loss = contrastive(anchors, positives=torch.tensor([0, 0, 1, 1]), reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), anchors, create_graph=True)
+        with pytest.raises(RuntimeError, match="contrastive: double backward is not supported"):
+            gradient.square().sum().backward()
+
+
+def test_statistics_have_no_gradients():
+    anchors = torch.eye(4, 3, requires_grad=True)
+    loss, statistics = contrastive(anchors, positives=torch.tensor([0, 0, 1, 1]), return_statistics=True)
+    assert loss.requires_grad and not statistics.log_denominator.requires_grad
+
+
+def test_nothing_asked_for():
+    """Without gradients they are not computed."""
+    with patched(chunked, two_pass=None, one_pass=None):
+        loss = contrastive(torch.eye(4, 3), positives=torch.tensor([0, 0, 1, 1]))
+        with torch.no_grad():
+            assert torch.equal(
+                contrastive(torch.eye(4, 3).requires_grad_(), positives=torch.tensor([0, 0, 1, 1])), loss
+            )
+
+
+def test_autocast():
+    anchors, keys = torch.eye(4, 3), torch.eye(5, 3)
+    labels = Labels(torch.arange(4), torch.arange(5))
+    wanted = contrastive(anchors, keys, positives=labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive(anchors, keys.bfloat16(), positives=labels), wanted)
+    assert raised(contrastive, anchors, keys.bfloat16(), positives=labels).startswith("TypeError: contrastive: `keys`")
+
+
+def test_errors():
+    anchors, labels = torch.eye(4, 3), torch.tensor([0, 0, 1, 1])
+    mask = PositiveMask.from_labels(labels)
+    for given, text in [
+        ({"exchange": "tree"}, "ValueError: contrastive: `exchange` must be one of 'gather', 'ring', got 'tree'"),
+        ({"ddp": 1}, "TypeError: contrastive: `ddp` must be True or False, got int 1"),
+        ({"positives": mask}, "ValueError: contrastive: `positives` must be a mask of 4 anchors and 4 keys, got"),
+        ({"positives": labels[:3]}, "ValueError: contrastive: `positives.anchor_ids` must be"),
+        ({"key_bias": torch.zeros(3)}, "ValueError: contrastive: `key_bias` must be"),
+        ({"anchors": torch.zeros(0, 3)}, "ValueError: contrastive: `anchors` must not be empty"),
+        ({"anchors": torch.full((4, 3), torch.nan)}, "ValueError: contrastive: `anchors` must be finite"),
+        ({"anchors": torch.full((4, 3), 1e19)}, "ValueError: contrastive: `anchors` and `keys` must have inner"),
+        ({"return_statistics": None}, "TypeError: contrastive: `return_statistics` must be True or False"),
+    ]:
+        assert raised(contrastive, **({"anchors": anchors, "positives": labels} | given)).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "columns", [slice(0, 70), slice(3, 35), slice(31, 33), slice(32, 70), slice(33, 97), slice(5, 6)]
+)
+def test_bits_of_columns(columns):
+    mask = torch.rand(9, 97, generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = pack_bits(mask)
+    assert torch.equal(bits_of_columns(bits, columns), pack_bits(mask[:, columns]))
+    assert torch.equal(unpack_bits(bits, 97), mask)  # which stays as it is
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_merged_statistics(inside):
+    """Of nothing and a part the part, and of the parts in either order the same."""
+    first, second = torch.rand(2, 5, 4)
+    first[0] = torch.tensor([-torch.inf, -torch.inf if inside else 0, 0, 0])
+    found = chunked.merged(first, second, inside)
+    assert torch.equal(found[0], second[0])
+    assert torch.equal(found, chunked.merged(second, first, inside))
+    assert_close(found[:, 0].exp(), first[:, 0].exp() + second[:, 0].exp(), 1e-6)
+    assert_close(found[:, 1], torch.logaddexp(first[:, 1], second[:, 1]) if inside else first[:, 1] + second[:, 1], 0)

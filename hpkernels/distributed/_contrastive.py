@@ -1,8 +1,8 @@
 """What a rank computes of `contrastive`: its own anchors against the keys of all ranks, in rounds over them.
 
-One round finds the statistics of its anchors, and its part of those of the keys; the parts of all ranks are merged where
-the keys are at home. A second finds gradients. Where the loss is a number they are found forward, so that backward has
-nothing to exchange; and where in addition the rows of anchors are complete at once, in one round.
+One round finds the statistics of its anchors, and its part of those of the keys; the parts of all ranks are merged on
+the rank that owns the keys. A second finds gradients. Where the loss is a number they are found forward, so that
+backward has nothing to exchange; and where the keys are gathered and the loss is of the anchors alone, in one round.
 
 Anchors that are each other's keys, with symmetric relations, need no gradient of keys: that of anchor i is
 sum_j (g_ij + g_ji) a_j / temperature, and g_ji is known from the numbers of anchor j, which travel with the keys.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels.distributed._collectives import Group, rank_in, together, total
+from hpkernels.distributed._collectives import Group, rank_in, ranks_of, together, total
 from hpkernels.distributed._exchange import Gathering, Keys, Ring, Way
 from hpkernels.ops._kernels import double_backward_error
 from hpkernels.ops.contrastive import chunked
@@ -42,7 +42,7 @@ class Share(NamedTuple):
         counts: how many keys each rank has.
         group: the ranks.
         ring: whether keys go round, or are gathered.
-        factor: what the gradients of anchors, keys and key_bias are multiplied by.
+        factor: what gradients are multiplied by.
     """
 
     arguments: Arguments
@@ -118,8 +118,11 @@ class _Rank:
         key_bias = next(home) if needs.key_bias else None
         if self._arguments.keys is None:
             anchors, keys = _sum(anchors, keys), None
-        if temperature is not None:  # with g_ij + g_ji each pair is in the sums of two anchors
-            temperature = total(temperature, self._group) / (2 if self._arguments.triangle else 1)
+        if temperature is not None:
+            # The same on all ranks, so that a learnt temperature stays the same on all.
+            temperature = total(temperature, self._group) / ranks_of(self._group)
+            if self._arguments.triangle:  # with g_ij + g_ji each pair is in the sums of two anchors
+                temperature /= 2
         return Gradients(anchors, keys, temperature, key_bias)
 
     def _needs(self) -> Needs:
@@ -158,10 +161,10 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def loss_of(share: Share) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of all ranks, and the statistics of anchors (N, 4) and, in both directions, of keys (K, 4) of this one."""
+    """The loss of all ranks; of this one the statistics of anchors (N, 4) and, in both directions, of keys (K, 4)."""
     arguments = share.arguments
     inputs = (arguments.anchors, arguments.keys, arguments.temperature, arguments.key_bias)
-    return _Loss.apply(*inputs, share)  # type: ignore[no-any-return, no-untyped-call]
+    return _Loss.apply(*inputs, share)  # type: ignore[no-any-return]
 
 
 class _Loss(torch.autograd.Function):
@@ -193,9 +196,9 @@ class _Loss(torch.autograd.Function):
             else:
                 rows, *tensors = ctx.saved_tensors
                 share = Share(Arguments.of([*tensors, *ctx.settings]), *ctx.rest)
-                found = _gradients_of_each(share, rows, grad_loss)
+                found = list(_gradients_of_each(share, rows, grad_loss))
             found = [None if part is None else part.to(dtype) for part, dtype in zip(found, ctx.dtypes, strict=True)]
-        if torch.is_grad_enabled():  # which create_graph=True has it be
+        if torch.is_grad_enabled():  # create_graph=True
             found = [None if part is None else _Refused.apply(part.requires_grad_()) for part in found]
         return *found, None
 
@@ -237,17 +240,14 @@ def _forward(share: Share) -> tuple[Tensor, Tensor, Tensor | None, Gradients | N
     divisors = masses.where(masses > 0, 1) if arguments.reduction == "mean" else torch.ones_like(masses)
     loss = (of_losses / divisors).mean()
     check_loss(OP, loss)
+    factors = share.factor / divisors
     if found is not None:
-        for part in found:
-            if part is not None:
-                part /= divisors
+        found = Gradients(*(None if part is None else part.mul_(factors) for part in found))
     elif any(arguments.needs):
-        factors = 1 / divisors if columns is None else 0.5 / divisors
-        of_anchors, of_keys = (factors, None) if columns is None else factors
-        numbers = _numbers(rows, of_anchors, weight, inside)
-        of_columns = None if columns is None else _numbers(columns, of_keys, None, inside)
-        found = rank.two_pass(numbers, of_columns)
-    return loss, rows, columns, None if found is None else _multiplied(found, share.factor)
+        of_rows, of_columns = (factors, factors) if columns is None else (factors / 2).unbind()
+        numbers = _numbers(rows, of_rows, weight, inside)
+        found = rank.two_pass(numbers, None if columns is None else _numbers(columns, of_columns, None, inside))
+    return loss, rows, columns, found
 
 
 def _sums(losses: Tensor, statistics: Tensor, weight: Tensor | None) -> Tensor:
@@ -260,20 +260,10 @@ def _sums(losses: Tensor, statistics: Tensor, weight: Tensor | None) -> Tensor:
 def _gradients_of_each(share: Share, rows: Tensor, grad_losses: Tensor) -> Gradients:
     """Those of the losses of anchors one by one, from their statistics."""
     arguments = share.arguments
-    numbers = _numbers(rows, grad_losses, arguments.anchor_weight, arguments.inside)
-    return _multiplied(_Rank(share).two_pass(numbers, None), share.factor)
+    numbers = _numbers(rows, grad_losses * share.factor, arguments.anchor_weight, arguments.inside)
+    return _Rank(share).two_pass(numbers, None)
 
 
 def _numbers(statistics: Tensor, coefficients: Tensor, weight: Tensor | None, inside: bool) -> Tensor:
     of_each = coefficients.expand(len(statistics)) if weight is None else coefficients * weight
     return chunked.numbers_of(statistics, of_each, inside)
-
-
-def _multiplied(found: Gradients, factor: int) -> Gradients:
-    """All but that of the temperature, which every rank has whole, times `factor`."""
-    if factor == 1:
-        return found
-    anchors, keys, key_bias = (
-        None if part is None else part.mul_(factor) for part in (found.anchors, found.keys, found.key_bias)
-    )
-    return Gradients(anchors, keys, found.temperature, key_bias)

@@ -36,7 +36,7 @@ class Keys(NamedTuple):
 
 
 Visit = Callable[[int, Keys], Sequence[Tensor]]
-"""``visit(first, keys)`` computes with keys `first`, `first + 1`, ... of all, and returns what is theirs, (K, ...) each."""
+"""``visit(first, keys)`` computes with keys `first`, `first + 1`, ... of all, and returns what is theirs: (K, ...)."""
 Combine = Callable[[Tensor, Tensor], Tensor]
 """Two of what different ranks have found of the same keys, as one."""
 
@@ -83,8 +83,8 @@ class Gathering:
     def _of_own(self, part: Tensor, combine: Combine) -> Tensor:
         """What all ranks have for the keys of this rank, one rank after another to need no room for all of them."""
         rank, size = rank_in(self._group), ranks_of(self._group)
-        parts = part.contiguous().split(list(self._counts))
-        own = parts[rank]
+        parts = torch.split(part.contiguous(), list(self._counts))
+        own: Tensor = parts[rank]
         for step in range(1, size):
             target, source = (rank + step) % size, (rank - step) % size
             arrived = torch.empty_like(parts[rank])

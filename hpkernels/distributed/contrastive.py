@@ -98,8 +98,8 @@ def contrastive(
             keys, and none its own.
         group: the ranks, a process group of torch.distributed; None: the default one, or this process alone where
             torch.distributed has not been initialised.
-        positives: which pairs are positives, in the forms that `hpkernels.contrastive` takes. `Labels` are those of this
-            rank's anchors and keys, and are compared with those of all ranks. A `PositiveMask`, a bool tensor and
+        positives: which pairs are positives, in the forms that `hpkernels.contrastive` takes. `Labels` are those of
+            this rank's anchors and keys, and are compared with those of all ranks. A `PositiveMask`, a bool tensor and
             `PairLists` have a row for each anchor of this rank, and name keys of the whole batch: (N, K of all ranks),
             with ``keys=`` for a `PositiveMask` even if `keys` is None.
         exclude: pairs that take no part, in the same forms.
@@ -113,7 +113,8 @@ def contrastive(
             others are computed with, and a rank holds those of two ranks besides its own. That takes a second round of
             them for gradients.
         ddp: multiply gradients by the number of ranks, for the mean over ranks that ``DistributedDataParallel`` takes;
-            see `hpkernels.distributed`. The gradient of `temperature` is that of one process on every rank either way.
+            see `hpkernels.distributed`. The gradient of `temperature`, the same on all ranks, then is that of one
+            process; without it is that divided by the number of ranks, whose sum over ranks is.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -126,14 +127,15 @@ def contrastive(
 
     Notes:
         With "mean" and "sum" gradients are found forward, and backward exchanges nothing. With "none" every rank must
-        call backward as well, which exchanges keys again. Sums over ranks are taken in an order that is always the same:
-        deterministic. Double backward is refused. For bytes that are exchanged and memory see docs/distributed.md.
+        call backward as well, which exchanges keys again; the gradient is that of the sum over ranks of what they make
+        of their losses. Deterministic: sums over ranks are taken in a fixed order. Double backward is refused. Bytes
+        that are exchanged, and memory: docs/distributed.md.
 
     Example:
         >>> import torch, hpkernels.distributed
         >>> codes = torch.nn.functional.normalize(torch.randn(6, 8)).requires_grad_()
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> loss = hpkernels.distributed.contrastive(codes, positives=labels)  # one process, as no group was initialised
+        >>> loss = hpkernels.distributed.contrastive(codes, positives=labels)  # no group: this process alone
         >>> loss.backward()
         >>> codes.grad.shape
         torch.Size([6, 8])

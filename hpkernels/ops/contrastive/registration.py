@@ -58,7 +58,7 @@ class Arguments(NamedTuple):
         anchors, keys, *rest = arguments
         positives, excluded, rest = Relation(*rest[:6]), Relation(*rest[6:12]), rest[12:]
         *others, needs, backend = rest
-        return cls(anchors, keys, positives, excluded, *others, Needs(*needs), backend)
+        return cls._make((anchors, keys, positives, excluded, *others, Needs(*needs), backend))
 
     def flat(self) -> list[Any]:
         """As the schema has them."""
