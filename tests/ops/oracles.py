@@ -91,8 +91,7 @@ def contrastive_of_pairs(
     weights, excluded = weights.tolist(), excluded.tolist()
     bias = torch.zeros(len(keys), dtype=anchors.dtype) if key_bias is None else key_bias
 
-    def logit(i, j):
-        return anchors[i] @ keys[j] / temperature + bias[j]
+    logits = anchors @ keys.T / temperature + bias
 
     def takes_part(i, j):
         return not (own and i == j) and not (excluded[i][j] and (exclude_positives or not weights[i][j] > 0))
@@ -103,12 +102,10 @@ def contrastive_of_pairs(
         others = pairs if denominator == "all" else [(i, j) for i, j in pairs if not weights[i][j] > 0]
         if not positives or not others:
             return None
-        log_denominator = torch.stack([logit(i, j) for i, j in others]).logsumexp(dim=0)
-        log_p = [logit(i, j) - log_denominator for i, j in positives]
-        mass = sum(weights[i][j] for i, j in positives)
-        terms = [weights[i][j] / mass * (p if positive_aggregation == "outside" else p.exp())
-                 for (i, j), p in zip(positives, log_p, strict=True)]  # fmt: skip
-        return -sum(terms) if positive_aggregation == "outside" else -sum(terms).log()
+        log_p = logits[tuple(zip(*positives, strict=True))] - logits[tuple(zip(*others, strict=True))].logsumexp(dim=0)
+        shares = torch.tensor([weights[i][j] for i, j in positives], dtype=logits.dtype)
+        shares = shares / shares.sum()
+        return -(shares * log_p).sum() if positive_aggregation == "outside" else -(shares * log_p.exp()).sum().log()
 
     def reduced(all_pairs, of_each):
         losses = [loss_of(pairs) for pairs in all_pairs]

@@ -166,7 +166,9 @@ class Batch:
         loss = call(**inputs)
         cotangent = self.cotangent.to(device, loss.dtype)
         return loss.detach(), dict(
-            zip(inputs, torch.autograd.grad(loss, list(inputs.values()), cotangent, materialize_grads=True), strict=True)
+            zip(
+                inputs, torch.autograd.grad(loss, list(inputs.values()), cotangent, materialize_grads=True), strict=True
+            )
         )
 
 
@@ -275,7 +277,7 @@ def test_gradcheck(case, options):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
 
 
-@each_case
+@each_exact_case
 @pytest.mark.parametrize("name", ["own", "both", "weights", "each"])
 def test_opcheck(case, name, monkeypatch):
     seen = {}
@@ -292,7 +294,7 @@ def test_opcheck(case, name, monkeypatch):
     Batch(case, **OPTIONS[name]).result()
     assert len(seen) == 2
     for op, arguments in seen.items():
-        plain = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+        plain = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(arguments))
         torch.library.opcheck(getattr(torch.ops.hpkernels, op).default, tuple(plain))
         if op == "contrastive":
             torch.library.opcheck(getattr(torch.ops.hpkernels, op).default, arguments)
@@ -383,7 +385,7 @@ def test_edge_cases(case):
     def differentiated(*vectors, **options):
         leaves = [value.detach().requires_grad_() for value in vectors]
         loss = run(*leaves, **options)
-        return loss.detach(), torch.autograd.grad(loss, leaves)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
 
     one = torch.zeros(1, dtype=torch.int64, device=case.device)
     # One anchor alone, nothing listed, everything excluded, no positive among the labels: nothing to learn, and no NaN.
@@ -417,7 +419,10 @@ def test_edge_cases(case):
     torch.testing.assert_close(actual, expected)
     # Logits in the hundreds neither overflow nor lose the gradient.
     long = Batch(case, length=30.0)
-    assert_close(long, long.result())
+    if case.dtype == torch.float64:  # whose oracle rounds as much
+        torch.testing.assert_close(long.result(), long.oracle(torch.float64), rtol=1e-9, atol=1e-9, check_device=False)
+    else:
+        assert_close(long, long.result())
 
 
 A, K = torch.eye(4, 3), torch.eye(5, 3)
@@ -689,7 +694,7 @@ def test_lists_out_of_range_are_no_pairs_where_nothing_is_read():
         torch.testing.assert_close(run(positives=wrong), contrastive(A, K, positives=right, backend=backend))
 
 
-@each_case
+@each_exact_case
 def test_values_that_are_not_finite_show_where_nothing_is_read(case):
     for name in ("plain", "own", "both"):
         batch = Batch(case, **OPTIONS[name])

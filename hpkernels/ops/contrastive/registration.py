@@ -156,15 +156,17 @@ def _(grad_loss: Tensor, rows: Tensor, columns: Tensor, *flat: Any) -> Any:
 
 
 @torch.library.custom_op(
-    "hpkernels::contrastive_scaled", mutates_args=(), schema="(Tensor grad_loss, Tensor[] gradients) -> Tensor[]"
+    "hpkernels::contrastive_scaled",
+    mutates_args=(),
+    schema="(Tensor grad_loss, Tensor[] gradients, Tensor[] inputs) -> Tensor[]",
 )
-def contrastive_scaled(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients that forward has found, times that of the loss."""
+def contrastive_scaled(grad_loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients that forward has found, times that of the loss. They depend on `inputs`, so that autograd asks."""
     return [gradient * grad_loss for gradient in gradients]
 
 
 @contrastive_scaled.register_fake
-def _(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+def _(grad_loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
@@ -205,7 +207,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.dtypes = [None if value is None else value.dtype for value in _differentiable(arguments)]
     ctx.needs = arguments.needs
     if arguments.one_pass:
-        ctx.save_for_backward(*found)
+        ctx.found = len(found)
+        ctx.save_for_backward(*found, *(value for value in _differentiable(arguments) if value is not None))
         return
     flat = arguments.flat()
     ctx.tensor_count = len(flat) - 8
@@ -219,7 +222,7 @@ def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.one_pass:
-        found = contrastive_scaled(grad_loss, ctx.saved_tensors)
+        found = contrastive_scaled(grad_loss, ctx.saved_tensors[: ctx.found], ctx.saved_tensors[ctx.found :])
     else:
         rows, columns, *tensors = ctx.saved_tensors
         found = contrastive_backward(grad_loss, rows, columns, *tensors, *ctx.settings)
