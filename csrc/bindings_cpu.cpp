@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "contrastive/contrastive.h"
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
 #include "masked_topk/masked_topk.h"
@@ -255,6 +256,63 @@ void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_tem
   });
 }
 
+hpk::PairForms pair_forms_of(const std::optional<Tensor>& anchor_ids, const std::optional<Tensor>& key_ids,
+                             const std::optional<Tensor>& bits, const std::optional<Tensor>& offsets,
+                             const std::optional<Tensor>& indices) {
+  return {data<int64_t>(anchor_ids), data<int64_t>(key_ids),  key_ids.has_value() ? key_ids->size(0) : 0,
+          data<uint32_t>(bits),      data<int64_t>(offsets), data<int64_t>(indices)};
+}
+
+template <typename T>
+hpk::LogitTile<T> logit_tile_of(const Tensor& logits, int64_t row, int64_t column) {
+  return {data<T>(logits), row, logits.size(0), column, logits.size(1)};
+}
+
+template <typename T>
+hpk::TilePairs<T> tile_pairs_of(const Tensor& positives, const Tensor& denominator,
+                                const std::optional<Tensor>& weights) {
+  return {data<uint32_t>(positives), data<uint32_t>(denominator), data<T>(weights)};
+}
+
+void contrastive_pairs(Tensor products, int64_t row, int64_t column, std::optional<Tensor> anchor_ids,
+                       std::optional<Tensor> key_ids, std::optional<Tensor> bits, std::optional<Tensor> offsets,
+                       std::optional<Tensor> indices, std::optional<Tensor> listed_weights,
+                       std::optional<Tensor> excluded_anchor_ids, std::optional<Tensor> excluded_key_ids,
+                       std::optional<Tensor> excluded_bits, std::optional<Tensor> excluded_offsets,
+                       std::optional<Tensor> excluded_indices, int64_t keys, int64_t own, bool triangle, bool decoupled,
+                       bool exclude_positives, double scale, std::optional<Tensor> bias, Tensor positives,
+                       Tensor denominator, std::optional<Tensor> weights) {
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    const auto tile = logit_tile_of<T>(products, row, column);
+    hpk::contrastive_pairs_cpu<T>(
+        run, tile, pair_forms_of(anchor_ids, key_ids, bits, offsets, indices), data<T>(listed_weights),
+        pair_forms_of(excluded_anchor_ids, excluded_key_ids, excluded_bits, excluded_offsets, excluded_indices),
+        {keys, own, triangle, decoupled, exclude_positives}, tile_pairs_of<T>(positives, denominator, weights));
+    hpk::contrastive_logits_cpu<T>(run, tile, static_cast<T>(scale), data<T>(bias));
+  });
+}
+
+void contrastive_statistics(Tensor logits, Tensor positives, Tensor denominator, std::optional<Tensor> weights,
+                            bool inside, Tensor rows, std::optional<Tensor> columns) {
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_statistics_cpu<T>(run, logit_tile_of<T>(logits, 0, 0),
+                                       tile_pairs_of<T>(positives, denominator, weights), inside, data<T>(rows),
+                                       data<T>(columns));
+  });
+}
+
+void contrastive_gradient(Tensor logits, Tensor positives, Tensor denominator, std::optional<Tensor> weights,
+                          bool inside, Tensor rows, std::optional<Tensor> columns) {
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_gradient_cpu<T>(run, logit_tile_of<T>(logits, 0, 0),
+                                     tile_pairs_of<T>(positives, denominator, weights), inside, data<T>(rows),
+                                     data<T>(columns));
+  });
+}
+
 void local_propagation_weights(Tensor logits, double sigma, double low, double high, Tensor weights) {
   with_type_of(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -313,6 +371,15 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
         " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows,"
         " Tensor(a!) grad_z) -> ()");
+  m.def("contrastive_pairs(Tensor(a!) products, int row, int column, Tensor? anchor_ids, Tensor? key_ids, Tensor? bits,"
+        " Tensor? offsets, Tensor? indices, Tensor? listed_weights, Tensor? excluded_anchor_ids,"
+        " Tensor? excluded_key_ids, Tensor? excluded_bits, Tensor? excluded_offsets, Tensor? excluded_indices, int keys,"
+        " int own, bool triangle, bool decoupled, bool exclude_positives, float scale, Tensor? bias,"
+        " Tensor(b!) positives, Tensor(c!) denominator, Tensor(d!)? weights) -> ()");
+  m.def("contrastive_statistics(Tensor logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
+        " Tensor(a!) rows, Tensor(b!)? columns) -> ()");
+  m.def("contrastive_gradient(Tensor(a!) logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
+        " Tensor rows, Tensor? columns) -> ()");
   m.def("draw_negatives(int seed, int columns, float rate, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor logits, float sigma, float low, float high, Tensor(a!) weights) -> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
@@ -333,6 +400,9 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("contrastive_pairs_forward", TORCH_BOX(&contrastive_pairs_forward));
   m.impl("contrastive_block_backward", TORCH_BOX(&contrastive_block_backward));
   m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
+  m.impl("contrastive_pairs", TORCH_BOX(&contrastive_pairs));
+  m.impl("contrastive_statistics", TORCH_BOX(&contrastive_statistics));
+  m.impl("contrastive_gradient", TORCH_BOX(&contrastive_gradient));
   m.impl("draw_negatives", TORCH_BOX(&draw_negatives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));

@@ -151,7 +151,7 @@ def _add(statistics: Tensor, logits: Tensor, weights: Tensor, denominator: Tenso
 
 def _gradient(logits: Tensor, weights: Tensor, denominator: Tensor, numbers: Tensor, inside: bool) -> Tensor:
     shift, push, pull_shift, pull = numbers.unbind(dim=-1)
-    grad = (logits - shift).exp_().mul_(push).masked_fill_(~denominator, 0)
+    grad = (logits - shift).clamp_(max=0).exp_().mul_(push).masked_fill_(~denominator, 0)
     if inside:
         return grad.sub_((logits - pull_shift).add_(weights.log()).clamp_(max=0).exp_().mul_(pull))
     return grad.sub_(pull * weights)

@@ -164,7 +164,7 @@ def _ids(op: str, name: str, ids: Tensor, count: int, columns: int | None, like:
         if columns not in (None, 1):
             raise ValueError(f"{op}: `{name}` must have {columns} columns as those of the anchors, got one")
     check.same(op, name, ids, "anchors", like, dtype=False)
-    return ids.long().view(count, -1) if ids.is_contiguous() else ids.long().reshape(count, -1)
+    return ids.long().reshape(count, -1).contiguous()
 
 
 def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes) -> Relation:
@@ -178,7 +178,7 @@ def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes)
     bits = mask.bits
     if not torch.compiler.is_compiling() and bits.is_inference():
         bits = bits.clone()  # backward cannot keep a tensor that was made under torch.inference_mode
-    return Relation(bits=bits)
+    return Relation(bits=bits.contiguous())
 
 
 def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, weighted: bool) -> Relation:
