@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpkernels.distributed._collectives import Group, agree, gathered_rows, rank_in, ranks_of, together
+from hpkernels.distributed._collectives import Group, agree, as_bytes, gathered_rows, rank_in, ranks_of, together
 from hpkernels.ops import _checks as check
 
 
@@ -159,14 +159,9 @@ def _each(change: Callable[[Tensor], Tensor], keys: Keys) -> Keys:
 
 def _pass(sent: Sequence[Tensor], target: int, received: Sequence[Tensor], source: int, group: Group) -> list[Any]:
     """Begin to send to one rank and to receive from another; `_wait` for what it returns before either is touched."""
-    # Bytes, for not every backend of torch.distributed takes every dtype.
-    works = [dist.P2POp(dist.isend, _bytes(part), group=group, group_peer=target) for part in sent]
-    works += [dist.P2POp(dist.irecv, _bytes(part), group=group, group_peer=source) for part in received]
+    works = [dist.P2POp(dist.isend, as_bytes(part), group=group, group_peer=target) for part in sent]
+    works += [dist.P2POp(dist.irecv, as_bytes(part), group=group, group_peer=source) for part in received]
     return dist.batch_isend_irecv(works) if works else []
-
-
-def _bytes(part: Tensor) -> Tensor:
-    return part.contiguous().view(len(part), -1).view(torch.uint8)
 
 
 def _wait(works: Sequence[Any]) -> None:

@@ -168,7 +168,7 @@ def contrastive(
             backend=backend,
             all_keys=sum(counts),
         )
-        shared.update(_settings(arguments))
+        shared.update(_settings(arguments), temperature=float(temperature))
     share = Share(arguments, counts, group, exchange == "ring", ranks if ddp else 1)
     loss, rows, columns = loss_of(share)
     return (loss, ContrastiveStatistics.of(rows, columns)) if return_statistics else loss
@@ -181,7 +181,6 @@ def _settings(arguments: Arguments) -> dict[str, object]:
         "positives": _labels(arguments.positives) + (", symmetric" if arguments.triangle else ""),
         "exclude": _labels(arguments.excluded),
         "exclude_positives": arguments.exclude_positives,
-        "temperature": arguments.temperature.item(),
         **{name: "given" if is_given else "None" for name, is_given in given.items()},
         "positive_aggregation": "inside" if arguments.inside else "outside",
         "denominator": "negatives" if arguments.decoupled else "all",

@@ -347,7 +347,7 @@ def test_both_directions_are_decided_by_one_product(case, anchors):
 
 
 @either_way
-@pytest.mark.parametrize("case", [case for case in CASES if case.backend != "cuda"], ids=str)
+@each_case
 @pytest.mark.parametrize("anchors", [65, 130])
 def test_rows_are_those_of_the_square(case, anchors, symmetric, monkeypatch):
     """To the bit, wherever the range of rows starts and ends, also where rounding decides."""
