@@ -224,7 +224,7 @@ def test_ranks(tmp_path, ranks):
 
 
 def _check_blocks(rank: int, ranks: int) -> None:
-    """Of all keys at once, or of those of one rank at a time."""
+    """Of all keys at once, and then with the bits of one process; or of those of one rank at a time."""
     seen: list[int] = []
 
     def visited(kernels: Any, problem: Any, both: bool) -> Any:
@@ -232,6 +232,11 @@ def _check_blocks(rank: int, ranks: int) -> None:
         return statistics(kernels, problem, both)
 
     batch, statistics, counts = Batch.drawn(ranks, False, torch.float32), chunked.statistics, KEYS[ranks]
+    for settings in ({}, BOTH):
+        options = Options(False, ("label",), settings=settings)
+        whole = compute(hpkernels.contrastive, batch, options, None)
+        part = compute(contrastive, batch, options, rank, exchange="gather")
+        assert torch.equal(part.statistics.log_denominator, whole.statistics.log_denominator[batch.rows(rank)])
     with patched(chunked, statistics=visited):
         compute(contrastive, batch, Options(False, ("label",), settings=BOTH), rank, exchange="gather")
         assert seen == [sum(counts)]

@@ -168,7 +168,8 @@ def contrastive(
             backend=backend,
             all_keys=sum(counts),
         )
-        shared.update(_settings(arguments), temperature=float(temperature))
+        value = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
+        shared.update(_settings(arguments), temperature=value)
     share = Share(arguments, counts, group, exchange == "ring", ranks if ddp else 1)
     loss, rows, columns = loss_of(share)
     return (loss, ContrastiveStatistics.of(rows, columns)) if return_statistics else loss
