@@ -48,7 +48,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def small_blocks():
     """Problems of several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "rows_of_block", lambda problem: 32)
+        patch.setattr(chunked, "rows_of_block", lambda problem, pair_bytes: 32)
         yield
 
 

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.contrastive import registration
+from hpkernels.ops.contrastive import fused, registration
 from hpkernels.ops.contrastive.arguments import Aggregation, Denominator, Reduction, arguments_of, check_loss
 from hpkernels.ops.contrastive.relations import Labels, PairLists, Pairs
 
@@ -142,7 +143,7 @@ def contrastive(
         Logits and sums are float32 (float64) whatever the dtype of `anchors`. Gradients reach `anchors`, `keys`,
         `temperature` and `key_bias`; double backward is refused. Deterministic. Under autocast keys of another floating
         dtype are cast to that of the anchors. Memory: blocks of pairs in 32 MiB on the CPU and 1 GiB on a GPU, but at
-        least 32 rows of K numbers; twice as much for weighted lists. With "mean" or "sum" in one direction the gradients
+        least 128 rows of K numbers; twice as much for weighted lists. With "mean" or "sum" in one direction the gradients
         are found forward, and kept in the accumulation's dtype; otherwise logits are computed again. Where the keys
         are the anchors and the relations symmetric, pairs i < j alone are computed.
 
@@ -172,8 +173,11 @@ def contrastive(
         both_directions=both_directions,
         anchor_weight=anchor_weight,
         reduction=reduction,
-        backend=backend,
+        backend=None,
     )
+    if not return_statistics and (by := fused.chosen_backend(op, arguments, temperature, backend)) is not None:
+        return fused.loss_of(op, arguments, temperature, by)
+    arguments = arguments._replace(backend=backends.select(op, backend, anchors))
     loss, rows, columns, _ = registration.contrastive(*arguments.flat())
     check_loss(op, loss)
     if not return_statistics:

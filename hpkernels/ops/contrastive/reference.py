@@ -100,6 +100,11 @@ def _reduced(losses: Tensor, kept: Tensor, weight: Tensor | None, reduction: str
     return total if mass is None else total / mass.where(mass > 0, 1)
 
 
+def pair_bytes(problem: Problem) -> int:
+    """Up to four numbers beside the product, and eight bools."""
+    return 5 * problem.scale.element_size() + 8
+
+
 def prepare(problem: Problem) -> Any:
     """The anchors of the listed pairs of positives and of what is excluded, or None."""
     relations = (problem.positives, problem.excluded)
