@@ -13,14 +13,31 @@ namespace {
 
 using namespace hpk;
 
-void hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor bits) {
-  const OnDeviceOf on(features);
-  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < features.size(0)) {
+const float* padded_thresholds(const Tensor& threshold, const Tensor& rows) {
+  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < rows.size(0)) {
     throw std::runtime_error("hpkernels: the thresholds must be padded with NaN");
   }
+  return data<float>(threshold);
+}
+
+void hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor bits) {
+  const OnDeviceOf on(features);
+  const float* const thresholds = padded_thresholds(threshold, features);
   with_type_of(features, [&](auto zero) {
     using T = decltype(zero);
-    hidden_positives_cuda(rows<T>(features), data<float>(threshold), symmetric, data<uint32_t>(bits), on.stream);
+    hidden_positives_cuda(rows<T>(features), thresholds, symmetric, data<uint32_t>(bits), on.stream);
+  });
+}
+
+void hidden_positives_between(Tensor features, Tensor keys, Tensor threshold, Tensor key_threshold, bool either,
+                              int64_t first, Tensor bits) {
+  const OnDeviceOf on(features);
+  const BetweenArguments arguments{padded_thresholds(threshold, features), padded_thresholds(key_threshold, keys),
+                                   features.size(0),                       keys.size(0),
+                                   static_cast<int>(first),                data<uint32_t>(bits)};
+  with_type_of(features, [&](auto zero) {
+    using T = decltype(zero);
+    hidden_positives_between_cuda(rows<T>(features), rows<T>(keys), arguments, either, on.stream);
   });
 }
 
@@ -322,6 +339,8 @@ void contrastive_sampled_backward(Tensor z, int64_t group, Tensor sampled_ranges
 
 STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor(a!) bits) -> ()");
+  m.def("hidden_positives_between(Tensor features, Tensor keys, Tensor threshold, Tensor key_threshold, bool either, "
+        "int first, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");
@@ -368,6 +387,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("hidden_positives", TORCH_BOX(&hidden_positives));
+  m.impl("hidden_positives_between", TORCH_BOX(&hidden_positives_between));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("masked_topk_top1", TORCH_BOX(&masked_topk_top1));
   m.impl("masked_topk", TORCH_BOX(&masked_topk));
