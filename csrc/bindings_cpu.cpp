@@ -117,6 +117,21 @@ int64_t hidden_positives_pack(Tensor products, int64_t row, int64_t column, Tens
   return open;
 }
 
+int64_t hidden_positives_pack_between(Tensor products, int64_t row, int64_t column, Tensor features, Tensor stats,
+                                      Tensor keys, Tensor key_stats, Tensor threshold, Tensor key_threshold, bool either,
+                                      int64_t first, Tensor bits) {
+  int64_t open = 0;
+  with_types_of(products, features, [&](auto coarse, auto zero) {
+    using Coarse = decltype(coarse);
+    using T = decltype(zero);
+    const hpk::ProductTile<Coarse> tile{data<Coarse>(products), row, products.size(0), column, products.size(1)};
+    const hpk::Keys<T> of_keys{coarse_rows_of<T>(keys, key_stats), keys.size(0), data<T>(key_threshold), either, first};
+    open = hpk::hidden_positives_pack_between_cpu<Coarse, T>(run, tile, coarse_rows_of<T>(features, stats),
+                                                             data<T>(threshold), of_keys, data<uint32_t>(bits));
+  });
+  return open;
+}
+
 void transpose_bits(Tensor bits, int64_t columns, Tensor transposed) {
   hpk::transpose_bits_cpu(run, data<uint32_t>(bits), bits.size(0), columns, data<uint32_t>(transposed));
 }
@@ -275,6 +290,8 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
         " Tensor(b!) indices) -> int");
   m.def("hidden_positives_pack(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor threshold,"
         " bool symmetric, Tensor(a!) bits) -> int");
+  m.def("hidden_positives_pack_between(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor keys,"
+        " Tensor key_stats, Tensor threshold, Tensor key_threshold, bool either, int first, Tensor(a!) bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
   m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
   m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
@@ -300,6 +317,7 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("coarse_unrounded", TORCH_BOX(&coarse_unrounded));
   m.impl("masked_topk_select", TORCH_BOX(&masked_topk_select));
   m.impl("hidden_positives_pack", TORCH_BOX(&hidden_positives_pack));
+  m.impl("hidden_positives_pack_between", TORCH_BOX(&hidden_positives_pack_between));
   m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
   m.impl("contrastive_count_pairs", TORCH_BOX(&contrastive_count_pairs));
   m.impl("contrastive_block_forward", TORCH_BOX(&contrastive_block_forward));

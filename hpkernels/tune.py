@@ -37,7 +37,13 @@ LARGEST_TILE = 1024
 LEAST_GAIN = 0.03  # of the time: less may be noise
 # Ranking and discovery sum products in the same steps, so that a feature that is in the pool has one product in both.
 FIXED = dict.fromkeys(
-    ("masked_topk_top1_fwd_kernel", "masked_topk_fwd_kernel", "hidden_positives_fwd_kernel"), ("BLOCK_D",)
+    (
+        "masked_topk_top1_fwd_kernel",
+        "masked_topk_fwd_kernel",
+        "hidden_positives_fwd_kernel",
+        "hidden_positives_between_fwd_kernel",
+    ),
+    ("BLOCK_D",),
 )
 
 

@@ -229,7 +229,8 @@ def test_no_value_is_read(monkeypatch):
     [
         ("packed_mask", (torch.zeros(40, 40, dtype=torch.bool), False)),
         ("equal_label_bits", (torch.arange(40) % 3, torch.arange(40) > 3)),
-        ("transposed_bits", (torch.ones(40, 2, dtype=torch.int32),)),
+        ("equal_label_bits", (torch.arange(40) % 3, torch.arange(40) > 3, torch.arange(9) % 2, torch.arange(9) > 2)),
+        ("transposed_bits", (torch.ones(40, 3, dtype=torch.int32), 70)),
         ("counted_bits", (torch.ones(40, 2, dtype=torch.int32),)),
         ("drawn_negatives", (torch.tensor(0), 7, 40, 0.5)),
     ],

@@ -31,6 +31,7 @@ FUNCTIONS = [
     ("masked_topk", "forward"),
     ("masked_topk", "backward"),
     ("hidden_positives", "forward"),
+    ("hidden_positives", "between"),
     ("multi_positive_contrastive", "forward"),
     ("multi_positive_contrastive", "backward"),
     ("local_propagation", "weights_forward"),
@@ -572,6 +573,7 @@ def test_the_kernels_of_triton_are_compiled_ahead(monkeypatch):
     ((launches, device),) = compiled
     names = {launch.name for launch in launches}
     assert device == gpu and {"masked_topk_top1_fwd_kernel", "hidden_positives_fwd_kernel"} < names
+    assert "hidden_positives_between_fwd_kernel" in names
     assert {"sampled_columns_bwd_kernel", "contrastive_rows_bwd_kernel", "contrastive_blocks_bwd_kernel"} < names
     assert {"rows_fwd_kernel", "apply_fwd_kernel", "apply_bwd_kernel"} < names and len(names) > 15
 

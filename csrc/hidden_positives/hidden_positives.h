@@ -6,7 +6,7 @@
 
 namespace hpk {
 
-// A tile of coarse products (rows, columns): of anchors from `row` on with anchors from `column` on.
+// A tile of coarse products (rows, columns): of anchors from `row` on with anchors or keys from `column` on.
 template <typename Coarse>
 struct ProductTile {
   const Coarse* products;
@@ -21,6 +21,25 @@ struct ProductTile {
 template <typename Coarse, typename T>
 int64_t hidden_positives_pack_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
                                   const T* threshold, bool symmetric, int64_t anchors, uint32_t* bits);
+
+// The keys that anchors meet, and what products must exceed: the thresholds of both or, if `either`, one of them. Key
+// `first` + i is anchor i, which is not its own positive; `first` is less than minus the last anchor where there is none.
+template <typename T>
+struct Keys {
+  CoarseRows<T> features;
+  int64_t count;
+  const T* threshold;
+  bool either;
+  int64_t first;
+};
+
+// Threshold and pack a tile of anchors and keys:
+//   bit (i, j) = first + i != j and <f_i, k_j> > max(threshold_i, key_threshold_j), or > min(...) if either
+// Every word of `bits` (anchors, words_per_row of the keys) that the tile is about is written, none is read. Column is a
+// multiple of 32, and so are columns unless they reach the last key. Returns how many pairs were too close to call.
+template <typename Coarse, typename T>
+int64_t hidden_positives_pack_between_cpu(ParallelFor run, const ProductTile<Coarse>& tile, const CoarseRows<T>& features,
+                                          const T* threshold, const Keys<T>& keys, uint32_t* bits);
 
 // The relation of all anchors, (anchors, words_per_row), from their features. For float, products are those of 3 TF32. The
 // thresholds start at a multiple of 16 bytes, and NaN follows the last up to a multiple of kThresholdsTogether.

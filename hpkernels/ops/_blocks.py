@@ -19,5 +19,10 @@ def blocks(whole: slice, size: int) -> list[slice]:
 
 def row_blocks(tensor: Tensor, bytes_per_row: int, multiple: int = 1) -> list[slice]:
     """Slices of the rows of `tensor` whose temporaries, `bytes_per_row` each, fit; at multiples of `multiple` rows."""
-    workspace = min(WORKSPACE, CPU_WORKSPACE) if tensor.device.type == "cpu" else WORKSPACE
-    return blocks(slice(0, len(tensor)), max(1, workspace // bytes_per_row // multiple) * multiple)
+    rows = max(1, workspace_of(tensor) // bytes_per_row // multiple) * multiple
+    return blocks(slice(0, len(tensor)), rows)
+
+
+def workspace_of(tensor: Tensor) -> int:
+    """Bytes that temporaries may take on the device of `tensor`."""
+    return min(WORKSPACE, CPU_WORKSPACE) if tensor.device.type == "cpu" else WORKSPACE

@@ -113,6 +113,7 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
                 yield f"hidden_positives of {features}", bits[features]
                 own[features] = of("hidden_positives").forward(given[features], top[:, 0], False)
                 yield f"hidden_positives of {features}, not symmetric", own[features]
+                yield from _rectangles(of("hidden_positives"), given[features], given[pool], top[:, 0], sizes)
         groups = given["group"], given["pool_group"]
         top, indices = topk.forward(given["features"], given["pool"], 8, None, *groups)
         yield "masked_topk with groups, values", top
@@ -152,6 +153,19 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
         yield "local_propagation, weights", weights
         yield "local_propagation", local.apply_forward(given["code"], weights)
         yield "gradient of local_propagation", local.apply_backward(given["code"], weights)
+
+
+def _rectangles(
+    discovery: Any, features: Tensor, pool: Tensor, nearest: Tensor, sizes: Sizes
+) -> Iterator[tuple[str, Tensor]]:
+    """Relations of anchors and keys: both thresholds count, one is not there, and the rows of an image."""
+    near, pool_limit = nearest - 2**-4, nearest.new_full((len(pool),), 2**-3)
+    found = discovery.between(features, pool, near, pool_limit, False, None)
+    yield f"hidden_positives of {len(features)} anchors and {len(pool)} keys", found
+    image = slice(len(features) - sizes.grid[0] * sizes.grid[1], len(features))
+    for either, of_keys in ((True, nearest), (False, torch.full_like(nearest, -torch.inf))):
+        found = discovery.between(features[image], features, nearest[image], of_keys, either, image.start)
+        yield f"hidden_positives, rows of an image{'' if either else ', not symmetric'}", found
 
 
 def wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:

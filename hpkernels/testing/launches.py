@@ -210,13 +210,19 @@ def _masked_topk(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
 
 
 def _hidden_positives(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
-    return {
-        f"forward, D={dim}{'' if symmetric else ', not symmetric'}": partial(
-            kernels.forward, make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim), symmetric
+    calls: Calls = {}
+    for dim in (sizes.feature_dim, sizes.dim):
+        features, threshold = make.unit_rows(sizes.anchors, dim), make.threshold(sizes.anchors, dim)
+        for symmetric in (True, False):
+            name = f"forward, D={dim}{'' if symmetric else ', not symmetric'}"
+            calls[name] = partial(kernels.forward, features, threshold, symmetric)
+        keys, key_threshold = make.unit_rows(sizes.pool_size, dim), make.threshold(sizes.pool_size, dim)
+        calls[f"between, D={dim}"] = partial(kernels.between, features, keys, threshold, key_threshold, False, None)
+        image = slice(sizes.anchors - sizes.group, sizes.anchors)
+        calls[f"rows, D={dim}"] = partial(
+            kernels.between, features[image], features, threshold[image], threshold, True, image.start
         )
-        for dim in (sizes.feature_dim, sizes.dim)
-        for symmetric in (True, False)
-    }
+    return calls
 
 
 def _multi_positive_contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from oracles import similar_pairs
 
 import hpkernels
 from hpkernels import PositiveMask, hidden_positives
+from hpkernels.ops import _blocks
+from hpkernels.ops.hidden_positives import cpu, rows_of
 from hpkernels.ops.hidden_positives.bits import pack_bits, unpack_bits
 from hpkernels.testing import available_cases, helpful_error, memory_layouts, random_problem, unchanged
 
@@ -341,3 +344,26 @@ def test_both_directions_are_decided_by_one_product(case, anchors):
     assert not found.symmetric and both.symmetric
     assert torch.equal((found | found.T).bits, both.bits)
     assert not torch.equal(found.bits, both.bits) and (found.count() <= 4).all()
+
+
+@either_way
+@pytest.mark.parametrize("case", [case for case in CASES if case.backend != "cuda"], ids=str)
+@pytest.mark.parametrize("anchors", [65, 130])
+def test_rows_are_those_of_the_square(case, anchors, symmetric, monkeypatch):
+    """To the bit, wherever the range of rows starts and ends, also where rounding decides."""
+    monkeypatch.setattr(_blocks, "WORKSPACE", 1)  # tiles of 32 anchors, in which ranges do not end
+    monkeypatch.setattr(cpu, "_ROWS", 32)
+    monkeypatch.setattr(cpu, "_COLUMNS", 64)
+    generator = torch.Generator().manual_seed(anchors)
+    features = torch.nn.functional.normalize(torch.randn(anchors, 33, generator=generator)).to(case.device, case.dtype)
+    wide = features.to(torch.float64 if case.dtype == torch.float64 else torch.float32)
+    threshold = (wide @ wide.T).fill_diagonal_(-1).topk(4).values[:, 3].contiguous()  # ties but for rounding
+    threshold[0], threshold[40], threshold[-1] = -torch.inf, torch.inf, -torch.inf
+    expected = hidden_positives(features, threshold, symmetric=symmetric, backend=case.backend).bits
+    edges = [0, 1, 20, 33, 64, anchors]
+    parts = [
+        rows_of(features[first:last], threshold[first:last], features, threshold, first, symmetric=symmetric,
+                backend=case.backend)
+        for first, last in pairwise(edges)
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(parts), expected)

@@ -455,7 +455,8 @@ def test_products_are_summed_in_the_order_of_discovery():
     pytest.importorskip("triton")
     table = _triton.table()
     discovery = table["hidden_positives_fwd_kernel"]
-    for kernel in ("masked_topk_top1_fwd_kernel", "masked_topk_fwd_kernel"):
+    kernels = ("masked_topk_top1_fwd_kernel", "masked_topk_fwd_kernel", "hidden_positives_between_fwd_kernel")
+    for kernel in kernels:
         for arch, by_size in table[kernel].items():
             for size, entry in by_size.items():
                 assert entry["BLOCK_D"] == discovery[arch][size]["BLOCK_D"], (kernel, arch, size)

@@ -78,38 +78,52 @@ def _(mask: Tensor, with_diagonal: bool) -> Tensor:
 
 
 @torch.library.custom_op(
-    "hpkernels::equal_label_bits", mutates_args=(), schema="(Tensor labels, Tensor known) -> Tensor"
+    "hpkernels::equal_label_bits",
+    mutates_args=(),
+    schema="(Tensor labels, Tensor known, Tensor? key_labels=None, Tensor? key_known=None) -> Tensor",
 )
-def equal_label_bits(labels: Tensor, known: Tensor) -> Tensor:
-    """The bits of the pairs with equal `labels` (N,), where they are `known` (N,)."""
-    anchors = len(labels)
-    bits = labels.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-    for block in row_blocks(labels, 4 * anchors):
-        equal = (labels[block, None] == labels) & known[block, None]
-        equal.diagonal(block.start).fill_(False)
+def equal_label_bits(
+    labels: Tensor, known: Tensor, key_labels: Tensor | None = None, key_known: Tensor | None = None
+) -> Tensor:
+    """The bits of the pairs with equal `labels` (N,), where they are `known` (N,).
+
+    Pairs of anchors and keys with `key_labels` (K,), where they are `key_known` (K,) as well; or else pairs of two
+    different anchors.
+    """
+    of_columns = labels if key_labels is None else key_labels
+    columns = len(of_columns)
+    bits = labels.new_empty((len(labels), words_per_row(columns)), dtype=torch.int32)
+    for block in row_blocks(labels, 4 * columns):
+        equal = (labels[block, None] == of_columns) & known[block, None]
+        if key_known is None:
+            equal.diagonal(block.start).fill_(False)
+        else:
+            equal &= key_known
         bits[block] = pack_bits(equal)
     return bits
 
 
 @equal_label_bits.register_fake
-def _(labels: Tensor, known: Tensor) -> Tensor:
-    return labels.new_empty((labels.shape[0], words_per_row(labels.shape[0])), dtype=torch.int32)
+def _(labels: Tensor, known: Tensor, key_labels: Tensor | None = None, key_known: Tensor | None = None) -> Tensor:
+    columns = (labels if key_labels is None else key_labels).shape[0]
+    return labels.new_empty((labels.shape[0], words_per_row(columns)), dtype=torch.int32)
 
 
-@torch.library.custom_op("hpkernels::transposed_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")
-def transposed_bits(bits: Tensor) -> Tensor:
-    """The bits (N, ceil(N / 32)) of the transpose."""
-    anchors = len(bits)
-    result = torch.empty_like(bits)
-    for block in row_blocks(bits, 4 * anchors, multiple=32):
+@torch.library.custom_op(
+    "hpkernels::transposed_bits", mutates_args=(), schema="(Tensor bits, SymInt columns) -> Tensor"
+)
+def transposed_bits(bits: Tensor, columns: int) -> Tensor:
+    """The bits (C, ceil(R / 32)) of the transpose of a packed matrix (R, `columns`)."""
+    result = bits.new_empty((columns, words_per_row(len(bits))))
+    for block in row_blocks(result, 4 * len(bits), multiple=32):
         dense = unpack_bits(bits[:, words_of(block)], block.stop - block.start)
         result[block] = pack_bits(dense.T)
     return result
 
 
 @transposed_bits.register_fake
-def _(bits: Tensor) -> Tensor:
-    return torch.empty_like(bits)
+def _(bits: Tensor, columns: int) -> Tensor:
+    return bits.new_empty((columns, words_per_row(bits.shape[0])))
 
 
 @torch.library.custom_op("hpkernels::counted_bits", mutates_args=(), schema="(Tensor bits) -> Tensor")

@@ -1,6 +1,7 @@
-"""CPU kernels of `hidden_positives`: coarse products of blocks of anchors, thresholded and packed twice.
+"""CPU kernels of `hidden_positives`: coarse products of blocks of anchors, thresholded and packed.
 
-Products are symmetric, so the blocks on and above the diagonal decide all of the relation.
+Among anchors products are symmetric, so the blocks on and above the diagonal decide all of the relation, and are
+packed twice; between anchors and keys all blocks are packed once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,26 @@ def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tens
             tile = coarse.tile(rows, columns)
             undecided = torch.ops.hpkernels_cpu.hidden_positives_pack(
                 tile, rows.start, columns.start, features, coarse.left.stats, threshold, symmetric, bits
+            )
+            coarse.took(undecided, tile)
+    return bits
+
+
+def between(
+    features: Tensor, keys: Tensor, threshold: Tensor, key_threshold: Tensor, either: bool, first: int | None
+) -> Tensor:
+    """The relation of anchors and keys bit-packed, (N, ceil(K / 32)) int32."""
+    features, keys = (rows.detach().to(threshold.dtype).contiguous() for rows in (features, keys))
+    thresholds = threshold.contiguous(), key_threshold.contiguous()
+    bits = features.new_empty((len(features), words_per_row(len(keys))), dtype=torch.int32)
+    own = -len(features) if first is None else first  # then no anchor is a key
+    coarse = CoarseProducts(features, keys, _ROWS * _COLUMNS)
+    for rows in blocks(slice(0, len(features)), _ROWS):
+        for columns in blocks(slice(0, len(keys)), _COLUMNS):
+            tile = coarse.tile(rows, columns)
+            stats = coarse.left.stats, coarse.right.stats
+            undecided = torch.ops.hpkernels_cpu.hidden_positives_pack_between(
+                tile, rows.start, columns.start, features, stats[0], keys, stats[1], *thresholds, either, own, bits
             )
             coarse.took(undecided, tile)
     return bits

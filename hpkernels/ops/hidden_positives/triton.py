@@ -1,4 +1,7 @@
-"""Triton kernel of `hidden_positives`: tiles of products on and above the diagonal, packed in both directions."""
+"""Triton kernels of `hidden_positives`: tiles of products on and above the diagonal, packed in both directions.
+
+Between anchors and keys all tiles, packed once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from hpkernels.ops import _triton
 from hpkernels.ops._triton import aligned_rows, comparable_products, multiply, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
-__all__ = ["forward", "supports"]
+__all__ = ["between", "forward", "supports"]
 
 
 def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:
@@ -24,6 +27,33 @@ def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tens
     inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
     constants = {"PRECISION": _triton.comparable_precision(features), "SYMMETRIC": symmetric} | config
     _triton.launch(hidden_positives_fwd_kernel, (programs(tiles, config["GROUP"]),), *inputs, **constants)
+    return bits
+
+
+def between(
+    features: Tensor, keys: Tensor, threshold: Tensor, key_threshold: Tensor, either: bool, first: int | None
+) -> Tensor:
+    """The relation of anchors and keys bit-packed, (N, ceil(K / 32)) int32."""
+    features, keys = aligned_rows(features), aligned_rows(keys)
+    (anchors, dim), count = features.shape, keys.shape[0]
+    bits = features.new_empty((anchors, words_per_row(count)), dtype=torch.int32)
+    config = _triton.configuration(hidden_positives_between_fwd_kernel, features)
+    programs = triton.cdiv(anchors, config["BLOCK_N"]) * triton.cdiv(count, config["BLOCK_N"])
+    own = -anchors if first is None else first  # then no anchor is a key
+    inputs = (features, *features.stride(), threshold.contiguous(), keys, *keys.stride(), key_threshold.contiguous())
+    constants = {"PRECISION": _triton.comparable_precision(features), "EITHER": either} | config
+    _triton.launch(
+        hidden_positives_between_fwd_kernel,
+        (programs,),
+        *inputs,
+        bits,
+        anchors,
+        count,
+        dim,
+        bits.shape[1],
+        own,
+        **constants,
+    )
     return bits
 
 
@@ -70,6 +100,43 @@ def hidden_positives_fwd_kernel(
         left = right
     _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), right, anchors, words)
     _store_words(bits, columns, row * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), left, anchors, words)
+
+
+@triton.jit(do_not_specialize=["anchors", "count", "words", "first"])
+def hidden_positives_between_fwd_kernel(
+    features, stride, step, threshold, keys, key_stride, key_step, key_threshold,
+    bits, anchors, count, dim, words, first,
+    PRECISION: tl.constexpr, EITHER: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """bits[i, j // 32] bit j % 32 = first + i != j and <f_i, k_j> > max(r_i, s_j), or > min(r_i, s_j) if EITHER
+
+    A program has one tile of anchors and keys: N K / 8 bytes in all are written, and each program reads a tile of each,
+    2 BLOCK_N D elements.
+    """
+    row, column = tile_of_rectangle(tl.program_id(0), tl.cdiv(anchors, BLOCK_N), tl.cdiv(count, BLOCK_N), GROUP)
+    rows, columns = row * BLOCK_N + tl.arange(0, BLOCK_N), column * BLOCK_N + tl.arange(0, BLOCK_N)
+    products = comparable_products(
+        features, rows, stride, step, anchors, keys, columns, key_stride, key_step, count, dim, PRECISION, BLOCK_D
+    )
+    # No product is greater than NaN, the threshold of the padding.
+    of_rows = tl.load(threshold + rows, mask=rows < anchors, other=float("nan"))[:, None]
+    of_columns = tl.load(key_threshold + columns, mask=columns < count, other=float("nan"))[None, :]
+    if EITHER:
+        limit = tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        limit = tl.maximum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
+    above = (products > limit) & (first + rows[:, None] != columns[None, :])
+    found = _words(_sums(tl.where(above, 1.0, 0.0).to(tl.float16)))
+    _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), found, anchors, words)
+
+
+@triton.jit
+def tile_of_rectangle(program, rows, columns, GROUP: tl.constexpr):
+    """Row and column of a program's tile. The programs that run at a time are those of about GROUP rows."""
+    band, inside = program // (GROUP * columns), program % (GROUP * columns)
+    height = tl.minimum(rows - band * GROUP, GROUP)
+    return band * GROUP + inside % height, inside // height
 
 
 @triton.jit

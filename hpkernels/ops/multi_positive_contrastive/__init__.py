@@ -177,6 +177,11 @@ def to_mask(op: str, name: str, mask: PositiveMask | Tensor, z: Tensor) -> Posit
     if not isinstance(mask, PositiveMask):
         got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{op}: `{name}` must be a PositiveMask, integer labels (N,) or a bool mask (N, N), got {got}")
+    if mask.keys is not None:
+        raise ValueError(
+            f"{op}: `{name}` must be a square mask, of the anchors with each other, got one of {mask.anchors} anchors x"
+            f" {mask.keys} keys"
+        )
     if mask.anchors != z.shape[0]:
         raise ValueError(f"{op}: `{name}` must be a mask of N = {z.shape[0]} anchors, got one of {mask.anchors}")
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
