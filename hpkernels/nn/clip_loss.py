@@ -18,7 +18,7 @@ _SETTINGS = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_si
 
 
 class ClipLoss(nn.Module):
-    """The loss of CLIP, with the arguments of open_clip's ``ClipLoss``: images find their texts, and texts their images.
+    """The loss of CLIP, with the arguments of open_clip's ``ClipLoss``: images find their texts, and texts theirs.
 
     ``(cross_entropy(logits, arange(N)) + cross_entropy(logits.T, arange(N))) / 2`` with ``logits = logit_scale *
     image_features @ text_features.T`` (Radford et al., ICML 2021), without the logits in memory.
@@ -142,7 +142,9 @@ class ClipLoss(nn.Module):
             )
         else:
             loss = self._of_all_ranks(image_features, text_features, pairs, temperature)
-        if isinstance(logit_bias, Tensor):  # in the graph, so that it has the gradient that DistributedDataParallel awaits
+        if isinstance(
+            logit_bias, Tensor
+        ):  # in the graph, so that it has the gradient that DistributedDataParallel awaits
             loss = loss + _number("logit_bias", logit_bias, image_features).to(loss.dtype) * 0
         elif logit_bias is not None:
             check.real(_OP, "logit_bias", logit_bias)
