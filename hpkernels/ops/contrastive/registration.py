@@ -13,13 +13,15 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
+from hpkernels.ops import _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.contrastive import chunked, reference
-from hpkernels.ops.contrastive.chunked import Gradients, Needs
+from hpkernels.ops.contrastive.chunked import Needs
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.relations import Relation
 
 backends.register("contrastive", "reference", reference)
+_triton.register("contrastive")
 
 _RELATIONS = (
     "Tensor? anchor_ids, Tensor? key_ids, Tensor? bits, Tensor? offsets, Tensor? indices, Tensor? weights,"
