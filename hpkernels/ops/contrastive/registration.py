@@ -13,12 +13,14 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
+from hpkernels.ops import _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.contrastive import chunked, cpu, reference
-from hpkernels.ops.contrastive.chunked import Gradients, Needs
+from hpkernels.ops.contrastive.chunked import Needs
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.relations import Relation
 
+_triton.register("contrastive")
 backends.register("contrastive", "cpu", cpu)
 backends.register("contrastive", "reference", reference)
 
