@@ -141,11 +141,15 @@ void draw_negatives(int64_t seed, int64_t columns, double rate, Tensor bits) {
   hpk::draw_negatives_cpu(run, static_cast<uint64_t>(seed), bits.size(0), columns, rate, data<uint32_t>(bits));
 }
 
-hpk::Relations relations_of(int64_t anchors, const Tensor& agnostic, const std::optional<Tensor>& agnostic_t,
-                            const std::optional<Tensor>& specific, const std::optional<Tensor>& specific_t,
-                            const Tensor& negatives, const std::optional<Tensor>& negatives_t) {
+// The relations have the rows of anchors from `first` on.
+hpk::Relations relations_of(int64_t anchors, int64_t first, const Tensor& agnostic,
+                            const std::optional<Tensor>& agnostic_t, const std::optional<Tensor>& specific,
+                            const std::optional<Tensor>& specific_t, const Tensor& negatives,
+                            const std::optional<Tensor>& negatives_t) {
   return {anchors,
           negatives.size(0),
+          first,
+          agnostic.size(0),
           data<uint32_t>(agnostic),
           data<uint32_t>(agnostic_t),
           data<uint32_t>(specific),
@@ -169,9 +173,9 @@ hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
   return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
 }
 
-std::tuple<int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
-                                                     Tensor negatives) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+std::tuple<int64_t, int64_t> contrastive_count_pairs(int64_t anchors, int64_t first, Tensor agnostic,
+                                                     std::optional<Tensor> specific, Tensor negatives) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   const hpk::PairCounts counts = hpk::count_pairs_cpu(run, relations);
   return {counts.all, counts.within_images};
 }
@@ -201,9 +205,9 @@ hpk::Block<T> block_of(const Tensor& products, int64_t row, int64_t column) {
 }
 
 void contrastive_block_forward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
-                               Tensor agnostic, std::optional<Tensor> specific, Tensor negatives, Tensor sums,
-                               Tensor counts) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+                               int64_t anchors, int64_t first, Tensor agnostic, std::optional<Tensor> specific,
+                               Tensor negatives, Tensor sums, Tensor counts) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
     hpk::contrastive_block_forward_cpu<T>(run, block_of<T>(products, row, column), static_cast<T>(inverse_temperature),
@@ -211,9 +215,10 @@ void contrastive_block_forward(Tensor products, int64_t row, int64_t column, dou
   });
 }
 
-void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                               std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temperature, int64_t anchors,
+                               int64_t first, Tensor agnostic, std::optional<Tensor> specific, Tensor negatives,
+                               Tensor sums, Tensor counts) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     const auto scale = static_cast<T>(inverse_temperature);
@@ -224,10 +229,11 @@ void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temp
 }
 
 void contrastive_block_backward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
-                                Tensor agnostic, Tensor agnostic_t, std::optional<Tensor> specific,
-                                std::optional<Tensor> specific_t, Tensor negatives, Tensor negatives_t, Tensor rows) {
+                                int64_t anchors, int64_t first, Tensor agnostic, Tensor agnostic_t,
+                                std::optional<Tensor> specific, std::optional<Tensor> specific_t, Tensor negatives,
+                                Tensor negatives_t, Tensor rows) {
   const auto relations =
-      relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+      relations_of(anchors, first, agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
     hpk::contrastive_block_backward_cpu<T>(run, block_of<T>(products, row, column),
@@ -235,10 +241,10 @@ void contrastive_block_backward(Tensor products, int64_t row, int64_t column, do
   });
 }
 
-void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                                Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
-                                Tensor negatives, Tensor rows, Tensor grad_z) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, {});
+void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_temperature, int64_t anchors,
+                                int64_t first, Tensor agnostic, Tensor agnostic_t, std::optional<Tensor> specific,
+                                std::optional<Tensor> specific_t, Tensor negatives, Tensor rows, Tensor grad_z) {
+  const auto relations = relations_of(anchors, first, agnostic, agnostic_t, specific, specific_t, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     const auto scale = static_cast<T>(inverse_temperature);
@@ -351,19 +357,20 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("hidden_positives_pack_between(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor keys,"
         " Tensor key_stats, Tensor threshold, Tensor key_threshold, bool either, int first, Tensor(a!) bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
+  m.def("contrastive_count_pairs(int anchors, int first, Tensor agnostic, Tensor? specific, Tensor negatives)"
+        " -> (int, int)");
   m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
   m.def("square_products(Tensor z, Tensor(a!) out) -> ()");
-  m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"
-        " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
-  m.def("contrastive_pairs_forward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
-        " Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
-  m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature,"
-        " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
+  m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature, int anchors,"
+        " int first, Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
+  m.def("contrastive_pairs_forward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
+        " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
+  m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature, int anchors,"
+        " int first, Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
         " Tensor negatives_t, Tensor rows) -> ()");
-  m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
-        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows, Tensor(a!) grad_z)"
-        " -> ()");
+  m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
+        " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows,"
+        " Tensor(a!) grad_z) -> ()");
   m.def("contrastive_pairs(Tensor(a!) products, int row, int column, Tensor? anchor_ids, Tensor? key_ids, Tensor? bits,"
         " Tensor? offsets, Tensor? indices, Tensor? listed_weights, Tensor? excluded_anchor_ids,"
         " Tensor? excluded_key_ids, Tensor? excluded_bits, Tensor? excluded_offsets, Tensor? excluded_indices, int keys,"

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import raised, run_ranks
+from torch.nn.functional import normalize
 
+import hpkernels
+from hpkernels import backends, distributed
 from hpkernels.distributed import _collectives as collectives
+
+OP = "multi_positive_contrastive"
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
@@ -78,3 +83,105 @@ def test_fingerprints_differ():
     values = torch.arange(6.0)
     others = [values.double(), values.view(2, 3), values.flip(0), values + 1e-6, values.half()]
     assert len({collectives.fingerprint(tensor) for tensor in [values, *others]}) == 6
+
+
+# Of a batch of 6 images of 13 anchors each, which starts no word but the first.
+GROUP, IMAGES, DIM = 13, 6, 20
+SPLITS = {2: (4, 2), 3: (2, 1, 3)}
+EXACT = {torch.float32: 1e-6, torch.float64: 1e-13}
+SETTINGS = [
+    {"seed": 3, "negative_rate": 0.1},
+    {"seed": 3, "negative_rate": 0.02, "specific_weight": 0.7, "z_mixed": True},
+    {"seed": -3, "negative_rate": 0.0, "specific_weight": 0.7, "variant": "separate", "reweight": False},
+    {"seed": 5, "negative_rate": 1.0, "specific_weight": 0.3, "keep_specific_only": True, "base_temperature": None},
+    {"negatives": True, "specific_weight": 0.7, "z_mixed": True, "variant": "separate", "symmetric": False},
+    {"seed": 7, "negative_rate": 0.3, "symmetric": False, "reweight": False},
+    {"negative_rate": 0.1},  # a seed is drawn
+]
+
+
+class Batch:
+    """The whole batch, or the images of a rank; features of some anchors are those of others, so that all are close."""
+
+    def __init__(self, dtype, images=slice(0, IMAGES)):
+        generator = torch.Generator().manual_seed(0)
+
+        def rows(count, dim):
+            return normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64)).to(dtype)
+
+        self.anchors = IMAGES * GROUP
+        z, mixed, features, specific = (rows(self.anchors, dim) for dim in (DIM, DIM, 8, 6))
+        self.pool, self.specific_pool = rows(20, 8), rows(30, 6)
+        features[:GROUP] = -self.pool[0]  # an image without positives
+        features[5 * GROUP :] = features[4 * GROUP : 5 * GROUP]
+        self.negatives = torch.rand(GROUP, self.anchors, generator=generator) < 0.1
+        own = slice(images.start * GROUP, images.stop * GROUP)
+        self.z, self.mixed = z[own].clone().requires_grad_(), mixed[own].clone().requires_grad_()
+        self.features, self.specific = features[own].clone(), specific[own].clone()
+
+    def loss(self, function, settings, **options):
+        """The loss by a function and the gradients of its branches."""
+        options |= settings
+        if options.pop("z_mixed", False):
+            options["z_mixed"] = self.mixed
+        if options.get("negatives"):
+            options["negatives"] = self.negatives
+        options |= {"specific": self.specific, "specific_pool": self.specific_pool, "anchors_per_image": GROUP}
+        torch.manual_seed(11)
+        loss = function(self.z, self.features, self.pool, **{"temperature": 0.3, **options})
+        branches = [self.z, self.mixed] if "z_mixed" in options else [self.z]
+        return loss.detach(), torch.autograd.grad(3 * loss, branches)
+
+
+def images_of(rank, ranks):
+    first = sum(SPLITS[ranks][:rank])
+    return slice(first, first + SPLITS[ranks][rank])
+
+
+def _losses(rank, ranks, cases):
+    return [
+        Batch(dtype, images_of(rank, ranks)).loss(distributed.ghp_contrastive, settings, backend=backend, ddp=ddp)
+        for backend, dtype, settings, ddp in cases
+    ]
+
+
+BY_BACKEND = {
+    "reference": (torch.float32, torch.float64),
+    "cpu": (torch.float32, torch.float64),
+    "triton": (torch.float32,),
+    "cuda": (torch.float32,),
+}
+
+
+def _compare(found, expected, dtype, ranks, ddp):
+    loss, gradients = expected
+    for of_rank in found:
+        assert torch.equal(of_rank[0], found[0][0])  # the same bits on all ranks
+        torch.testing.assert_close(of_rank[0], loss, rtol=EXACT[dtype], atol=0)
+    for branch, gradient in enumerate(gradients):
+        of_ranks = torch.cat([of_rank[1][branch] for of_rank in found]) / (ranks if ddp else 1)
+        scale = gradient.abs().max()
+        assert scale > 0
+        torch.testing.assert_close(of_ranks / scale, gradient / scale, rtol=0, atol=EXACT[dtype])
+
+
+def _can_run(backend):
+    found = backends.availability(OP, backend, "cpu")
+    return pytest.param(backend, marks=pytest.mark.skipif(not found.ok, reason=found.reason))
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("backend", [_can_run(backend) for backend in BY_BACKEND])
+def test_one_loss_of_many_devices(backend, ranks, tmp_path):
+    """Loss and gradients of ranks with different numbers of images are those of one process."""
+    settings = SETTINGS if backend in ("reference", "cpu") else SETTINGS[1:5:3]
+    cases = [
+        (backend, dtype, of_case, number % 2 == 0)
+        for dtype in BY_BACKEND[backend]
+        for number, of_case in enumerate(settings)
+    ]
+    found = run_ranks(_losses, ranks, tmp_path, ranks, cases)
+    for number, (_, dtype, of_case, ddp) in enumerate(cases):
+        expected = Batch(dtype).loss(hpkernels.ghp_contrastive, of_case, backend=backend)
+        assert expected[0] > 0.1
+        _compare([of_rank[number] for of_rank in found], expected, dtype, ranks, ddp)

@@ -97,9 +97,7 @@ def gathered_rows(tensor: Tensor, group: Group = None, counts: Sequence[int] | N
         of_ranks = own.new_empty(size)
         dist.all_gather_into_tensor(of_ranks, own, group=group)
         counts = of_ranks.tolist()
-    most, width = max(counts), math.prod(tensor.shape[1:])
-    # Bytes, for not every backend of torch.distributed takes every dtype.
-    sent = tensor.contiguous().view(len(tensor), width).view(torch.uint8)
+    most, sent = max(counts), as_bytes(tensor)
     if len(sent) < most:
         sent = torch.cat((sent, sent.new_zeros((most - len(sent), sent.shape[1]))))
     received = sent.new_empty((size * most, sent.shape[1]))
@@ -108,6 +106,17 @@ def gathered_rows(tensor: Tensor, group: Group = None, counts: Sequence[int] | N
         received = torch.cat([received[most * rank :][:count] for rank, count in enumerate(counts)])
     rows = received.view(tensor.dtype).view(-1, *tensor.shape[1:])
     return Gathered(rows, sum(counts[: rank_in(group)]), tuple(counts))
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """The bytes of (rows, ...), as (rows, bytes) uint8, for not every backend of torch.distributed takes every dtype.
+
+    They are those of `rows` itself, not of a copy, if its elements lie one after another.
+    """
+    flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    if not flat.is_contiguous() or flat.stride(1) != 1:  # a single column may have any stride and be contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def total(tensor: Tensor, group: Group = None) -> Tensor:

@@ -141,4 +141,5 @@ def _weight(op: str, weight: Any, anchors: Tensor) -> Tensor:
     if check.readable(weight) and (weight < 0).any():
         raise ValueError(f"{op}: `anchor_weight` must be at least 0, got {weight.min().item():g}")
     weight = weight.detach().to(accumulate)
-    return weight.where(weight >= 0, torch.nan).contiguous()  # where values cannot be read, a bad one shows in the loss
+    checked: Tensor = weight.where(weight >= 0, torch.nan)  # where values cannot be read, a bad one shows in the loss
+    return checked.contiguous()

@@ -95,6 +95,14 @@ def empty_statistics(problem: Problem, count: int) -> Tensor:
     return torch.stack(of_columns, dim=1)
 
 
+def merged(first: Tensor, second: Tensor, inside: bool) -> Tensor:
+    """The statistics (N, 4) of anchors with two sets of keys, from those with either."""
+    add_pulls = torch.logaddexp if inside else torch.add
+    log_denominator = torch.logaddexp(first[:, 0], second[:, 0])
+    pull = add_pulls(first[:, 1], second[:, 1])
+    return torch.stack((log_denominator, pull, first[:, 2] + second[:, 2], first[:, 3] + second[:, 3]), dim=1)
+
+
 def one_pass(kernels: Epilogue, problem: Problem, weight: Tensor | None, needs: Needs) -> tuple[Tensor, Gradients]:
     """The statistics (N, 4), and the gradients of ``sum_i weight_i L_i``."""
     rows = empty_statistics(problem, len(problem.anchors))

@@ -61,11 +61,16 @@ class Arguments(NamedTuple):
         anchors, keys, *rest = arguments
         positives, excluded, rest = Relation(*rest[:6]), Relation(*rest[6:12]), rest[12:]
         *others, needs, backend = rest
-        return cls(anchors, keys, positives, excluded, *others, Needs(*needs), backend)
+        return cls._make((anchors, keys, positives, excluded, *others, Needs(*needs), backend))
 
     def flat(self) -> list[Any]:
         """As the schema has them."""
         return [*self[:2], *self.positives, *self.excluded, *self[4:-2], list(self.needs), self.backend]
+
+    def parts(self) -> tuple[list[Tensor | None], list[Any]]:
+        """The tensors and the settings of the schema."""
+        flat, settings = self.flat(), _SETTINGS.count(",") + 1
+        return flat[:-settings], flat[-settings:]
 
     @property
     def one_pass(self) -> bool:
@@ -212,10 +217,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         ctx.found = len(found)
         ctx.save_for_backward(*found, *(value for value in _differentiable(arguments) if value is not None))
         return
-    flat = arguments.flat()
-    ctx.tensor_count = len(flat) - 8
-    ctx.save_for_backward(rows, columns, *flat[: ctx.tensor_count])
-    ctx.settings = flat[ctx.tensor_count :]
+    tensors, ctx.settings = arguments.parts()
+    ctx.save_for_backward(rows, columns, *tensors)
 
 
 def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
