@@ -96,7 +96,7 @@ def contrastive_of_pairs(
     anchor_weight=None,
     reduction="mean",
 ):
-    """`hpkernels.contrastive` for dense weights of positives (N, K) and excluded pairs (N, K) bool; keys may be None."""
+    """`hpkernels.contrastive` for dense weights of positives (N, K) and excluded pairs (N, K) bool."""
     own = keys is None
     keys = anchors if own else keys
     weights, excluded = weights.tolist(), excluded.tolist()

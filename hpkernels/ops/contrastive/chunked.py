@@ -5,11 +5,11 @@ statistics of its rows (and columns), and then into g (see ``reference.py``), wh
 and keys. So no more than a block is in memory, and D has no limit. The epilogues are plain PyTorch (``reference.py``),
 C++ (``cpu.py``) and Triton (``triton.py``).
 
-The loss of the anchors alone, reduced to a number, needs one pass: the statistics of a row are complete within its block,
-and its gradient is that of the loss but for one factor, which is known in the end. So S is computed once, forward, and
-backward multiplies what is kept by a number. Both directions, losses one by one, and symmetric relations take two passes.
-Where the keys are the anchors and the relations are symmetric, the second computes pairs i < j only, in both directions at
-once: two thirds of the arithmetic of the one pass.
+The loss of the anchors alone, reduced to a number, needs one pass: the statistics of a row are complete within its
+block, and its gradient is that of the loss but for one factor, which is known in the end. So S is computed once,
+forward, and backward multiplies what is kept by a number. Both directions, and losses one by one, take two passes. So
+do symmetric relations of anchors that are their own keys, but both passes compute pairs i < j alone, in both directions
+at once: two thirds of the arithmetic of one pass over all pairs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of anchors (N, D), keys (K, D), temperature () and key_bias (K,), in the accumulation's dtype; None: not asked for."""
+    """Of anchors (N, D), keys (K, D), temperature () and key_bias (K,), in the accumulation's dtype, or None."""
 
     anchors: Tensor | None
     keys: Tensor | None

@@ -59,7 +59,7 @@ def pairs(products: Tensor, tile: Tile, problem: Problem, prepared: tuple[Relati
         *bits,
         weights,
     )
-    return _TilePairs(*bits, weights)
+    return _TilePairs(bits[0], bits[1], weights)
 
 
 def statistics(

@@ -7,6 +7,8 @@ time on a GPU: see `hpkernels.cost.fused_is_faster`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hpkernels import backends
@@ -33,9 +35,9 @@ def chosen_backend(op: str, arguments: Arguments, temperature: float | Tensor, b
     if asked == "cuda":
         if not fits:
             raise BackendUnavailableError(
-                f"{op}: backend 'cuda' is not available: it takes the mean loss of anchors that are their own keys, with"
-                " one label or a symmetric mask of positives, at a temperature that is a float, and no other options;"
-                " use backend='triton'"
+                f"{op}: backend 'cuda' is not available: it takes the mean loss of anchors that are their own keys,"
+                " with one label or a symmetric mask of positives, at a temperature that is a float, and no other"
+                " options; use backend='triton'"
             )
         return backends.select(_OP, asked, anchors, op)
     if not fits or anchors.device.type == "cpu" or not fused_is_faster(*anchors.shape):
@@ -53,7 +55,7 @@ def _has_its_formula(arguments: Arguments) -> bool:
     return arguments.triangle and sum(forms) == 1 and one_label and nothing_else and its_options
 
 
-def loss_of(op: str, arguments: Arguments, temperature: float, backend: Backend) -> Tensor:
+def loss_of(op: str, arguments: Arguments, temperature: Any, backend: Backend) -> Tensor:
     """The loss by the fused kernels of `backend`."""
     anchors, positives = arguments.anchors, arguments.positives
     if positives.bits is not None:

@@ -19,7 +19,7 @@ from hpkernels.ops.contrastive.triton_pairs import tile_list_kernel
 from hpkernels.ops.contrastive.triton_tiles import tile_gradient_kernel, tile_parts_kernel, tile_statistics_kernel
 from hpkernels.ops.hidden_positives.bits import words_of, words_per_row
 
-__all__ = ["gradient", "pairs", "prepare", "statistics", "supports", "vectors"]
+__all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors"]
 
 
 class Ids(NamedTuple):
@@ -51,6 +51,12 @@ class Pairs(NamedTuple):
 def vectors(rows: Tensor) -> Tensor:
     """Anchors or keys as they are, contiguous: products of half precision are summed in float32."""
     return rows.detach().contiguous()
+
+
+def pair_bytes(problem: Problem) -> int:
+    """The product, g where that is of another dtype, and a weight where positives have some."""
+    size, of_g = problem.scale.element_size(), problem.anchors.element_size()
+    return size + (0 if of_g == size else of_g) + (0 if problem.positives.weights is None else size)
 
 
 def prepare(problem: Problem) -> tuple[Ids, Ids]:
