@@ -655,6 +655,18 @@ def test_only_what_is_asked_for(case, asked, name):
 
 
 @each_exact_case
+def test_keys_without_a_gradient_may_be_written_before_backward(case):
+    """As queues and banks of keys are, in one pass."""
+    batch = Batch(case)
+    expected = batch.result()[1]["anchors"]
+    inputs = {**batch.inputs(), "keys": batch.keys.clone()}
+    loss = batch.call(**inputs)
+    inputs["keys"].zero_()
+    (gradient,) = torch.autograd.grad(loss, inputs["anchors"], batch.cotangent.to(loss))
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_exact_case
 def test_forms_of_pairs(case):
     """The same pairs by label, mask, lists and tensors, one by one and together."""
     labels, key_labels = torch.arange(6) % 3, torch.arange(8) % 3

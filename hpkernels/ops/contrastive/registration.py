@@ -215,7 +215,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.needs = arguments.needs
     if arguments.one_pass:
         ctx.found = len(found)
-        ctx.save_for_backward(*found, *(value for value in _differentiable(arguments) if value is not None))
+        # Of the inputs those that need gradients, for `contrastive_scaled`; a bank of keys may be written meanwhile.
+        inputs = zip(_differentiable(arguments), arguments.needs, strict=True)
+        ctx.save_for_backward(*found, *(value for value, needed in inputs if needed))
         return
     tensors, ctx.settings = arguments.parts()
     ctx.save_for_backward(rows, columns, *tensors)
