@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "contrastive/contrastive.h"
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
 #include "masked_topk/masked_topk.h"
@@ -140,11 +141,15 @@ void draw_negatives(int64_t seed, int64_t columns, double rate, Tensor bits) {
   hpk::draw_negatives_cpu(run, static_cast<uint64_t>(seed), bits.size(0), columns, rate, data<uint32_t>(bits));
 }
 
-hpk::Relations relations_of(int64_t anchors, const Tensor& agnostic, const std::optional<Tensor>& agnostic_t,
-                            const std::optional<Tensor>& specific, const std::optional<Tensor>& specific_t,
-                            const Tensor& negatives, const std::optional<Tensor>& negatives_t) {
+// The relations have the rows of anchors from `first` on.
+hpk::Relations relations_of(int64_t anchors, int64_t first, const Tensor& agnostic,
+                            const std::optional<Tensor>& agnostic_t, const std::optional<Tensor>& specific,
+                            const std::optional<Tensor>& specific_t, const Tensor& negatives,
+                            const std::optional<Tensor>& negatives_t) {
   return {anchors,
           negatives.size(0),
+          first,
+          agnostic.size(0),
           data<uint32_t>(agnostic),
           data<uint32_t>(agnostic_t),
           data<uint32_t>(specific),
@@ -168,9 +173,9 @@ hpk::AnchorCoefficients<T> coefficients_of(const Tensor& rows) {
   return {real, real + anchors, real + 2 * anchors, real + 3 * anchors};
 }
 
-std::tuple<int64_t, int64_t> contrastive_count_pairs(Tensor agnostic, std::optional<Tensor> specific,
-                                                     Tensor negatives) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+std::tuple<int64_t, int64_t> contrastive_count_pairs(int64_t anchors, int64_t first, Tensor agnostic,
+                                                     std::optional<Tensor> specific, Tensor negatives) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   const hpk::PairCounts counts = hpk::count_pairs_cpu(run, relations);
   return {counts.all, counts.within_images};
 }
@@ -200,9 +205,9 @@ hpk::Block<T> block_of(const Tensor& products, int64_t row, int64_t column) {
 }
 
 void contrastive_block_forward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
-                               Tensor agnostic, std::optional<Tensor> specific, Tensor negatives, Tensor sums,
-                               Tensor counts) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+                               int64_t anchors, int64_t first, Tensor agnostic, std::optional<Tensor> specific,
+                               Tensor negatives, Tensor sums, Tensor counts) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
     hpk::contrastive_block_forward_cpu<T>(run, block_of<T>(products, row, column), static_cast<T>(inverse_temperature),
@@ -210,9 +215,10 @@ void contrastive_block_forward(Tensor products, int64_t row, int64_t column, dou
   });
 }
 
-void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                               std::optional<Tensor> specific, Tensor negatives, Tensor sums, Tensor counts) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, {}, specific, {}, negatives, {});
+void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temperature, int64_t anchors,
+                               int64_t first, Tensor agnostic, std::optional<Tensor> specific, Tensor negatives,
+                               Tensor sums, Tensor counts) {
+  const auto relations = relations_of(anchors, first, agnostic, {}, specific, {}, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     const auto scale = static_cast<T>(inverse_temperature);
@@ -223,10 +229,11 @@ void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temp
 }
 
 void contrastive_block_backward(Tensor products, int64_t row, int64_t column, double inverse_temperature,
-                                Tensor agnostic, Tensor agnostic_t, std::optional<Tensor> specific,
-                                std::optional<Tensor> specific_t, Tensor negatives, Tensor negatives_t, Tensor rows) {
+                                int64_t anchors, int64_t first, Tensor agnostic, Tensor agnostic_t,
+                                std::optional<Tensor> specific, std::optional<Tensor> specific_t, Tensor negatives,
+                                Tensor negatives_t, Tensor rows) {
   const auto relations =
-      relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
+      relations_of(anchors, first, agnostic, agnostic_t, specific, specific_t, negatives, negatives_t);
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
     hpk::contrastive_block_backward_cpu<T>(run, block_of<T>(products, row, column),
@@ -234,10 +241,10 @@ void contrastive_block_backward(Tensor products, int64_t row, int64_t column, do
   });
 }
 
-void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_temperature, Tensor agnostic,
-                                Tensor agnostic_t, std::optional<Tensor> specific, std::optional<Tensor> specific_t,
-                                Tensor negatives, Tensor rows, Tensor grad_z) {
-  const auto relations = relations_of(agnostic.size(0), agnostic, agnostic_t, specific, specific_t, negatives, {});
+void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_temperature, int64_t anchors,
+                                int64_t first, Tensor agnostic, Tensor agnostic_t, std::optional<Tensor> specific,
+                                std::optional<Tensor> specific_t, Tensor negatives, Tensor rows, Tensor grad_z) {
+  const auto relations = relations_of(anchors, first, agnostic, agnostic_t, specific, specific_t, negatives, {});
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     const auto scale = static_cast<T>(inverse_temperature);
@@ -246,6 +253,63 @@ void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_tem
                                              data<T>(grad_z));
     hpk::contrastive_positives_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
                                                data<T>(grad_z));
+  });
+}
+
+hpk::PairForms pair_forms_of(const std::optional<Tensor>& anchor_ids, const std::optional<Tensor>& key_ids,
+                             const std::optional<Tensor>& bits, const std::optional<Tensor>& offsets,
+                             const std::optional<Tensor>& indices) {
+  return {data<int64_t>(anchor_ids), data<int64_t>(key_ids),  key_ids.has_value() ? key_ids->size(0) : 0,
+          data<uint32_t>(bits),      data<int64_t>(offsets), data<int64_t>(indices)};
+}
+
+template <typename T>
+hpk::LogitTile<T> logit_tile_of(const Tensor& logits, int64_t row, int64_t column) {
+  return {data<T>(logits), row, logits.size(0), column, logits.size(1)};
+}
+
+template <typename T>
+hpk::TilePairs<T> tile_pairs_of(const Tensor& positives, const Tensor& denominator,
+                                const std::optional<Tensor>& weights) {
+  return {data<uint32_t>(positives), data<uint32_t>(denominator), data<T>(weights)};
+}
+
+void contrastive_pairs(Tensor products, int64_t row, int64_t column, std::optional<Tensor> anchor_ids,
+                       std::optional<Tensor> key_ids, std::optional<Tensor> bits, std::optional<Tensor> offsets,
+                       std::optional<Tensor> indices, std::optional<Tensor> listed_weights,
+                       std::optional<Tensor> excluded_anchor_ids, std::optional<Tensor> excluded_key_ids,
+                       std::optional<Tensor> excluded_bits, std::optional<Tensor> excluded_offsets,
+                       std::optional<Tensor> excluded_indices, int64_t keys, int64_t own, bool triangle, bool decoupled,
+                       bool exclude_positives, double scale, std::optional<Tensor> bias, Tensor positives,
+                       Tensor denominator, std::optional<Tensor> weights) {
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    const auto tile = logit_tile_of<T>(products, row, column);
+    hpk::contrastive_pairs_cpu<T>(
+        run, tile, pair_forms_of(anchor_ids, key_ids, bits, offsets, indices), data<T>(listed_weights),
+        pair_forms_of(excluded_anchor_ids, excluded_key_ids, excluded_bits, excluded_offsets, excluded_indices),
+        {keys, own, triangle, decoupled, exclude_positives}, tile_pairs_of<T>(positives, denominator, weights));
+    hpk::contrastive_logits_cpu<T>(run, tile, static_cast<T>(scale), data<T>(bias));
+  });
+}
+
+void contrastive_statistics(Tensor logits, Tensor positives, Tensor denominator, std::optional<Tensor> weights,
+                            bool inside, Tensor rows, std::optional<Tensor> columns) {
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_statistics_cpu<T>(run, logit_tile_of<T>(logits, 0, 0),
+                                       tile_pairs_of<T>(positives, denominator, weights), inside, data<T>(rows),
+                                       data<T>(columns));
+  });
+}
+
+void contrastive_gradient(Tensor logits, Tensor positives, Tensor denominator, std::optional<Tensor> weights,
+                          bool inside, Tensor rows, std::optional<Tensor> columns) {
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_gradient_cpu<T>(run, logit_tile_of<T>(logits, 0, 0),
+                                     tile_pairs_of<T>(positives, denominator, weights), inside, data<T>(rows),
+                                     data<T>(columns));
   });
 }
 
@@ -293,19 +357,29 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("hidden_positives_pack_between(Tensor products, int row, int column, Tensor features, Tensor stats, Tensor keys,"
         " Tensor key_stats, Tensor threshold, Tensor key_threshold, bool either, int first, Tensor(a!) bits) -> int");
   m.def("transpose_bits(Tensor bits, int columns, Tensor(a!) transposed) -> ()");
-  m.def("contrastive_count_pairs(Tensor agnostic, Tensor? specific, Tensor negatives) -> (int, int)");
+  m.def("contrastive_count_pairs(int anchors, int first, Tensor agnostic, Tensor? specific, Tensor negatives)"
+        " -> (int, int)");
   m.def("multiply(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
   m.def("square_products(Tensor z, Tensor(a!) out) -> ()");
-  m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature,"
-        " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
-  m.def("contrastive_pairs_forward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
-        " Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
-  m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature,"
-        " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
+  m.def("contrastive_block_forward(Tensor(a!) products, int row, int column, float inverse_temperature, int anchors,"
+        " int first, Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(b!) sums, Tensor(c!) counts) -> ()");
+  m.def("contrastive_pairs_forward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
+        " Tensor agnostic, Tensor? specific, Tensor negatives, Tensor(a!) sums, Tensor(b!) counts) -> ()");
+  m.def("contrastive_block_backward(Tensor(a!) products, int row, int column, float inverse_temperature, int anchors,"
+        " int first, Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives,"
         " Tensor negatives_t, Tensor rows) -> ()");
-  m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, Tensor agnostic,"
-        " Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows, Tensor(a!) grad_z)"
-        " -> ()");
+  m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
+        " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows,"
+        " Tensor(a!) grad_z) -> ()");
+  m.def("contrastive_pairs(Tensor(a!) products, int row, int column, Tensor? anchor_ids, Tensor? key_ids, Tensor? bits,"
+        " Tensor? offsets, Tensor? indices, Tensor? listed_weights, Tensor? excluded_anchor_ids,"
+        " Tensor? excluded_key_ids, Tensor? excluded_bits, Tensor? excluded_offsets, Tensor? excluded_indices, int keys,"
+        " int own, bool triangle, bool decoupled, bool exclude_positives, float scale, Tensor? bias,"
+        " Tensor(b!) positives, Tensor(c!) denominator, Tensor(d!)? weights) -> ()");
+  m.def("contrastive_statistics(Tensor logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
+        " Tensor(a!) rows, Tensor(b!)? columns) -> ()");
+  m.def("contrastive_gradient(Tensor(a!) logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
+        " Tensor rows, Tensor? columns) -> ()");
   m.def("draw_negatives(int seed, int columns, float rate, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor logits, float sigma, float low, float high, Tensor(a!) weights) -> ()");
   m.def("local_propagation_apply(Tensor code, Tensor weights, Tensor(a!) mixed) -> ()");
@@ -326,6 +400,9 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("contrastive_pairs_forward", TORCH_BOX(&contrastive_pairs_forward));
   m.impl("contrastive_block_backward", TORCH_BOX(&contrastive_block_backward));
   m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
+  m.impl("contrastive_pairs", TORCH_BOX(&contrastive_pairs));
+  m.impl("contrastive_statistics", TORCH_BOX(&contrastive_statistics));
+  m.impl("contrastive_gradient", TORCH_BOX(&contrastive_gradient));
   m.impl("draw_negatives", TORCH_BOX(&draw_negatives));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("local_propagation_apply", TORCH_BOX(&local_propagation_apply));

@@ -13,14 +13,31 @@ namespace {
 
 using namespace hpk;
 
-void hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor bits) {
-  const OnDeviceOf on(features);
-  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < features.size(0)) {
+const float* padded_thresholds(const Tensor& threshold, const Tensor& rows) {
+  if (threshold.numel() % kThresholdsTogether != 0 || threshold.numel() < rows.size(0)) {
     throw std::runtime_error("hpkernels: the thresholds must be padded with NaN");
   }
+  return data<float>(threshold);
+}
+
+void hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor bits) {
+  const OnDeviceOf on(features);
+  const float* const thresholds = padded_thresholds(threshold, features);
   with_type_of(features, [&](auto zero) {
     using T = decltype(zero);
-    hidden_positives_cuda(rows<T>(features), data<float>(threshold), symmetric, data<uint32_t>(bits), on.stream);
+    hidden_positives_cuda(rows<T>(features), thresholds, symmetric, data<uint32_t>(bits), on.stream);
+  });
+}
+
+void hidden_positives_between(Tensor features, Tensor keys, Tensor threshold, Tensor key_threshold, bool either,
+                              int64_t first, Tensor bits) {
+  const OnDeviceOf on(features);
+  const BetweenArguments arguments{padded_thresholds(threshold, features), padded_thresholds(key_threshold, keys),
+                                   features.size(0),                       keys.size(0),
+                                   static_cast<int>(first),                data<uint32_t>(bits)};
+  with_type_of(features, [&](auto zero) {
+    using T = decltype(zero);
+    hidden_positives_between_cuda(rows<T>(features), rows<T>(keys), arguments, either, on.stream);
   });
 }
 
@@ -145,12 +162,12 @@ void contrastive_list_sampled(Tensor negatives, int64_t anchors, Tensor state, i
 }
 
 void contrastive_count_and_list(Tensor positives, std::optional<Tensor> specific, std::optional<Tensor> negatives,
-                                int64_t group, Tensor state, Tensor counts, std::optional<Tensor> ranges,
-                                std::optional<Tensor> columns) {
+                                int64_t anchors, int64_t group, int64_t first, Tensor state, Tensor counts,
+                                std::optional<Tensor> ranges, std::optional<Tensor> columns) {
   const OnDeviceOf on(positives);
   const State counters(state);
-  const PairBits bits{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives), positives.size(0),
-                      group};
+  const PairBits bits{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives), anchors, group,
+                      first, positives.size(0)};
   const ListedRows rows = ranges.has_value() ? listed_rows(*ranges, *columns, counters.listed, counters) : ListedRows{};
   count_and_list_cuda(bits, data<int32_t>(counts), rows, on.stream);
 }
@@ -243,42 +260,49 @@ void contrastive_rows_backward(Tensor z, Tensor positives, std::optional<Tensor>
 
 template <typename T>
 BlockPairs<T> block_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
-                          const std::optional<Tensor>& negatives, const Tensor& state, int64_t group, bool within,
-                          bool has_lists, double scale) {
+                          const std::optional<Tensor>& negatives, const Tensor& state, int64_t group, int64_t first,
+                          bool within, bool has_lists, double scale) {
   const auto in_fours = [](const uint32_t* bits) { return reinterpret_cast<uintptr_t>(bits) % 16 == 0; };
   ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
-                         static_cast<int>(z.size(0)), static_cast<int>(group), positives.size(1) % 4 == 0};
+                         static_cast<int>(z.size(0)), static_cast<int>(group), positives.size(1) % 4 == 0,
+                         static_cast<int>(first), static_cast<int>(positives.size(0))};
   masks.aligned = masks.aligned && in_fours(masks.positives) && in_fours(masks.specific) && in_fours(masks.negatives);
   return {rows<T>(z), masks, within, has_lists, data<int64_t>(state), static_cast<float>(scale)};
 }
 
 void contrastive_blocks_forward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
+                                std::optional<Tensor> negatives, Tensor state, int64_t group, int64_t first, bool within,
                                 bool has_lists, double scale, Tensor square, Tensor parts) {
   const OnDeviceOf on(z);
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     contrastive_blocks_forward_cuda(
-        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), data<float>(square),
-        data<float>(parts), on.stream);
+        block_pairs<T>(z, positives, specific, negatives, state, group, first, within, has_lists, scale),
+        data<float>(square), data<float>(parts), on.stream);
   });
 }
 
-// sums (N, dim): float32 within images, else of the type of z.
+// sums (rows, dim): float32 within images, else of the type of z. Without masks by columns they are those by rows.
 void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tensor> specific,
-                                 std::optional<Tensor> negatives, Tensor state, int64_t group, bool within,
-                                 bool has_lists, bool symmetric, double scale, Tensor numbers, Tensor shift,
+                                 std::optional<Tensor> negatives, Tensor state, int64_t group, int64_t first,
+                                 bool within, bool has_lists, bool symmetric, std::optional<Tensor> positives_by_columns,
+                                 std::optional<Tensor> specific_by_columns, double scale, Tensor numbers, Tensor shift,
                                  Tensor factor, Tensor sums) {
   const OnDeviceOf on(z);
+  const Tensor& by_columns = positives_by_columns.has_value() ? *positives_by_columns : positives;
+  const MasksByColumns masks{data<uint32_t>(by_columns),
+                             data<uint32_t>(positives_by_columns.has_value() ? specific_by_columns : specific),
+                             static_cast<int>(by_columns.size(1))};
   const BlockSums of_anchors{data<float>(numbers), data<float>(shift), data<float>(factor), sums.data_ptr(),
-                             static_cast<int>(sums.size(1)), symmetric};
+                             static_cast<int>(sums.size(1)), symmetric, masks};
   if (reinterpret_cast<uintptr_t>(of_anchors.numbers) % 16 != 0) {
     throw std::runtime_error("hpkernels: the numbers of anchors must start at a multiple of 16 bytes");
   }
   with_type_of(z, [&](auto zero) {
     using T = decltype(zero);
     contrastive_blocks_backward_cuda(
-        block_pairs<T>(z, positives, specific, negatives, state, group, within, has_lists, scale), of_anchors, on.stream);
+        block_pairs<T>(z, positives, specific, negatives, state, group, first, within, has_lists, scale), of_anchors,
+        on.stream);
   });
 }
 
@@ -322,6 +346,8 @@ void contrastive_sampled_backward(Tensor z, int64_t group, Tensor sampled_ranges
 
 STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("hidden_positives(Tensor features, Tensor threshold, bool symmetric, Tensor(a!) bits) -> ()");
+  m.def("hidden_positives_between(Tensor features, Tensor keys, Tensor threshold, Tensor key_threshold, bool either, "
+        "int first, Tensor(a!) bits) -> ()");
   m.def("local_propagation_weights(Tensor query, Tensor key, int prefix, int first, int last, float scale, "
         "float sigma, float low, float high, Tensor(a!) logits, Tensor(b!) weights) -> ()");
   m.def("masked_topk_parts(int queries, int references) -> int");
@@ -337,8 +363,8 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("contrastive_list_sampled(Tensor negatives, int anchors, Tensor(a!) state, int stage_columns, "
         "int slot_capacity, Tensor(b!) transposed, Tensor(c!) slot_ranges, Tensor(d!) ranges, Tensor(e!) columns, "
         "Tensor(f!) slots) -> ()");
-  m.def("contrastive_count_and_list(Tensor positives, Tensor? specific, Tensor? negatives, int group, "
-        "Tensor(a!) state, Tensor(b!) counts, Tensor(c!)? ranges, Tensor(d!)? columns) -> ()");
+  m.def("contrastive_count_and_list(Tensor positives, Tensor? specific, Tensor? negatives, int anchors, int group, "
+        "int first, Tensor(a!) state, Tensor(b!) counts, Tensor(c!)? ranges, Tensor(d!)? columns) -> ()");
   m.def("contrastive_weigh(Tensor counts, Tensor specific_weight, int group, bool joint, bool reweight, "
         "bool keep_specific_only, Tensor(a!) weights, Tensor(b!) state) -> ()");
   m.def("contrastive_greatest_square(Tensor z, Tensor(a!) greatest) -> ()");
@@ -352,12 +378,12 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
   m.def("contrastive_rows_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, int group, "
         "Tensor state, Tensor ranges, Tensor columns, Tensor slot_ranges, int first_column, int last_column, "
         "float scale, Tensor numbers, Tensor(a!) sums, Tensor? staged, Tensor? factor, Tensor(b!) out) -> ()");
-  m.def("contrastive_blocks_parts(int anchors, int group, bool within) -> int");
+  m.def("contrastive_blocks_parts(int anchors, int group, bool within, int first, int rows) -> int");
   m.def("contrastive_blocks_forward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
-        "int group, bool within, bool has_lists, float scale, Tensor square, Tensor(a!) parts) -> ()");
+        "int group, int first, bool within, bool has_lists, float scale, Tensor square, Tensor(a!) parts) -> ()");
   m.def("contrastive_blocks_backward(Tensor z, Tensor positives, Tensor? specific, Tensor? negatives, Tensor state, "
-        "int group, bool within, bool has_lists, bool symmetric, float scale, Tensor numbers, Tensor shift, "
-        "Tensor factor, Tensor(a!) sums) -> ()");
+        "int group, int first, bool within, bool has_lists, bool symmetric, Tensor? positives_by_columns, "
+        "Tensor? specific_by_columns, float scale, Tensor numbers, Tensor shift, Tensor factor, Tensor(a!) sums) -> ()");
   m.def("contrastive_sampled_forward(Tensor z, int group, Tensor sampled_ranges, Tensor sampled_columns, Tensor state, "
         "float scale, Tensor(a!) log_sums) -> ()");
   m.def("contrastive_staged_rows(Tensor z, int group) -> int");
@@ -368,6 +394,7 @@ STABLE_TORCH_LIBRARY(hpkernels_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hpkernels_cuda, HPK_DISPATCH_KEY, m) {
   m.impl("hidden_positives", TORCH_BOX(&hidden_positives));
+  m.impl("hidden_positives_between", TORCH_BOX(&hidden_positives_between));
   m.impl("local_propagation_weights", TORCH_BOX(&local_propagation_weights));
   m.impl("masked_topk_top1", TORCH_BOX(&masked_topk_top1));
   m.impl("masked_topk", TORCH_BOX(&masked_topk));

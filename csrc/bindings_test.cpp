@@ -183,8 +183,9 @@ Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> 
                          bool by_pairs) {
   const int64_t anchors = z.shape(0), dim = z.shape(1), per_image = negatives.shape(0);
   const Array<uint32_t> agnostic_t = transpose_bits(agnostic, anchors), negatives_t = transpose_bits(negatives, anchors);
-  const hpk::Relations relations{anchors,          per_image,           agnostic.data(),  agnostic_t.data(),
-                                 agnostic.data(),  agnostic_t.data(),   negatives.data(), negatives_t.data()};
+  const hpk::Relations relations{anchors,           per_image,       0,                 anchors,
+                                 agnostic.data(),   agnostic_t.data(), agnostic.data(), agnostic_t.data(),
+                                 negatives.data(),  negatives_t.data()};
   hpk::count_pairs_cpu(run, relations);
   std::vector<float> sums(3 * anchors, 0.0f), coefficients(anchors, 0.5f);
   std::vector<int64_t> counts(2 * anchors, 0);

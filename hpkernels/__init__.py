@@ -1,6 +1,6 @@
 """hpkernels: fast, exact, memory-lean kernels for multi-positive contrastive losses (Hidden Positives, CVPR 2023)."""
 
-from hpkernels import compat, nn
+from hpkernels import compat, distributed, nn
 from hpkernels._version import __version__
 from hpkernels.backends import Backend, BackendUnavailableError, use_backend
 from hpkernels.cost import estimate
@@ -26,6 +26,7 @@ __all__ = [
     "apply_local_propagation",
     "compat",
     "contrastive",
+    "distributed",
     "estimate",
     "explain",
     "ghp_contrastive",

@@ -128,7 +128,7 @@ def test_contrastive_loss(workspace, negatives, symmetric, variant, generator):
     ]
     losses, rows = torch.ops.hpkernels.multi_positive_contrastive(
         *z, as_bits(agnostic), as_bits(task), weight, given, seed, [], PATCHES, 0.3, 1.0, rate or 0.0,
-        variant, True, True, symmetric, "reference",
+        variant, True, True, symmetric, None, 0, "reference",
     )  # fmt: skip
     expected = torch.stack([loss for loss, _ in dense])
     assert (expected > 0.1).all()

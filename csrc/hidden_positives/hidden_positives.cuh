@@ -1,13 +1,7 @@
 // The kernel of hidden_positives, for either engine: see hidden_positives_cuda.cu and hidden_positives_sm90.cu.
 #pragma once
 
-#include <cstring>
-
-#include "common/bits.h"
-#include "common/device.h"
-#include "common/schedule.h"
-#include "common/warp.cuh"
-#include "hidden_positives/hidden_positives.h"
+#include "hidden_positives/words.cuh"
 
 namespace hpk {
 
@@ -17,78 +11,46 @@ struct PackArguments {
   uint32_t* bits;
 };
 
-// The anchor whose threshold a product is compared with.
-enum class Limit { kSmaller, kRow, kColumn };
-
-// Compares the products of a tile with thresholds, and writes the bits of its pairs and of their mirror images. Groups of
-// four warps, each with some rows and all columns of them, do so for themselves, 128 columns at a time. If kSymmetric, one
-// comparison decides both; else two do, and the words of the second take the place of those of the first.
+// Writes the bits of the pairs of a tile and of their mirror images. If kSymmetric, one comparison decides both; else two
+// do, and the words of the second take the place of those of the first.
 template <class Engine, bool kSymmetric>
-struct Pack {
+struct Pack : Words<Engine> {
+  using Base = Words<Engine>;
   using Geometry = typename Engine::Geometry;
-  static constexpr int kGroupThreads = 128, kGroups = Geometry::kTeams * Geometry::kTeamThreads / kGroupThreads;
-  static constexpr int kGroupRows = Geometry::kRows * kGroupThreads / Geometry::kTeamThreads;
-  static constexpr int kBlocks = kGroupRows / 32;  // of 32 x 32 bits, above one another
-  static constexpr int kWords = 4, kParts = Geometry::kColumns / (32 * kWords);
-  static constexpr int kThreadWords = Geometry::kColumnBlocks / (4 * kParts);  // of a row, that a thread has columns of
-
-  static_assert(kThresholdsTogether % Geometry::kColumns == 0, "thresholds are missing for the last tile");
-
-  struct Shared {
-    uint4 words[kGroups][kGroupRows];
-  };
+  using Base::kBlocks, Base::kGroupRows, Base::kGroupThreads, Base::kParts, Base::kWords;
 
   PackArguments arguments;
-  int strip;
-  Shared* shared;
-  float row_thresholds[Geometry::kRowBlocks][2];
-  float2 column_thresholds[Geometry::kColumnBlocks];
 
-  __device__ Pack(const PackArguments& arguments_, int strip_, char* memory)
-      : arguments(arguments_), strip(strip_), shared(reinterpret_cast<Shared*>(memory)) {
-    const int thread = threadIdx.x % Geometry::kTeamThreads;
-#pragma unroll
-    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        row_thresholds[m][h] = arguments.threshold[strip * Geometry::kRows + Geometry::row(thread, m, h)];
-      }
-    }
-  }
+  __device__ Pack(const PackArguments& arguments_, int strip, char* memory)
+      : Base(arguments_.threshold, strip, memory), arguments(arguments_) {}
 
   // Reads the thresholds of the columns.
   __device__ void prepare(int64_t tile, const Team<Geometry>& team) {
-    const float* const from = arguments.threshold + tile * Geometry::kColumns + Geometry::column(team.thread, 0, 0);
-#pragma unroll
-    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
-      const int apart = Geometry::column(0, n, 0) - Geometry::column(0, 0, 0);
-      column_thresholds[n] = *reinterpret_cast<const float2*>(from + apart);
-    }
+    this->read_thresholds(arguments.threshold, tile, team);
   }
 
   __device__ void operator()(const Fragment<Geometry>& products, int64_t tile, const Team<Geometry>& team) {
     if (!Engine::kPrepares) prepare(tile, team);
-    // The same for all lanes of a warp, and the compiler is to know it.
-    const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-    const int thread = threadIdx.x % kGroupThreads;
-    const int first_row = strip * Geometry::kRows + Geometry::row(group * kGroupThreads % Geometry::kTeamThreads, 0, 0);
+    const int group = this->group_of_warp(), thread = threadIdx.x % kGroupThreads;
+    const int first_row = this->first_row_of(group);
+    uint4* const words = this->shared->words[group];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int first_column = static_cast<int>(tile) * Geometry::kColumns + part * 32 * kWords;
       if (first_column + 32 * kWords <= first_row) continue;  // left of the diagonal
       barrier_sync(1 + group, kGroupThreads);                 // what was there has been read
       constexpr Limit kFirst = kSymmetric ? Limit::kSmaller : Limit::kRow;
-      find_words<kFirst>(products, part, first_row, first_column, team.thread, shared->words[group]);
+      find_words<kFirst>(products, part, first_row, first_column, team.thread, words);
       barrier_sync(1 + group, kGroupThreads);
-      write_words(shared->words[group], first_row, first_column / 32, thread);
+      write_words(words, first_row, first_column / 32, thread);
       uint32_t right_half = 0;
       if constexpr (!kSymmetric) {
-        right_half = on_diagonal(shared->words[group], first_row / 32, first_column, thread);
+        right_half = on_diagonal(words, first_row / 32, first_column, thread);
         barrier_sync(1 + group, kGroupThreads);
-        find_words<Limit::kColumn>(products, part, first_row, first_column, team.thread, shared->words[group]);
+        find_words<Limit::kColumn>(products, part, first_row, first_column, team.thread, words);
         barrier_sync(1 + group, kGroupThreads);
       }
-      write_mirrored(shared->words[group], first_row / 32, first_column, thread, right_half);
+      write_mirrored(words, first_row / 32, first_column, thread, right_half);
     }
   }
 
@@ -97,42 +59,13 @@ struct Pack {
   template <Limit kLimit>
   __device__ void find_words(const Fragment<Geometry>& products, int part, int first_row, int first_column, int thread,
                              uint4* words) const {
-    const int of_four = thread % 4;  // lanes that share rows
-    const int own_word = Geometry::column(thread, 4 * kThreadWords * part, 0) / 32 % kWords + of_four;
-#pragma unroll
-    for (int m = 0; m < Geometry::kRowBlocks; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t own = 0;
-#pragma unroll
-        for (int w = 0; w < kThreadWords; ++w) {
-          uint32_t found = 0;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int n = 4 * (kThreadWords * part + w) + i;
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const float column_threshold = c == 0 ? column_thresholds[n].x : column_thresholds[n].y;
-              const float limit = kLimit == Limit::kRow      ? row_thresholds[m][h]
-                                  : kLimit == Limit::kColumn ? column_threshold
-                                                             : min_or_nan(row_thresholds[m][h], column_threshold);
-              if (products.values[m][n][2 * h + c] > limit) found |= 1u << (8 * i + c);
-            }
-          }
-          found <<= 2 * of_four;
-          found |= __shfl_xor_sync(kAllLanes, found, 1);
-          found |= __shfl_xor_sync(kAllLanes, found, 2);
-          if (of_four == w) own = found;
-        }
-        const int row = Geometry::row(thread, m, h) % kGroupRows;
-        if ((first_row + row) / 32 == first_column / 32 + own_word) own &= ~1u << (row % 32);
-        if constexpr (kLimit == Limit::kRow) {  // which may let products of 0 through, those of no anchor
-          const int last = static_cast<int>(arguments.anchors);
-          if (first_column / 32 + own_word == last / 32) own &= ~(~0u << (last % 32));
-        }
-        if (of_four < kThreadWords) reinterpret_cast<uint32_t*>(&words[row])[own_word] = own;
+    this->template find<kLimit>(products, part, thread, words, [=](uint32_t& bits, int row, int word) {
+      if ((first_row + row) / 32 == first_column / 32 + word) bits &= ~1u << (row % 32);
+      if constexpr (kLimit == Limit::kRow) {  // which may let products of 0 through, those of no anchor
+        const int last = static_cast<int>(arguments.anchors);
+        if (first_column / 32 + word == last / 32) bits &= ~(~0u << (last % 32));
       }
-    }
+    });
   }
 
   // The words of rows, right of the diagonal.
@@ -166,26 +99,10 @@ struct Pack {
     write(column, first_block, mirrored, [=](int block) { return first_block + block <= column / 32; });
   }
 
-  // Writes those of kCount words of a row that are wanted, at once where all are and lie well.
   template <int kCount, class Wanted>
   __device__ __forceinline__ void write(int row, int first_word, const uint32_t (&words)[kCount],
                                         const Wanted& is_wanted) const {
-    struct alignas(4 * kCount) Together {
-      uint32_t words[kCount];
-    };
-    const int pitch = static_cast<int>(words_per_row(arguments.anchors));
-    if (row >= arguments.anchors || first_word >= pitch) return;
-    uint32_t* const to = arguments.bits + int64_t{row} * pitch + first_word;
-    if (is_wanted(0) && is_wanted(kCount - 1) && pitch % kCount == 0) {
-      Together all;
-      std::memcpy(&all, words, sizeof all);
-      *reinterpret_cast<Together*>(to) = all;
-      return;
-    }
-#pragma unroll
-    for (int w = 0; w < kCount; ++w) {
-      if (is_wanted(w) && first_word + w < pitch) to[w] = words[w];
-    }
+    Base::write(arguments.bits, arguments.anchors, arguments.anchors, row, first_word, words, is_wanted);
   }
 };
 
@@ -211,7 +128,7 @@ void launch_hidden_positives(const typename Engine::Operands& operands, const Pa
   using Geometry = typename Engine::Geometry;
   const int64_t strips = divide_up(arguments.anchors, Geometry::kRows);
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_for(strips, strips / 2, kWantedBlocks, 2)));
-  constexpr size_t own = kAlignedBytes<typename Pack<Engine, true>::Shared>;
+  constexpr size_t own = kAlignedBytes<typename Words<Engine>::Shared>;
   static_assert(own <= Engine::kMostOwnBytes, "more shared memory than there is");
   launch(symmetric ? hidden_positives_fwd_kernel<Engine, true> : hidden_positives_fwd_kernel<Engine, false>, grid,
          Engine::kThreads, own + Engine::shared_bytes(operands, own), stream, operands, arguments);

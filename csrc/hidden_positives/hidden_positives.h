@@ -52,6 +52,22 @@ template <typename T>
 void hidden_positives_sm90(const Rows<T>& features, const float* threshold, bool symmetric, uint32_t* bits,
                            cudaStream_t stream);
 
+// What decides a relation of anchors and keys, (anchors, words_per_row of the keys): as `Keys` says, with thresholds that
+// are both padded like those above.
+struct BetweenArguments {
+  const float* threshold;
+  const float* key_threshold;
+  int64_t anchors, keys;
+  int first;
+  uint32_t* bits;
+};
+template <typename T>
+void hidden_positives_between_cuda(const Rows<T>& features, const Rows<T>& keys, const BetweenArguments& arguments,
+                                   bool either, cudaStream_t stream);
+template <typename T>
+void hidden_positives_between_sm90(const Rows<T>& features, const Rows<T>& keys, const BetweenArguments& arguments,
+                                   bool either, cudaStream_t stream);
+
 // The transpose of a packed relation (rows, columns) as (columns, words_per_row(rows)).
 void transpose_bits_cpu(ParallelFor run, const uint32_t* bits, int64_t rows, int64_t columns, uint32_t* transposed);
 

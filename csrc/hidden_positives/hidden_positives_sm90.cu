@@ -1,4 +1,5 @@
 #include "common/strip_sm90.cuh"
+#include "hidden_positives/between.cuh"
 #include "hidden_positives/hidden_positives.cuh"
 #include "hidden_positives/hidden_positives.h"
 
@@ -11,7 +12,18 @@ void hidden_positives_sm90(const Rows<T>& features, const float* threshold, bool
   launch_hidden_positives<WideSm90<T>>(operands, {threshold, features.count, bits}, symmetric, stream);
 }
 
-template void hidden_positives_sm90<__half>(const Rows<__half>&, const float*, bool, uint32_t*, cudaStream_t);
-template void hidden_positives_sm90<__nv_bfloat16>(const Rows<__nv_bfloat16>&, const float*, bool, uint32_t*, cudaStream_t);
+template <typename T>
+void hidden_positives_between_sm90(const Rows<T>& features, const Rows<T>& keys, const BetweenArguments& arguments,
+                                   bool either, cudaStream_t stream) {
+  launch_hidden_positives_between<WideSm90<T>>(WideSm90<T>::operands(features, keys), arguments, either, stream);
+}
+
+#define HPK_INSTANTIATE(T)                                                                                  \
+  template void hidden_positives_sm90<T>(const Rows<T>&, const float*, bool, uint32_t*, cudaStream_t);       \
+  template void hidden_positives_between_sm90<T>(const Rows<T>&, const Rows<T>&, const BetweenArguments&, bool, \
+                                                cudaStream_t);
+HPK_INSTANTIATE(__half)
+HPK_INSTANTIATE(__nv_bfloat16)
+#undef HPK_INSTANTIATE
 
 }  // namespace hpk

@@ -149,17 +149,17 @@ struct RowLister {
 
 // counts[i] = the numbers of A_i, S_i and Den_i; and the columns of A_i or S_i in other images are listed.
 //
-// Grid (anchors). Bytes: the masks once; 4 written a listed pair.
+// Grid (rows). Bytes: the masks once; 4 written a listed pair.
 template <bool kAligned>
 HPK_KERNEL(RowLister::kThreads)
 contrastive_count_and_list_kernel(const __grid_constant__ PairBits bits, int32_t* __restrict__ counts,
                                   const __grid_constant__ ListedRows rows) {
   auto* const of_warps = reinterpret_cast<int32_t(*)[3]>(shared_memory() + sizeof(RowLister::Shared));
-  const int64_t row = blockIdx.x, words = words_per_row(bits.anchors);
+  const int64_t row = blockIdx.x, anchor = bits.first + row, words = words_per_row(bits.anchors);
   const auto* const negatives = bits.negatives == nullptr ? nullptr : bits.negatives + row % bits.group * words;
   const auto* const positives = bits.positives + row * words;
   const auto* const specific = bits.specific == nullptr ? nullptr : bits.specific + row * words;
-  const int64_t image = row / bits.group * bits.group;
+  const int64_t image = anchor / bits.group * bits.group;
   const RowLister lister(static_cast<int>(words));
 
   const auto across = [&](int word, const uint32_t (&agnostic)[kLaneWords], uint32_t (&found)[kLaneWords]) {
@@ -200,7 +200,7 @@ contrastive_count_and_list_kernel(const __grid_constant__ PairBits bits, int32_t
     int32_t sum = 0;
     for (int warp = 0; warp < RowLister::kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
     if (threadIdx.x == 2 && negatives == nullptr) sum = static_cast<int32_t>(bits.anchors) - 1;  // all but itself
-    if (threadIdx.x == 2 && negatives != nullptr) sum -= test_bit(negatives, row);  // nor if it is drawn
+    if (threadIdx.x == 2 && negatives != nullptr) sum -= test_bit(negatives, anchor);  // nor if it is drawn
     counts[3 * row + threadIdx.x] = sum;
   }
   if (rows.ranges == nullptr) return;
@@ -289,7 +289,7 @@ void count_and_list_cuda(const PairBits& bits, int32_t* counts, const ListedRows
   const bool aligned = are_aligned({bits.positives, bits.specific, bits.negatives}, words_per_row(bits.anchors));
   const auto kernel = aligned ? contrastive_count_and_list_kernel<true> : contrastive_count_and_list_kernel<false>;
   constexpr size_t shared = sizeof(RowLister::Shared) + RowLister::kWarps * 3 * sizeof(int32_t);
-  launch(kernel, static_cast<unsigned>(bits.anchors), RowLister::kThreads, shared, stream, bits, counts, rows);
+  launch(kernel, static_cast<unsigned>(bits.rows), RowLister::kThreads, shared, stream, bits, counts, rows);
 }
 
 void list_sampled_cuda(const uint32_t* negatives, int64_t positions, int64_t anchors, uint32_t* transposed,

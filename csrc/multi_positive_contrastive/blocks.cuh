@@ -24,7 +24,24 @@ struct BlockArguments {
 
   // Of all pairs where there are no lists, or not all fit; within images where they do.
   __device__ bool run() const { return within ? state[0] == 0 : !has_lists || state[0] != 0; }
+
+  template <class Geometry>
+  __device__ Scope scope() const {
+    return scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, within, masks.first);
+  }
+
+  // Which row of what is computed is that of an anchor in a scope, negative for none.
+  __device__ __forceinline__ int own_row(const Scope& scope, int anchor) const {
+    const int row = anchor - masks.first;
+    return scope.holds(anchor) && row < masks.rows ? row : -1;
+  }
 };
+
+// Rows of strips: a part of the anchors starts within 32 of them.
+template <class T>
+int64_t rows_of_strips(const BlockPairs<T>& pairs) {
+  return pairs.masks.first % 32 + pairs.masks.rows;
+}
 
 template <class T>
 BlockArguments arguments_of(const BlockPairs<T>& pairs) {
@@ -184,8 +201,7 @@ contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands 
   using Geometry = typename Engine::Geometry;
   if (!arguments.run()) return;
   const ContrastiveMasks& masks = arguments.masks;
-  const Scope scope =
-      scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
+  const Scope scope = arguments.template scope<Geometry>();
   SumLogits<Engine, kAll> consumer(arguments, scope, arguments.scale * *square);
   const TileRange all{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
   const TileRange tiles = part_of(all, blockIdx.y, gridDim.y);
@@ -199,13 +215,13 @@ contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands 
   }
   consumer.finish();
   combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
-    const int row = scope.row + r;
-    if (!scope.holds(row)) return;
-    const int64_t anchors = masks.anchors;
-    float* const part = parts + blockIdx.y * 3 * anchors + row;
+    const int row = arguments.own_row(scope, scope.row + r);
+    if (row < 0) return;
+    const int64_t rows = masks.rows;
+    float* const part = parts + blockIdx.y * 3 * rows + row;
     part[0] = sums.log_sum.value();
-    part[anchors] = sums.agnostic_sum;
-    part[2 * anchors] = sums.specific_sum;
+    part[rows] = sums.agnostic_sum;
+    part[2 * rows] = sums.specific_sum;
   });
 }
 
@@ -213,8 +229,10 @@ template <class Engine, class T>
 void launch_blocks_forward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const float* square,
                            float* parts, cudaStream_t stream) {
   const int64_t anchors = pairs.masks.anchors, group = pairs.masks.group;
-  const dim3 grid(static_cast<unsigned>(strips_of(Engine::Geometry::kRows, anchors, group, pairs.within)),
-                  static_cast<unsigned>(contrastive_blocks_parts(anchors, group, pairs.within)));
+  const int64_t strips = strips_of(Engine::Geometry::kRows, rows_of_strips(pairs), group, pairs.within);
+  const int64_t parts_of_columns =
+      contrastive_blocks_parts(anchors, group, pairs.within, pairs.masks.first, pairs.masks.rows);
+  const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_of_columns));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
                                                        : contrastive_blocks_fwd_kernel<Engine, false>;
   launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs),
@@ -351,13 +369,16 @@ struct BlockGradient {
       of_i[h] = pair_words<kAll>(agnostic[h], specific[h], rows[h].drawn[w], inside, own[h], word, first);
     }
     const ContrastiveMasks& masks = arguments.masks;
-    const int column = 32 * word + thread % 32;
+    const int column = 32 * word + thread % 32, row_word = own[0] >> 5;
     if (!of_anchors.symmetric) {
-      transpose_words(word_of(masks, masks.positives, column, column, own[0]), own, agnostic);
-      transpose_words(word_of(masks, masks.specific, column, column, own[0]), own, specific);
+      const MasksByColumns& by = of_anchors.by_columns;
+      const int own_word = row_word - (masks.first >> 5);
+      transpose_words(word_of(masks, by.positives, by.words, column, column, own_word), own, agnostic);
+      transpose_words(word_of(masks, by.specific, by.words, column, column, own_word), own, specific);
     }
     if constexpr (!kAll) {
-      transpose_words(word_of(masks, masks.negatives, column, column % masks.group, own[0]), own, drawn_by);
+      const int words = (masks.anchors + 31) >> 5;
+      transpose_words(word_of(masks, masks.negatives, words, column, column % masks.group, row_word), own, drawn_by);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -375,8 +396,8 @@ struct BlockGradient {
     const bool in_pairs = of_anchors.dim % 2 == 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row_of(team.thread, h);
-      if (!scope.holds(row)) continue;
+      const int row = arguments.own_row(scope, row_of(team.thread, h));
+      if (row < 0) continue;
       Out* const of_row = out + int64_t{row} * of_anchors.dim;
 #pragma unroll
       for (int n = 0; n < SumGeometry::kColumnBlocks; ++n) {
@@ -405,8 +426,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
   using Geometry = typename Engine::Geometry;
   if (!arguments.run()) return;
   const ContrastiveMasks& masks = arguments.masks;
-  const Scope scope =
-      scope_of(static_cast<int>(blockIdx.x), Geometry::kRows, masks.anchors, masks.group, arguments.within);
+  const Scope scope = arguments.template scope<Geometry>();
   const bool shared = fabsf(*of_anchors.shift) <= kGreatestShift;  // not if that is NaN
   BlockGradient<Engine, kAll> consumer{arguments, of_anchors, scope, shared, {}};
   const TileRange tiles{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
@@ -423,7 +443,7 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
 template <class Engine, class T>
 void launch_blocks_backward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs,
                             const BlockSums& sums, cudaStream_t stream) {
-  const int64_t strips = strips_of(Engine::Geometry::kRows, pairs.masks.anchors, pairs.masks.group, pairs.within);
+  const int64_t strips = strips_of(Engine::Geometry::kRows, rows_of_strips(pairs), pairs.masks.group, pairs.within);
   const dim3 grid(static_cast<unsigned>(strips), Engine::feature_blocks(sums.dim));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_bwd_kernel<Engine, true>
                                                        : contrastive_blocks_bwd_kernel<Engine, false>;

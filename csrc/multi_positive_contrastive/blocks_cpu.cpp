@@ -53,18 +53,18 @@ void transposed_windows_of(const Block<T>& block, const Relations& relations, in
 template <typename T>
 void forward_row(T* logits, const Block<T>& block, T scale, const Relations& relations, int64_t anchor,
                  const AnchorSums<T>& sums, Scratch<T>& scratch) {
-  const int64_t count = block.columns, words = words_per_row(count);
+  const int64_t count = block.columns, words = words_per_row(count), row = anchor - relations.first;
   windows_of(block, relations, anchor, scratch);
   multiply(logits, count, scale);
   scratch.masked.resize(count);
   mask_logits(logits, scratch.denominator.data(), count, scratch.masked.data());
-  T& log_denominator = sums.log_denominator[anchor];
+  T& log_denominator = sums.log_denominator[row];
   log_denominator = log_add_exp(log_denominator, log_sum_exp(scratch.masked.data(), count));
-  sums.agnostic_logits[anchor] += masked_sum(logits, scratch.agnostic.data(), count);
-  sums.agnostic_count[anchor] += count_bits(scratch.agnostic.data(), words);
+  sums.agnostic_logits[row] += masked_sum(logits, scratch.agnostic.data(), count);
+  sums.agnostic_count[row] += count_bits(scratch.agnostic.data(), words);
   if (relations.specific == nullptr) return;
-  sums.specific_logits[anchor] += masked_sum(logits, scratch.specific.data(), count);
-  sums.specific_count[anchor] += count_bits(scratch.specific.data(), words);
+  sums.specific_logits[row] += masked_sum(logits, scratch.specific.data(), count);
+  sums.specific_count[row] += count_bits(scratch.specific.data(), words);
 }
 
 template <typename T>

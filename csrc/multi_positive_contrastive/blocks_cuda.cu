@@ -5,8 +5,8 @@
 
 namespace hpk {
 
-int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within) {
-  const int64_t strips = strips_of(Geometry80::kRows, anchors, group, within);
+int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within, int64_t first, int64_t rows) {
+  const int64_t strips = strips_of(Geometry80::kRows, first % 32 + rows, group, within);
   return parts_for(strips, tiles_of(Geometry80::kColumns, anchors, group, within), kWantedBlocks, 2);
 }
 

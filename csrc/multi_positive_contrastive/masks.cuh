@@ -37,11 +37,11 @@ __device__ __forceinline__ void read_words(const ContrastiveMasks& masks, const 
   for (int w = 0; w < kWords; ++w) found[w] = first + w < words ? from[w] : 0;
 }
 
-// The words of an anchor in A and S, and in R; beyond the last one those of the last, which nobody uses.
+// The words of an anchor in A and S, and in R; of one that has no row those of another, which nobody uses.
 template <int kWords>
 __device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, int row, int first,
                                                MaskWords<kWords>& found) {
-  const int held = row < masks.anchors ? row : masks.anchors - 1;
+  const int own = row - masks.first, held = own < 0 ? 0 : own < masks.rows ? own : masks.rows - 1;
   read_words(masks, masks.positives, held, first, found.agnostic);
   if (masks.specific != nullptr) {
     read_words(masks, masks.specific, held, first, found.specific);
@@ -58,10 +58,9 @@ __device__ __forceinline__ void read_negatives(const ContrastiveMasks& masks, in
   read_words(masks, masks.negatives, held % masks.group, first, found.drawn);
 }
 
-// The word of a column, row `from` of a relation or of none, that tells of the 32 rows of `row`.
-__device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const uint32_t* bits, int column, int from,
-                                            int row) {
-  const int words = (masks.anchors + 31) >> 5, word = row >> 5;
+// The word of a column, row `from` of a relation with `words` a row or of none.
+__device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const uint32_t* bits, int words, int column,
+                                            int from, int word) {
   return bits != nullptr && column < masks.anchors && word < words ? bits[int64_t{from} * words + word] : 0;
 }
 

@@ -11,17 +11,21 @@
 //   positives  the pairs in A or S, and in the denominator those that R has not.
 // One block of everything is the dense route; sampled and positives alone are the sparse one; between them lies a block
 // for each image, which holds most positives, and the other two for the pairs of two images (`across_images`).
+//
+// What is computed is of the anchors [first, first + rows), some whole images, against all: forward their sums, backward
+// their gradients, which takes the coefficients of all anchors.
 #pragma once
 
 #include "common/threads.h"
 
 namespace hpk {
 
-// The relations of N anchors. The transposes of symmetric relations are the relations themselves.
+// The relations of some anchors to all N. The transposes of symmetric relations are the relations themselves.
 struct Relations {
   int64_t anchors;             // N
   int64_t per_image;           // G
-  const uint32_t* agnostic;    // A (N, words_per_row(N))
+  int64_t first, rows;         // whose rows A, S and their transposes have
+  const uint32_t* agnostic;    // A (rows, words_per_row(N))
   const uint32_t* agnostic_t;  // its transpose; backward only
   const uint32_t* specific;    // S, or null
   const uint32_t* specific_t;
@@ -29,7 +33,7 @@ struct Relations {
   const uint32_t* negatives_t;  // its transpose (N, words_per_row(G)); blocks in backward only
 };
 
-// What forward finds out about each anchor, (N,) each, and adds to what it finds there.
+// What forward finds out about each anchor, (rows,) each, and adds to what it finds there.
 template <typename T>
 struct AnchorSums {
   T* log_denominator;    // log of a sum of exponentials; -inf for none
@@ -51,14 +55,14 @@ struct AnchorCoefficients {
 // R as bits: word `word` of row `row`, for all words of all rows.
 void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t columns, double rate, uint32_t* bits);
 
-// How many pairs are in A, in S and in R: in all, and within the images.
+// How many pairs of the anchors are in A, in S and in R: in all, and within the images.
 struct PairCounts {
   int64_t all, within_images;
 };
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations);
 
 // A block: the products <z_i, z_j> (rows, columns) of anchors i from `row` and j from `column` on; overwritten. The columns
-// are whole images, or a part of one.
+// are whole images, or a part of one; the rows are among [first, first + rows).
 template <typename T>
 struct Block {
   T* products;
@@ -78,7 +82,7 @@ template <typename T>
 void contrastive_sampled_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                      const Relations& relations, bool across_images, const AnchorSums<T>& sums);
 
-// Adds to grad_z.
+// Adds to grad_z (rows, dim).
 template <typename T>
 void contrastive_sampled_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                       const Relations& relations, bool across_images,
@@ -88,7 +92,7 @@ template <typename T>
 void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                        const Relations& relations, bool across_images, const AnchorSums<T>& sums);
 
-// Adds to grad_z.
+// Adds to grad_z (rows, dim).
 template <typename T>
 void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                         const Relations& relations, bool across_images,

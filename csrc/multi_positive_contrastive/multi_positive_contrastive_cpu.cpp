@@ -33,10 +33,10 @@ void draw_negatives_cpu(ParallelFor run, uint64_t seed, int64_t rows, int64_t co
 
 PairCounts count_pairs_cpu(ParallelFor run, const Relations& relations) {
   std::atomic<int64_t> all{0}, within{0};  // integers: the order of the additions does not matter
-  parallel_for(run, relations.anchors, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(run, relations.rows, 64, [&](int64_t begin, int64_t end) {
     const int64_t words = words_per_row(relations.anchors);
     PairCounts counts{0, 0};
-    for (int64_t anchor = begin; anchor < end; ++anchor) {
+    for (int64_t anchor = relations.first + begin; anchor < relations.first + end; ++anchor) {
       const AnchorBits own = bits_of(relations, anchor);
       const int64_t first = image_start(relations, anchor), last = first + relations.per_image;
       for (const uint32_t* row : {own.agnostic, own.specific, own.negatives}) {

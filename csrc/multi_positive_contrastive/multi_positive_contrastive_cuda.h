@@ -3,6 +3,8 @@
 //
 // Lists: the columns of the set bits of row i, ascending, are columns[ranges[i][0]] to columns[ranges[i][1] - 1]. What
 // they have in common, and `state`, is described in hpkernels/ops/multi_positive_contrastive/routes.py.
+//
+// A and S have the rows of the anchors [first, first + rows), all or those of some whole images. Lists are of all anchors.
 #pragma once
 
 #include "common/cuda.h"
@@ -13,10 +15,10 @@ namespace hpk {
 void draw_negatives_cuda(const int64_t* seed, uint64_t threshold, int64_t rows, int64_t columns, uint32_t* bits,
                          cudaStream_t stream);
 
-// A and S, or null for no S, (anchors, words), and R (group, words), or null for every other anchor.
+// A and S, or null for no S, (rows, words), and R (group, words), or null for every other anchor.
 struct PairBits {
   const uint32_t *positives, *specific, *negatives;
-  int64_t anchors, group;
+  int64_t anchors, group, first, rows;
 };
 
 // Lists of rows, which take their places of `columns` in whatever order they come. Where one does not fit,
@@ -28,7 +30,7 @@ struct ListedRows {
   int64_t *taken, *does_not_fit;
 };
 
-// counts (anchors, 3): how many pairs of each anchor are in A, S and Den. If there are ranges, those of A or S in other
+// counts (rows, 3): how many pairs of each anchor are in A, S and Den. If there are ranges, those of A or S in other
 // images are listed.
 void count_and_list_cuda(const PairBits& bits, int32_t* counts, const ListedRows& rows, cudaStream_t stream);
 
@@ -124,9 +126,17 @@ struct ContrastiveMasks {
   const uint32_t *positives, *specific, *negatives;
   int anchors, group;
   bool aligned;
+  int first, rows;
 };
 
-// The pairs of all anchors in tiles, or those within each image. Where there are lists, those within images are taken if
+// A and S of all anchors by columns (anchors, words): bit first % 32 + r of a row says whether row r of the masks is a
+// positive of that anchor. If the rows are of all anchors, that is A and S.
+struct MasksByColumns {
+  const uint32_t *positives, *specific;
+  int words;
+};
+
+// The pairs of the rows with all anchors in tiles, or those within each image. Where there are lists, those within images are taken if
 // state[0] is 0, and all others if not.
 template <typename T>
 struct BlockPairs {
@@ -138,9 +148,9 @@ struct BlockPairs {
 };
 
 // In how many parts the columns are cut: the more the fewer rows there are.
-int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within);
+int64_t contrastive_blocks_parts(int64_t anchors, int64_t group, bool within, int64_t first, int64_t rows);
 
-// parts (contrastive_blocks_parts, 3, N): over a part of the columns, of each anchor log sum over Den of exp of the logits,
+// parts (contrastive_blocks_parts, 3, rows): over a part of the columns, of each anchor log sum over Den of exp of the logits,
 // and the sums of those in A and in S. No logit is above scale * *square.
 template <typename T>
 void contrastive_blocks_forward_cuda(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
@@ -148,12 +158,14 @@ template <typename T>
 void contrastive_blocks_forward_sm90(const BlockPairs<T>& pairs, const float* square, float* parts, cudaStream_t stream);
 
 // What backward knows of the anchors, `numbers` (N, 4): shift, factor of exp(logit - shift), pull and specific pull. If
-// *shift is not NaN, it is that of all. `symmetric` says that A and S are. `sums` has `dim` numbers a row, contiguous.
+// *shift is not NaN, it is that of all. `symmetric` says that A and S are; else they are read by columns as well. `sums`
+// (rows, dim) is contiguous.
 struct BlockSums {
   const float *numbers, *shift, *factor;
   void* sums;
   int dim;
   bool symmetric;
+  MasksByColumns by_columns;
 };
 
 // sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in the type of z.

@@ -42,6 +42,7 @@ template <typename T>
 void forward_row(const T* z, int64_t dim, T scale, const Relations& relations, bool across_images, int64_t anchor,
                  const AnchorSums<T>& sums, Scratch<T>& scratch) {
   const AnchorBits own = bits_of(relations, anchor);
+  const int64_t row = anchor - relations.first;
   list_pairs(relations, across_images, anchor, {own.agnostic, own.specific}, scratch);
   const auto count = static_cast<int64_t>(scratch.columns.size());
   if (count == 0) return;
@@ -49,16 +50,16 @@ void forward_row(const T* z, int64_t dim, T scale, const Relations& relations, b
   dots(z + anchor * dim, z, scratch.columns.data(), count, dim, scale, scratch.logits.data());
 
   list_agnostic(own, scratch);
-  sums.agnostic_logits[anchor] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
-  sums.agnostic_count[anchor] += count_bits(scratch.listed.data(), words_per_row(count));
+  sums.agnostic_logits[row] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
+  sums.agnostic_count[row] += count_bits(scratch.listed.data(), words_per_row(count));
   scratch.masked.resize(count);
   mask_logits(scratch.logits.data(), scratch.denominator.data(), count, scratch.masked.data());
-  T& log_denominator = sums.log_denominator[anchor];
+  T& log_denominator = sums.log_denominator[row];
   log_denominator = log_add_exp(log_denominator, log_sum_exp(scratch.masked.data(), count));
   if (own.specific == nullptr) return;
   restrict_to(scratch.columns, own.specific, scratch.listed);
-  sums.specific_logits[anchor] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
-  sums.specific_count[anchor] += count_bits(scratch.listed.data(), words_per_row(count));
+  sums.specific_logits[row] += masked_sum(scratch.logits.data(), scratch.listed.data(), count);
+  sums.specific_count[row] += count_bits(scratch.listed.data(), words_per_row(count));
 }
 
 template <typename T>
@@ -124,10 +125,10 @@ void backward_row(const T* z, int64_t dim, T scale, const Relations& relations, 
 template <typename T>
 void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                        const Relations& relations, bool across_images, const AnchorSums<T>& sums) {
-  parallel_for(run, relations.anchors, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(run, relations.rows, 16, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
-    for (int64_t anchor = begin; anchor < end; ++anchor) {
-      forward_row(z, dim, inverse_temperature, relations, across_images, anchor, sums, scratch);
+    for (int64_t row = begin; row < end; ++row) {
+      forward_row(z, dim, inverse_temperature, relations, across_images, relations.first + row, sums, scratch);
     }
   });
 }
@@ -136,11 +137,11 @@ template <typename T>
 void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                         const Relations& relations, bool across_images,
                                         const AnchorCoefficients<T>& anchors, T* grad_z) {
-  parallel_for(run, relations.anchors, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(run, relations.rows, 16, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
-    for (int64_t anchor = begin; anchor < end; ++anchor) {
-      backward_row(z, dim, inverse_temperature, relations, across_images, anchor, anchors, grad_z + anchor * dim,
-                   scratch);
+    for (int64_t row = begin; row < end; ++row) {
+      backward_row(z, dim, inverse_temperature, relations, across_images, relations.first + row, anchors,
+                   grad_z + row * dim, scratch);
     }
   });
 }

@@ -11,7 +11,7 @@ namespace hpk {
 
 using Bits = std::vector<uint32_t>;
 
-// The rows of the relations that concern one anchor i, (words,) each; null where there is no such relation.
+// The rows of the relations that concern one anchor i of those that have some, (words,) each; null where there is no such relation.
 struct AnchorBits {
   const uint32_t* agnostic;    // A_i
   const uint32_t* agnostic_t;  // the j with A_ji
@@ -21,7 +21,7 @@ struct AnchorBits {
 };
 
 inline AnchorBits bits_of(const Relations& relations, int64_t anchor) {
-  const int64_t words = words_per_row(relations.anchors), row = anchor * words;
+  const int64_t words = words_per_row(relations.anchors), row = (anchor - relations.first) * words;
   const auto at = [row](const uint32_t* bits) { return bits == nullptr ? nullptr : bits + row; };
   return {at(relations.agnostic), at(relations.agnostic_t), at(relations.specific), at(relations.specific_t),
           relations.negatives + anchor % relations.per_image * words};

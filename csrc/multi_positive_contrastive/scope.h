@@ -13,9 +13,10 @@ struct Scope {
   HPK_HOST_DEVICE bool holds(int anchor) const { return anchor >= first && anchor < last; }
 };
 
-// What strip `strip` is about. An image starts within 32 anchors, so it may take one strip more than it has rows for.
-HPK_HOST_DEVICE Scope scope_of(int strip, int rows_of_strip, int anchors, int group, bool within) {
-  if (!within) return {0, anchors, strip * rows_of_strip, 0};
+// What strip `strip` is about: of all anchors the strips start with the 32 that `start_row` is among. An image starts within 32 anchors,
+// so it may take one strip more than it has rows for.
+HPK_HOST_DEVICE Scope scope_of(int strip, int rows_of_strip, int anchors, int group, bool within, int start_row = 0) {
+  if (!within) return {0, anchors, start_row / 32 * 32 + strip * rows_of_strip, 0};
   const int strips = static_cast<int>(divide_up(group + 31, rows_of_strip));
   const int first = strip / strips * group, start = first / 32 * 32;
   return {first, first + group, start + strip % strips * rows_of_strip, start};

@@ -32,12 +32,17 @@ def refuse_double_backward(name: str, backward_op: Any) -> None:
     """Make differentiating through `backward_op`, the gradient of op `name`, a clear error."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{name}: double backward is not supported: its gradient is not differentiable "
-            "(drop create_graph=True, or use the functions of its reference module under plain autograd)"
-        )
+        raise double_backward_error(name)
 
     backward_op.register_autograd(backward)
+
+
+def double_backward_error(name: str) -> RuntimeError:
+    """What differentiating the gradient of op `name` ends with."""
+    return RuntimeError(
+        f"{name}: double backward is not supported: its gradient is not differentiable "
+        "(drop create_graph=True, or use the functions of its reference module under plain autograd)"
+    )
 
 
 def aligned_rows(matrix: Tensor, multiple: int) -> Tensor:

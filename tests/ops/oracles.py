@@ -19,6 +19,17 @@ def similar_pairs(features, threshold, symmetric=True):
     return (margin > 0) & ~torch.eye(size, dtype=torch.bool), margin
 
 
+def similar_keys(features, keys, threshold=None, key_threshold=None):
+    """<f_i, k_j> > threshold_i and > key_threshold_j, of those that are given, as (N, K) bool; the smaller margin."""
+    margin = torch.full((len(features), len(keys)), torch.inf, dtype=features.dtype)
+    for i in range(len(features)):
+        for j in range(len(keys)):
+            for limits, place in ((threshold, i), (key_threshold, j)):
+                if limits is not None:
+                    margin[i, j] = min(margin[i, j], features[i] @ keys[j] - limits[place])
+    return margin > 0, margin
+
+
 def contrastive(
     z,
     positives,
@@ -68,6 +79,62 @@ def contrastive(
         loss = mean_over_images(agnostic, lambda i, mass: mass > 0)
         loss = loss + lam * mean_over_images(task, lambda i, mass: mass > 0)
     return loss if base_temperature is None else loss * temperature / base_temperature
+
+
+def contrastive_of_pairs(
+    anchors,
+    keys,
+    weights,
+    excluded,
+    *,
+    temperature=0.07,
+    key_bias=None,
+    positive_aggregation="outside",
+    denominator="all",
+    both_directions=False,
+    exclude_positives=True,
+    anchor_weight=None,
+    reduction="mean",
+):
+    """`hpkernels.contrastive` for dense weights of positives (N, K) and excluded pairs (N, K) bool; keys may be None."""
+    own = keys is None
+    keys = anchors if own else keys
+    weights, excluded = weights.tolist(), excluded.tolist()
+    bias = torch.zeros(len(keys), dtype=anchors.dtype) if key_bias is None else key_bias
+
+    logits = anchors @ keys.T / temperature + bias
+
+    def takes_part(i, j):
+        return not (own and i == j) and not (excluded[i][j] and (exclude_positives or not weights[i][j] > 0))
+
+    def loss_of(pairs):
+        """Of one anchor or key, whose pairs (i, j) take part."""
+        positives = [(i, j) for i, j in pairs if weights[i][j] > 0]
+        others = pairs if denominator == "all" else [(i, j) for i, j in pairs if not weights[i][j] > 0]
+        if not positives or not others:
+            return None
+        log_p = logits[tuple(zip(*positives, strict=True))] - logits[tuple(zip(*others, strict=True))].logsumexp(dim=0)
+        shares = torch.tensor([weights[i][j] for i, j in positives], dtype=logits.dtype)
+        shares = shares / shares.sum()
+        return -(shares * log_p).sum() if positive_aggregation == "outside" else -(shares * log_p.exp()).sum().log()
+
+    def reduced(all_pairs, of_each):
+        losses = [loss_of(pairs) for pairs in all_pairs]
+        if reduction == "none":
+            zero = anchors.sum() * 0
+            return torch.stack([zero if loss is None else of_each[i] * loss for i, loss in enumerate(losses)])
+        kept = [i for i, loss in enumerate(losses) if loss is not None]
+        total = sum((of_each[i] * losses[i] for i in kept), anchors.sum() * 0)
+        mass = sum(of_each[i] for i in kept)
+        return total if reduction == "sum" or mass == 0 else total / mass
+
+    rows, columns = range(len(anchors)), range(len(keys))
+    of_each = [1.0] * len(anchors) if anchor_weight is None else anchor_weight.tolist()
+    loss = reduced([[(i, j) for j in columns if takes_part(i, j)] for i in rows], of_each)
+    if both_directions:
+        mirrored = reduced([[(i, j) for i in rows if takes_part(i, j)] for j in columns], [1.0] * len(keys))
+        loss = (loss + mirrored) / 2
+    return loss
 
 
 def supcon(features, labels=None, mask=None, *, temperature, base_temperature=None, contrast_mode="all"):

@@ -200,13 +200,12 @@ def test_opcheck(case):
     prepare = torch.ops.hpkernels.contrastive_pairs.default
     forward = torch.ops.hpkernels.multi_positive_contrastive.default
     backward = torch.ops.hpkernels.multi_positive_contrastive_backward.default
-    z_mixed = batch.z.flip(0)
+    z_mixed, weighting = batch.z.flip(0), ("joint", True, False, False)
     for specific, negatives, others in ((None, None, [None]), (batch.specific.bits, batch.negatives, [None, z_mixed])):
-        masks = (batch.positives.bits, specific)
-        drawn, weighting = (negatives, seed), ("joint", True, False, False)
-        pairs = prepare(*masks, weight, *drawn, 12, 0.1, *weighting, 12, case.backend)
+        masks, drawn = (batch.positives.bits, specific), (negatives, seed)
+        pairs = prepare(*masks, weight, *drawn, 12, 0.1, *weighting, 12, 36, 0, case.backend)
         drawn = (*drawn, pairs)
-        settings = (12, 0.3, 1.5, 0.1, *weighting, case.backend)
+        settings = (12, 0.3, 1.5, 0.1, *weighting, None, 0, case.backend)
         for other in others:
             for z in (batch.z, batch.z.detach().clone().requires_grad_()):
                 torch.library.opcheck(forward, (z, other, *masks, weight, *drawn, *settings))
@@ -214,8 +213,18 @@ def test_opcheck(case):
             relations = (*masks, *drawn, rows)
             torch.library.opcheck(
                 backward,
-                (torch.ones_like(losses), batch.z, other, *relations, 12, 0.3, 0.1, False, case.backend),
+                (torch.ones_like(losses), batch.z, other, *relations, 12, 0.3, 0.1, False, None, None, 0, case.backend),
             )
+    # A part: the last two images, whose transposes may be anything.
+    part, transposed = [mask[12:] for mask in masks], [mask[:24] for mask in masks]
+    of_part = (*part, weight, negatives, seed, 12, 0.1, *weighting, 12, 36, 12, case.backend)
+    torch.library.opcheck(prepare, of_part)
+    drawn = (negatives, seed, prepare(*of_part))
+    images = images_of(drawn[2], case.backend)
+    settings = (12, 0.3, 1.5, 0.1, *weighting, images, 12, case.backend)
+    torch.library.opcheck(forward, (batch.z, other, *part, weight, *drawn, *settings))
+    constants = (12, 0.3, 0.1, False, *transposed, 12, case.backend)
+    torch.library.opcheck(backward, (torch.ones_like(losses), batch.z, other, *part, *drawn, rows, *constants))
 
 
 @pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.contrastive import registration
-from hpkernels.ops.contrastive.chunked import Needs
-from hpkernels.ops.contrastive.registration import Arguments
-from hpkernels.ops.contrastive.relations import Checked, Labels, PairLists, Pairs, Relation, Sizes, checked, without
+from hpkernels.ops.contrastive import fused, registration
+from hpkernels.ops.contrastive.arguments import Aggregation, Denominator, Reduction, arguments_of, check_loss
+from hpkernels.ops.contrastive.relations import Labels, PairLists, Pairs
 
 __all__ = ["ContrastiveStatistics", "Labels", "PairLists", "contrastive"]
-
-Aggregation = Literal["outside", "inside"]
-Denominator = Literal["all", "negatives"]
-Reduction = Literal["mean", "sum", "none"]
 
 
 class ContrastiveStatistics(NamedTuple):
@@ -36,6 +30,12 @@ class ContrastiveStatistics(NamedTuple):
     positives: Tensor
     key_log_denominator: Tensor | None = None
     key_positives: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor | None) -> ContrastiveStatistics:
+        """From the statistics (N, 4) of anchors and (K, 4) of keys that kernels find."""
+        of_keys = (None, None) if columns is None else (columns[:, 0], columns[:, 3].long())
+        return cls(rows[:, 0], rows[:, 3].long(), *of_keys)
 
 
 @overload
@@ -143,7 +143,7 @@ def contrastive(
         Logits and sums are float32 (float64) whatever the dtype of `anchors`. Gradients reach `anchors`, `keys`,
         `temperature` and `key_bias`; double backward is refused. Deterministic. Under autocast keys of another floating
         dtype are cast to that of the anchors. Memory: blocks of pairs in 32 MiB on the CPU and 1 GiB on a GPU, but at
-        least 32 rows of K numbers; twice as much for weighted lists. With "mean" or "sum" in one direction the gradients
+        least 128 rows of K numbers; twice as much for weighted lists. With "mean" or "sum" in one direction the gradients
         are found forward, and kept in the accumulation's dtype; otherwise logits are computed again. Where the keys
         are the anchors and the relations symmetric, pairs i < j alone are computed.
 
@@ -158,100 +158,28 @@ def contrastive(
         torch.Size([3, 3])
     """
     op = "contrastive"
-    check.tensor(op, "anchors", anchors, ("N", "D"))
-    count = anchors.shape[0]
-    if keys is not None:
-        keys = check.with_autocast(keys, anchors)
-        check.tensor(op, "keys", keys, ("K", anchors.shape[1]))
-        check.same(op, "keys", keys, "anchors", anchors)
-    sizes = Sizes(count, count if keys is None else keys.shape[0], keys is None)
-    check.choice(op, "positive_aggregation", positive_aggregation, ("outside", "inside"))
-    check.choice(op, "denominator", denominator, ("all", "negatives"))
-    check.choice(op, "reduction", reduction, ("mean", "sum", "none") if not both_directions else ("mean", "sum"))
-    flags = {
-        "exclude_positives": exclude_positives,
-        "both_directions": both_directions,
-        "return_statistics": return_statistics,
-    }
-    for name, value in flags.items():
-        check.flag(op, name, value)
-    of_positives = checked(op, "positives", positives, anchors, sizes, weighted=True)
-    excluded = None if exclude is None else checked(op, "exclude", exclude, anchors, sizes)
-    for relation in (of_positives, excluded):
-        if relation is not None and relation.ignored is not None:
-            excluded = without(excluded, relation.ignored)
-    scale = _temperature(op, temperature, anchors)
-    if key_bias is not None:
-        check.tensor(op, "key_bias", key_bias, (sizes.keys,))
-        check.same(op, "key_bias", key_bias, "anchors", anchors, dtype=False)
-        check.finite(op, "key_bias", key_bias)
-    if anchor_weight is not None:
-        anchor_weight = _weight(op, anchor_weight, anchors)
-    check.finite(op, "anchors", anchors)
-    if keys is not None:
-        check.finite(op, "keys", keys)
-    needs = Needs(*map(_needs_gradient, (anchors, keys, scale, key_bias)))
-    arguments = Arguments(
+    check.flag(op, "return_statistics", return_statistics)
+    arguments = arguments_of(
+        op,
         anchors,
         keys,
-        of_positives.relation,
-        Relation() if excluded is None else excluded.relation,
-        key_bias,
-        scale,
-        anchor_weight,
-        _is_symmetric(of_positives, excluded, key_bias, both_directions),
-        positive_aggregation == "inside",
-        denominator == "negatives",
-        exclude_positives,
-        both_directions,
-        reduction,
-        needs,
-        backends.select(op, backend, anchors),
+        positives=positives,
+        exclude=exclude,
+        exclude_positives=exclude_positives,
+        temperature=temperature,
+        key_bias=key_bias,
+        positive_aggregation=positive_aggregation,
+        denominator=denominator,
+        both_directions=both_directions,
+        anchor_weight=anchor_weight,
+        reduction=reduction,
+        backend=None,
     )
+    if not return_statistics and (by := fused.chosen_backend(op, arguments, temperature, backend)) is not None:
+        return fused.loss_of(op, arguments, temperature, by)
+    arguments = arguments._replace(backend=backends.select(op, backend, anchors))
     loss, rows, columns, _ = registration.contrastive(*arguments.flat())
-    if check.readable(loss.detach()) and not loss.isfinite().all():  # the inputs are: they were checked
-        raise ValueError(
-            f"{op}: `anchors` and `keys` must have inner products that are finite when divided by the temperature, in"
-            f" {str(loss.dtype).removeprefix('torch.')}, got a loss of {loss[~loss.isfinite()].flatten()[0].item()}"
-        )
+    check_loss(op, loss)
     if not return_statistics:
         return loss  # type: ignore[no-any-return]
-    of_keys = (columns[:, 0], columns[:, 3].long()) if both_directions else (None, None)
-    return loss, ContrastiveStatistics(rows[:, 0], rows[:, 3].long(), *of_keys)
-
-
-def _is_symmetric(positives: Checked, excluded: Checked | None, key_bias: Tensor | None, both: bool) -> bool:
-    """Whether the loss of pair (i, j) is that of (j, i), and the anchors are their own keys."""
-    relations = positives.symmetric and (excluded is None or excluded.symmetric)
-    return relations and key_bias is None and not both
-
-
-def _needs_gradient(value: Tensor | None) -> bool:
-    return value is not None and value.requires_grad and torch.is_grad_enabled()
-
-
-def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tensor:
-    """The temperature as a 0-d tensor of the accumulation's dtype."""
-    (accumulate,) = check.accumulation(anchors.dtype)
-    if not isinstance(temperature, Tensor):
-        value = check.reciprocal(op, "temperature", temperature, accumulate)
-        # A sum, so that Dynamo makes a float that changes at every step an input of the graph.
-        return torch.zeros((), dtype=accumulate, device=anchors.device) + value
-    check.tensor(op, "temperature", temperature, ())
-    check.same(op, "temperature", temperature, "anchors", anchors, dtype=False)
-    if check.readable(temperature):
-        check.reciprocal(op, "temperature", temperature.item(), accumulate)
-    # Where values cannot be read, a bad one shows in the loss.
-    return temperature.to(accumulate).where(temperature > 0, torch.nan)
-
-
-def _weight(op: str, weight: Any, anchors: Tensor) -> Tensor:
-    (accumulate,) = check.accumulation(anchors.dtype)
-    check.tensor(op, "anchor_weight", weight, (anchors.shape[0],))
-    check.same(op, "anchor_weight", weight, "anchors", anchors, dtype=False)
-    check.constant(op, "anchor_weight", weight)
-    check.finite(op, "anchor_weight", weight)
-    if check.readable(weight) and (weight < 0).any():
-        raise ValueError(f"{op}: `anchor_weight` must be at least 0, got {weight.min().item():g}")
-    weight = weight.detach().to(accumulate)
-    return weight.where(weight >= 0, torch.nan).contiguous()  # where values cannot be read, a bad one shows in the loss
+    return loss, ContrastiveStatistics.of(rows, columns if both_directions else None)

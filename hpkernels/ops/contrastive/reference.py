@@ -100,6 +100,11 @@ def _reduced(losses: Tensor, kept: Tensor, weight: Tensor | None, reduction: str
     return total if mass is None else total / mass.where(mass > 0, 1)
 
 
+def pair_bytes(problem: Problem) -> int:
+    """Up to four numbers beside the product, and eight bools."""
+    return 5 * problem.scale.element_size() + 8
+
+
 def prepare(problem: Problem) -> Any:
     """The anchors of the listed pairs of positives and of what is excluded, or None."""
     relations = (problem.positives, problem.excluded)
@@ -151,7 +156,7 @@ def _add(statistics: Tensor, logits: Tensor, weights: Tensor, denominator: Tenso
 
 def _gradient(logits: Tensor, weights: Tensor, denominator: Tensor, numbers: Tensor, inside: bool) -> Tensor:
     shift, push, pull_shift, pull = numbers.unbind(dim=-1)
-    grad = (logits - shift).exp_().mul_(push).masked_fill_(~denominator, 0)
+    grad = (logits - shift).clamp_(max=0).exp_().mul_(push).masked_fill_(~denominator, 0)
     if inside:
         return grad.sub_((logits - pull_shift).add_(weights.log()).clamp_(max=0).exp_().mul_(pull))
     return grad.sub_(pull * weights)

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
+from hpkernels.ops import _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.contrastive import chunked, reference
-from hpkernels.ops.contrastive.chunked import Gradients, Needs
+from hpkernels.ops.contrastive import chunked, cpu, reference
+from hpkernels.ops.contrastive.chunked import Needs
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.relations import Relation
 
+_triton.register("contrastive")
+backends.register("contrastive", "cpu", cpu)
 backends.register("contrastive", "reference", reference)
 
 _RELATIONS = (
@@ -58,11 +61,16 @@ class Arguments(NamedTuple):
         anchors, keys, *rest = arguments
         positives, excluded, rest = Relation(*rest[:6]), Relation(*rest[6:12]), rest[12:]
         *others, needs, backend = rest
-        return cls(anchors, keys, positives, excluded, *others, Needs(*needs), backend)
+        return cls._make((anchors, keys, positives, excluded, *others, Needs(*needs), backend))
 
     def flat(self) -> list[Any]:
         """As the schema has them."""
         return [*self[:2], *self.positives, *self.excluded, *self[4:-2], list(self.needs), self.backend]
+
+    def parts(self) -> tuple[list[Tensor | None], list[Any]]:
+        """The tensors and the settings of the schema."""
+        flat, settings = self.flat(), _SETTINGS.count(",") + 1
+        return flat[:-settings], flat[-settings:]
 
     @property
     def one_pass(self) -> bool:
@@ -110,7 +118,7 @@ def contrastive(*flat: Any) -> Any:
         loss = (loss + _loss(columns, None, arguments)) / 2
     for vectors in (problem.anchors, problem.keys, problem.key_bias):
         if vectors is not None:  # 0, or NaN if they are not finite
-            loss = loss + torch.linalg.vector_norm(vectors, torch.inf).to(loss.dtype) * 0
+            loss = loss + vectors.sum(dtype=loss.dtype) * 0
     return loss, rows, rows.new_empty(0) if columns is None else columns, found
 
 
@@ -155,15 +163,17 @@ def _(grad_loss: Tensor, rows: Tensor, columns: Tensor, *flat: Any) -> Any:
 
 
 @torch.library.custom_op(
-    "hpkernels::contrastive_scaled", mutates_args=(), schema="(Tensor grad_loss, Tensor[] gradients) -> Tensor[]"
+    "hpkernels::contrastive_scaled",
+    mutates_args=(),
+    schema="(Tensor grad_loss, Tensor[] gradients, Tensor[] inputs) -> Tensor[]",
 )
-def contrastive_scaled(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients that forward has found, times that of the loss."""
+def contrastive_scaled(grad_loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients that forward has found, times that of the loss. They depend on `inputs`, so that autograd asks."""
     return [gradient * grad_loss for gradient in gradients]
 
 
 @contrastive_scaled.register_fake
-def _(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+def _(grad_loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
@@ -204,12 +214,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.dtypes = [None if value is None else value.dtype for value in _differentiable(arguments)]
     ctx.needs = arguments.needs
     if arguments.one_pass:
-        ctx.save_for_backward(*found)
+        ctx.found = len(found)
+        ctx.save_for_backward(*found, *(value for value in _differentiable(arguments) if value is not None))
         return
-    flat = arguments.flat()
-    ctx.tensor_count = len(flat) - 8
-    ctx.save_for_backward(rows, columns, *flat[: ctx.tensor_count])
-    ctx.settings = flat[ctx.tensor_count :]
+    tensors, ctx.settings = arguments.parts()
+    ctx.save_for_backward(rows, columns, *tensors)
 
 
 def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
@@ -218,7 +227,7 @@ def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.one_pass:
-        found = contrastive_scaled(grad_loss, ctx.saved_tensors)
+        found = contrastive_scaled(grad_loss, ctx.saved_tensors[: ctx.found], ctx.saved_tensors[ctx.found :])
     else:
         rows, columns, *tensors = ctx.saved_tensors
         found = contrastive_backward(grad_loss, rows, columns, *tensors, *ctx.settings)

@@ -66,11 +66,25 @@ class Relation(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What relations are between: N anchors and K keys, which are the anchors themselves if `own`."""
+    """What relations are between: N anchors and K keys, which are the anchors themselves if `own`.
+
+    With `all_keys` those are the keys of this rank alone: it has their labels, while masks and lists name keys of all.
+    """
 
     anchors: int
     keys: int
     own: bool
+    all_keys: int | None = None
+
+    @property
+    def square(self) -> bool:
+        """Whether masks are among anchors, and have no diagonal."""
+        return self.own and self.all_keys is None
+
+    @property
+    def columns(self) -> int:
+        """How many keys masks and lists have."""
+        return self.keys if self.all_keys is None else self.all_keys
 
 
 class Checked(NamedTuple):
@@ -113,14 +127,14 @@ def _both(first: Checked, second: Checked) -> Checked:
 
 def _of_part(op: str, name: str, part: Any, like: Tensor, sizes: Sizes, weighted: bool) -> Checked:
     if isinstance(part, Tensor) and part.dtype == torch.bool:
-        check.tensor(op, name, part, (sizes.anchors, sizes.keys), check.BOOLEAN)
-        part = PositiveMask.from_dense(part) if sizes.own else PositiveMask.from_dense(part, keys=True)
+        check.tensor(op, name, part, (sizes.anchors, sizes.columns), check.BOOLEAN)
+        part = PositiveMask.from_dense(part, keys=not sizes.square)
     elif isinstance(part, Tensor) and part.dtype in check.ANY_INTEGER:
         part = Labels(part)
     if isinstance(part, Labels):
         return Checked(_of_labels(op, name, part, like, sizes), sizes.own and part.key_ids is None)
     if isinstance(part, PositiveMask):
-        return Checked(_of_mask(op, name, part, like, sizes), sizes.own and part.symmetric, part.ignored)
+        return Checked(_of_mask(op, name, part, like, sizes), sizes.square and part.symmetric, part.ignored)
     if isinstance(part, PairLists):
         return Checked(_of_lists(op, name, part, like, sizes, weighted), False)
     got = f"a tensor of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
@@ -150,21 +164,21 @@ def _ids(op: str, name: str, ids: Tensor, count: int, columns: int | None, like:
         if columns not in (None, 1):
             raise ValueError(f"{op}: `{name}` must have {columns} columns as those of the anchors, got one")
     check.same(op, name, ids, "anchors", like, dtype=False)
-    return ids.long().view(count, -1) if ids.is_contiguous() else ids.long().reshape(count, -1)
+    return ids.long().reshape(count, -1).contiguous()
 
 
 def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes) -> Relation:
-    wanted = None if sizes.own else sizes.keys
-    if mask.anchors != sizes.anchors or getattr(mask, "keys", None) != wanted:
-        among = "among themselves" if sizes.own else f"and {sizes.keys} keys"
+    wanted = None if sizes.square else sizes.columns
+    if mask.anchors != sizes.anchors or mask.keys != wanted:
+        among = "among themselves" if sizes.square else f"and {sizes.columns} keys"
         raise ValueError(f"{op}: `{name}` must be a mask of {sizes.anchors} anchors {among}, got {mask!r}")
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
-    check.tensor(op, f"{name}.bits", mask.bits, (sizes.anchors, words_per_row(sizes.keys)), (torch.int32,))
+    check.tensor(op, f"{name}.bits", mask.bits, (sizes.anchors, words_per_row(sizes.columns)), (torch.int32,))
     check.same(op, name, mask.bits, "anchors", like, dtype=False)
     bits = mask.bits
     if not torch.compiler.is_compiling() and bits.is_inference():
         bits = bits.clone()  # backward cannot keep a tensor that was made under torch.inference_mode
-    return Relation(bits=bits)
+    return Relation(bits=bits.contiguous())
 
 
 def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, weighted: bool) -> Relation:
@@ -199,10 +213,10 @@ def _check_lists(op: str, name: str, lists: PairLists, sizes: Sizes) -> None:
             f"{op}: `{name}.offsets` must ascend from 0 to the number of indices, {pairs}, got values from"
             f" {offsets[0].item()} to {offsets[-1].item()}{'' if (offsets.diff() >= 0).all() else ' that descend'}"
         )
-    wrong = (indices < 0) | (indices >= sizes.keys)
+    wrong = (indices < 0) | (indices >= sizes.columns)
     if wrong.any():
         raise ValueError(
-            f"{op}: `{name}.indices` must be keys from 0 to {sizes.keys - 1}, got {indices[wrong][0].item()}"
+            f"{op}: `{name}.indices` must be keys from 0 to {sizes.columns - 1}, got {indices[wrong][0].item()}"
         )
     if lists.weights is not None and (lists.weights < 0).any():
         raise ValueError(

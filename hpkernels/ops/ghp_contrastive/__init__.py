@@ -14,6 +14,10 @@ from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options
 
 
+Source = tuple[Tensor, Tensor]
+"""Features of the anchors, and the pool of their kind."""
+
+
 def ghp_contrastive(
     z: Tensor,
     features: Tensor,
@@ -77,44 +81,23 @@ def ghp_contrastive(
         torch.Size([8, 4])
     """
     op = "ghp_contrastive"
-    check.tensor(op, "z", z, ("N", "D"))
-    anchors = z.shape[0]
-    pool, specific_pool = check.with_autocast(pool, features), check.with_autocast(specific_pool, specific)
-    _check_source(op, z, "features", features, "pool", pool)
-    if (specific is None) != (specific_pool is None):
-        given, missing = ("specific", "specific_pool") if specific_pool is None else ("specific_pool", "specific")
-        raise ValueError(f"{op}: `{missing}` must be given together with `{given}`, got None")
-    if specific is not None:
-        _check_source(op, z, "specific", specific, "specific_pool", specific_pool)
-    if z_mixed is not None:
-        check.tensor(op, "z_mixed", z_mixed, (anchors, z.shape[1]))
-        check.same(op, "z_mixed", z_mixed, "z", z)
-        check.finite(op, "z_mixed", z_mixed)
-    check.finite(op, "z", z)
-    check.flag(op, "symmetric", symmetric)
-    options = check_options(
-        op,
-        z,
-        ContrastiveOptions(
-            specific_weight=specific_weight,
-            anchors_per_image=anchors_per_image,
-            temperature=temperature,
-            base_temperature=base_temperature,
-            negative_rate=negative_rate,
-            negatives=negatives,
-            seed=seed,
-            variant=variant,
-            reweight=reweight,
-            keep_specific_only=keep_specific_only,
-        ),
-        has_specific=specific is not None,
+    options = ContrastiveOptions(
+        specific_weight=specific_weight,
+        anchors_per_image=anchors_per_image,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        negative_rate=negative_rate,
+        negatives=negatives,
+        seed=seed,
+        variant=variant,
+        reweight=reweight,
+        keep_specific_only=keep_specific_only,
+    )
+    sources, options = check_arguments(
+        op, z, z_mixed, (features, pool), (specific, specific_pool), options, symmetric
     )
     # Before anything runs: a request that one of the steps cannot meet is refused at once.
-    sources = [(features, pool)]
-    uses_specific = isinstance(specific_weight, Tensor) or specific_weight > 0
-    if specific is not None and specific_pool is not None and uses_specific:
-        sources.append((specific, specific_pool))
-    chosen = [_choose(op, backend, of_source) for of_source, _ in sources]
+    chosen = [choose(op, backend, of_source) for of_source, _ in sources]
     loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)
     found = [_discover(*source, symmetric, by) for source, by in zip(sources, chosen, strict=True)]
     positives, specific_positives = found[0][1], found[1][1] if len(found) > 1 else None
@@ -122,6 +105,40 @@ def ghp_contrastive(
     # NaN thresholds come from inputs that were not readable above; they must not pass as "no positives".
     thresholds = torch.cat([threshold for threshold, _ in found])
     return loss + thresholds.amax().to(loss.dtype) * 0
+
+
+def check_arguments(
+    op: str,
+    z: Tensor,
+    z_mixed: Tensor | None,
+    agnostic: tuple[Tensor, Tensor],
+    task_specific: tuple[Tensor | None, Tensor | None],
+    options: ContrastiveOptions,
+    symmetric: bool,
+) -> tuple[list[Source], ContrastiveOptions]:
+    """Check what `ghp_contrastive` is given: features and pool of A, and of S if it has a weight; checked options."""
+    check.tensor(op, "z", z, ("N", "D"))
+    features, pool = agnostic[0], check.with_autocast(agnostic[1], agnostic[0])
+    specific, specific_pool = task_specific[0], check.with_autocast(task_specific[1], task_specific[0])
+    _check_source(op, z, "features", features, "pool", pool)
+    if (specific is None) != (specific_pool is None):
+        given, missing = ("specific", "specific_pool") if specific_pool is None else ("specific_pool", "specific")
+        raise ValueError(f"{op}: `{missing}` must be given together with `{given}`, got None")
+    if specific is not None:
+        _check_source(op, z, "specific", specific, "specific_pool", specific_pool)
+    if z_mixed is not None:
+        check.tensor(op, "z_mixed", z_mixed, (z.shape[0], z.shape[1]))
+        check.same(op, "z_mixed", z_mixed, "z", z)
+        check.finite(op, "z_mixed", z_mixed)
+    check.finite(op, "z", z)
+    check.flag(op, "symmetric", symmetric)
+    specific_weight = options.specific_weight
+    options = check_options(op, z, options, has_specific=specific is not None)
+    sources = [(features, pool)]
+    uses_specific = isinstance(specific_weight, Tensor) or specific_weight > 0
+    if specific is not None and specific_pool is not None and uses_specific:
+        sources.append((specific, specific_pool))
+    return sources, options
 
 
 def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: str, pool: Tensor) -> None:
@@ -134,8 +151,8 @@ def _check_source(op: str, z: Tensor, name: str, features: Tensor, pool_name: st
         check.finite(op, argument, value, products=True)
 
 
-def _choose(op: str, backend: Backend, features: Tensor) -> dict[str, Backend]:
-    """The backend of each step of `_discover`."""
+def choose(op: str, backend: Backend, features: Tensor) -> dict[str, Backend]:
+    """The backend of each step of discovery."""
     return {name: backends.select(name, backend, features, caller=op) for name in ("masked_topk", "hidden_positives")}
 
 

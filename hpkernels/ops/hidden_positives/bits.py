@@ -39,6 +39,21 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     return (packed[..., None] & _bit_values(bits)).ne_(0).view(torch.bool).flatten(1)[:, :columns]
 
 
+def bits_of_columns(bits: Tensor, columns: slice) -> Tensor:
+    """The bits (R, ceil(C / 32)) of C columns of a packed matrix, which may start anywhere."""
+    shift, words = columns.start % 32, words_per_row(columns.stop - columns.start)
+    held = bits[:, words_of(columns)]
+    part = held[:, :words].clone()
+    if shift:
+        # The sign would be shifted in; and the lowest bits of a word are the highest of the one before.
+        part = (part >> shift) & ((1 << (32 - shift)) - 1)
+        following = held[:, 1 : words + 1]
+        part[:, : following.shape[1]] |= following << (32 - shift)
+    if used := (columns.stop - columns.start) % 32:
+        part[:, -1] &= (1 << used) - 1
+    return part
+
+
 def population_count(bits: Tensor) -> Tensor:
     """The number of set bits in each row of (R, W) int32 words, as (R,) int64."""
     octets = bits.contiguous().view(torch.uint8)

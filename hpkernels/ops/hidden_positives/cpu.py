@@ -14,7 +14,7 @@ from hpkernels.ops._blocks import blocks
 from hpkernels.ops._coarse import CoarseProducts
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
-__all__ = ["forward", "supports"]
+__all__ = ["between", "forward", "supports"]
 
 _ROWS, _COLUMNS = 256, 2048  # of a block, multiples of the 32 anchors of a word
 

@@ -141,6 +141,8 @@ def mean_loss(
         *weighting,
         symmetric,
         z.shape[1] * z.element_size(),
+        z.shape[0],
+        0,
         backend,
     )
     losses, _ = registration.multi_positive_contrastive(
@@ -155,12 +157,19 @@ def mean_loss(
         options.negative_rate,
         *weighting,
         symmetric,
+        None,
+        0,
         backend,
     )
+    return mean_of(op, losses)
+
+
+def mean_of(op: str, losses: Tensor) -> Tensor:
+    """The mean of the losses of the branches; where values can be read it must be finite."""
     mean: Tensor = losses.mean()
     if check.readable(mean.detach()) and not mean.isfinite():  # the inputs are: they were checked
         raise ValueError(
-            f"{op}: {'`z`' if z_mixed is None else '`z` and `z_mixed`'} must have inner products that are finite when"
+            f"{op}: {'`z`' if len(losses) == 1 else '`z` and `z_mixed`'} must have inner products that are finite when"
             f" divided by the temperature, in {str(mean.dtype).removeprefix('torch.')}, got a loss of {mean.item()}"
         )
     return mean

@@ -15,9 +15,9 @@ from torch import Tensor
 from hpkernels.ops._cuda import aligned_rows, supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
-from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach
+from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach, images_of
 
-__all__ = ["aligned_rows", "backward", "forward", "prepare", "supports"]
+__all__ = ["aligned_rows", "backward", "forward", "images_of", "prepare", "supports"]
 
 _kernels = torch.ops.hpkernels_cuda
 
@@ -39,8 +39,9 @@ def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
 
 def count_and_list(pairs: Pairs, counts: Tensor) -> None:
     listed = (None, None) if pairs.lists is None else (pairs.lists.ranges, pairs.lists.columns)
-    masks = (pairs.positives, pairs.specific, pairs.negatives, pairs.group)
-    _kernels.contrastive_count_and_list(*masks, pairs.state, counts, *listed)
+    _kernels.contrastive_count_and_list(
+        *(*_masks(pairs), pairs.anchors, pairs.group, pairs.first, pairs.state, counts, *listed)
+    )
 
 
 def weigh(
@@ -57,8 +58,9 @@ def greatest_square(z: Tensor) -> Tensor:
     return greatest
 
 
-def blocks_parts(z: Tensor, group: int, within: bool) -> int:
-    parts: int = _kernels.contrastive_blocks_parts(len(z), group, within)
+def blocks_parts(z: Tensor, pairs: Pairs, within: bool) -> int:
+    rows = len(pairs.positives)
+    parts: int = _kernels.contrastive_blocks_parts(pairs.anchors, pairs.group, within, pairs.first, rows)
     return parts
 
 
@@ -67,7 +69,7 @@ def _masks(pairs: Pairs) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _blocks(pairs: Pairs, within: bool) -> tuple[Any, ...]:
-    return *_masks(pairs), pairs.state, pairs.group, within, pairs.lists is not None
+    return *_masks(pairs), pairs.state, pairs.group, pairs.first, within, pairs.lists is not None
 
 
 def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor) -> None:
@@ -125,7 +127,8 @@ def blocks_backward(
     sums: Tensor,
 ) -> None:
     of_rows = (numbers, shift, factor, sums)
-    _kernels.contrastive_blocks_backward(z, *_blocks(pairs, within), symmetric, scale, *of_rows)
+    transposed = pairs.transposed or (None, None)
+    _kernels.contrastive_blocks_backward(z, *_blocks(pairs, within), symmetric, *transposed, scale, *of_rows)
 
 
 def staged_rows(z: Tensor, group: int) -> int:

@@ -54,9 +54,7 @@ def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific:
             raise ValueError(
                 f"{op}: `base_temperature` must leave temperature / base_temperature finite, got {base_temperature!r}"
             )
-    if options.negatives is not None:
-        check.tensor(op, "negatives", options.negatives, (group, anchors), check.BOOLEAN)
-        check.same(op, "negatives", options.negatives, "z", z, dtype=False)
+    check_negatives(op, z, options)
     check.choice(op, "variant", options.variant, VARIANTS)
     check.flag(op, "reweight", options.reweight)
     check.flag(op, "keep_specific_only", options.keep_specific_only)
@@ -69,6 +67,14 @@ def check_options(op: str, z: Tensor, options: ContrastiveOptions, has_specific:
         negative_rate=check.real(op, "negative_rate", options.negative_rate, 0, 1),
         seed=_seed(op, z, options.seed),
     )
+
+
+def check_negatives(op: str, z: Tensor, options: ContrastiveOptions) -> None:
+    """Check that the negatives that are given fit the anchors `z`."""
+    if options.negatives is not None:
+        shape = (options.anchors_per_image, z.shape[0])
+        check.tensor(op, "negatives", options.negatives, shape, check.BOOLEAN)
+        check.same(op, "negatives", options.negatives, "z", z, dtype=False)
 
 
 def check_settings(op: str, **settings: Any) -> None:

@@ -18,12 +18,15 @@ and the four numbers (logDen, push, pull, pull_specific) of each anchor are all 
 
 `contrastive_loss` is the specification, dense. `forward` and `backward` go through blocks of rows; a block of g^T is
 made of the logits of that of g, with the statistics of the other anchors.
+
+Both also serve a part of the anchors, those of some whole images: relations have the rows of anchors `first`,
+``first + 1``, ... alone, z those of all. Then the images with a kept anchor are counted over all parts beforehand, and
+backward takes the statistics of all anchors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +35,9 @@ from torch import Tensor
 from hpkernels.backends import Availability
 from hpkernels.ops import _checks as check
 from hpkernels.ops._blocks import row_blocks
-from hpkernels.ops.hidden_positives.bits import unpack_bits, words_of
+from hpkernels.ops.hidden_positives.bits import population_count
 from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
+from hpkernels.ops.multi_positive_contrastive.relations import Relations, Transposed, negatives_of
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
@@ -120,41 +124,124 @@ def anchor_coefficients(
     variant: str,
     reweight: bool,
     keep_specific_only: bool,
+    images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """push, pull and pull_specific of each anchor (N,), from its numbers of positives and whether Den is not empty."""
+    """push, pull and pull_specific of each anchor (N,), from its numbers of positives and whether Den is not empty.
 
-    def coefficients(mass: Tensor, kept: Tensor) -> Tensor:
-        return scale * mean_coefficients(mass, kept & usable, anchors_per_image, reweight)
+    `images` are those that the means of the A and the S term are over, (2,), if not those of these anchors.
+    """
 
-    has_agnostic, has_specific = agnostic_count > 0, specific_count > 0
+    def coefficients(mass: Tensor, term: int) -> Tensor:
+        over = None if images is None else images[term]
+        return scale * mean_coefficients(mass, kept[term], anchors_per_image, reweight, over)
+
+    counts = agnostic_count, specific_count
+    kept = kept_anchors(*counts, usable, specific_weight, variant, keep_specific_only)
     if variant == "joint":
-        mass = agnostic_count + specific_weight * specific_count
-        pull = coefficients(mass, has_agnostic | (mass > 0) if keep_specific_only else has_agnostic)
+        pull = coefficients(agnostic_count + specific_weight * specific_count, 0)
         pull_specific = specific_weight * pull
     else:
-        pull = coefficients(agnostic_count, has_agnostic)
-        pull_specific = specific_weight * coefficients(specific_count, has_specific)
+        pull = coefficients(agnostic_count, 0)
+        pull_specific = specific_weight * coefficients(specific_count, 1)
     return pull * agnostic_count + pull_specific * specific_count, pull, pull_specific
 
 
-def mean_coefficients(mass: Tensor, kept: Tensor, anchors_per_image: int, reweight: bool) -> Tensor:
+def kept_anchors(
+    agnostic_count: Tensor,
+    specific_count: Tensor,
+    usable: Tensor,
+    specific_weight: Tensor | float,
+    variant: str,
+    keep_specific_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """Which anchors (N,) the A and the S term are over; in the joint variant they are one."""
+    has_agnostic = agnostic_count > 0
+    if variant == "separate":
+        return has_agnostic & usable, (specific_count > 0) & usable
+    if keep_specific_only:
+        has_agnostic |= agnostic_count + specific_weight * specific_count > 0
+    return has_agnostic & usable, has_agnostic & usable
+
+
+def mean_coefficients(
+    mass: Tensor, kept: Tensor, anchors_per_image: int, reweight: bool, images: Tensor | None = None
+) -> Tensor:
     """The factor a_i of ``-sum_j w_ij logp_ij`` in the mean over images of the (weighted) mean over kept anchors.
 
     ``mass`` is n (N,). With reweighting a_i = 1 / sum of n over the image's kept anchors, else 1 / (n_i * number of
-    kept anchors); both over the number of images that have any.
+    kept anchors); both over the number of images that have any, or over `images`.
     """
     mass, kept = mass.view(-1, anchors_per_image), kept.view(-1, anchors_per_image)
     if reweight:
         divisor = mass.where(kept, 0).sum(dim=1, keepdim=True).expand_as(mass)
     else:
         divisor = mass * kept.sum(dim=1, keepdim=True)
-    images = kept.any(dim=1).sum().clamp(min=1)
+    images = (images_with(kept) if images is None else images).clamp(min=1)
     return (1 / (divisor.where(kept, 1) * images)).where(kept, 0).flatten()
 
 
-def prepare(*_: Any) -> list[Tensor]:
-    """Nothing: the relations are read where they are needed."""
-    return []
+def images_with(kept: Tensor) -> Tensor:
+    """How many images have a kept anchor, of (images, G) bool."""
+    return kept.any(dim=1).sum()
+
+
+def prepare(
+    positives: Tensor,
+    specific: Tensor | None,
+    specific_weight: Tensor,
+    negatives: Tensor | None,
+    seed: Tensor,
+    anchors_per_image: int,
+    negative_rate: float,
+    variant: str,
+    reweight: bool,
+    keep_specific_only: bool,
+    *_: Any,
+    anchors: int | None = None,
+    first: int = 0,
+) -> list[Tensor]:
+    """For all anchors nothing: the relations are read where they are needed. For a part of N `anchors` `kept_images`."""
+    if anchors is None or len(positives) == anchors:
+        return []
+    bits = negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
+    weighting = (specific_weight, variant, keep_specific_only)
+    return [kept_images(positives, specific, bits, first, *weighting)]
+
+
+def kept_images(
+    positives: Tensor,
+    specific: Tensor | None,
+    negatives: Tensor,
+    first: int,
+    specific_weight: Tensor,
+    variant: str,
+    keep_specific_only: bool,
+) -> Tensor:
+    """How many images have an anchor that is kept in the A and in the S term, (2,) int64.
+
+    Of bit-packed relations (R, words), whose rows are anchors from `first` on, and R (G, words).
+    """
+    rows, group = len(positives), len(negatives)
+    counts = positives.new_zeros((2, rows), dtype=torch.int64)
+    usable = counts.new_empty(rows, dtype=torch.bool)
+    for block in row_blocks(positives, 64 * positives.shape[1]):
+        own = torch.arange(block.start, block.stop, device=positives.device)
+        denominator = positives[block] | negatives[own % group]
+        own += first
+        others = ~(torch.ones_like(own, dtype=torch.int32) << (own % 32).int())
+        places = own[:, None] // 32
+        denominator.scatter_(1, places, denominator.gather(1, places) & others[:, None])
+        usable[block] = denominator.any(dim=1)
+        for count, bits in zip(counts, (positives, specific), strict=True):
+            if bits is not None:
+                count[block] = population_count(bits[block])
+    kept = kept_anchors(*counts, usable, specific_weight, variant, keep_specific_only)
+    return torch.stack([images_with(of_term.view(-1, group)) for of_term in kept])
+
+
+def images_of(prepared: list[Tensor]) -> Tensor:
+    """What `kept_images` has found for `prepare`."""
+    return prepared[0]
 
 
 def forward(
@@ -172,22 +259,25 @@ def forward(
     variant: str,
     reweight: bool,
     keep_specific_only: bool,
+    images: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32))."""
+    """The losses (branches,) and row statistics (branches, R, 4), for bit-packed positives (R, ceil(N / 32))."""
     (accumulate,) = check.accumulation(branches[0].dtype)
     vectors = [z.detach().to(accumulate) for z in branches]
-    relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
+    drawn = negatives_of(negatives, seed, anchors_per_image, len(vectors[0]), negative_rate)
+    relations = Relations(positives, specific, drawn, len(vectors[0]), first)
     counts = vectors[0].new_zeros((2, len(positives)))  # of A and of S
     usable = torch.empty_like(counts[0], dtype=torch.bool)
     sums = vectors[0].new_zeros((len(branches), 3, len(positives)))
-    for rows in _row_blocks(vectors[0]):
+    for rows in _row_blocks(positives, vectors[0]):
         agnostic, task, denominator = relations.of_rows(rows)
         usable[rows] = denominator.any(dim=1)
         for count, mask in zip(counts, (agnostic, task), strict=True):
             if mask is not None:
                 count[rows] = mask.sum(dim=1)
         for z, (log_denominator, *log_probabilities) in zip(vectors, sums, strict=True):
-            logits = (z[rows] @ z.T).div_(temperature)
+            logits = (z[relations.anchors_at(rows)] @ z.T).div_(temperature)
             log_denominator[rows] = logits.where(denominator, -torch.inf).logsumexp(dim=1).where(usable[rows], 0)
             logits -= log_denominator[rows, None]
             for total, mask in zip(log_probabilities, (agnostic, task), strict=True):
@@ -203,6 +293,7 @@ def forward(
         variant=variant,
         reweight=reweight,
         keep_specific_only=keep_specific_only,
+        images=images,
     )
     results = []
     for z, (log_denominator, agnostic_log_p, specific_log_p) in zip(vectors, sums, strict=True):
@@ -231,26 +322,33 @@ def backward(
     temperature: float,
     negative_rate: float,
     symmetric: bool,
+    transposed: Transposed | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
-    """The gradients of the branches from their row statistics; logits and negatives are computed again."""
+    """The gradients of the branches from their row statistics; logits and negatives are computed again.
+
+    `rows` (branches, N, 4) are of all anchors, gradients (R, D) of those that have rows of `positives`. Of relations
+    that are not symmetric `transposed` has these rows of their transposes; without it, they must have all rows.
+    """
     vectors = [z.detach().to(rows.dtype) for z in branches]
-    relations = _Relations.of(positives, specific, negatives, seed, anchors_per_image, negative_rate)
-    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in vectors]
-    for block in _row_blocks(vectors[0]):
-        of_rows = relations.of_rows(block)
+    drawn = negatives_of(negatives, seed, anchors_per_image, len(vectors[0]), negative_rate)
+    relations = Relations(positives, specific, drawn, len(vectors[0]), first, transposed)
+    grads = [z.new_empty((len(positives), z.shape[1])) for z in vectors]
+    for block in _row_blocks(positives, vectors[0]):
+        of_rows, own = relations.of_rows(block), relations.anchors_at(block)
         of_columns = relations.of_columns(block, of_rows if symmetric else None)
         for z, statistics, grad in zip(vectors, rows, grads, strict=True):
-            logits = (z[block] @ z.T).div_(temperature)
-            of_logits = _gradient_of_logits(logits, statistics.T[:, block, None], *of_rows)
+            logits = (z[own] @ z.T).div_(temperature)
+            of_logits = _gradient_of_logits(logits, statistics.T[:, own, None], *of_rows)
             of_logits += _gradient_of_logits(logits, statistics.T[:, None], *of_columns)
             torch.mm(of_logits, z, out=grad[block])
     scales = grad_losses / temperature
     return [grad.mul_(factor).to(z.dtype) for grad, factor, z in zip(grads, scales, branches, strict=True)]
 
 
-def _row_blocks(z: Tensor) -> list[slice]:
+def _row_blocks(positives: Tensor, z: Tensor) -> list[slice]:
     """Blocks of rows of all pairs of the anchors `z`: four numbers of its dtype and eight bools a pair fit."""
-    return row_blocks(z, (4 * z.element_size() + 8) * len(z), multiple=32)
+    return row_blocks(positives, (4 * z.element_size() + 8) * len(z), multiple=32)
 
 
 def _gradient_of_logits(
@@ -263,58 +361,3 @@ def _gradient_of_logits(
     if task is not None:
         grad -= pull_specific.where(task, 0)
     return grad
-
-
-_Block = tuple[Tensor, Tensor | None, Tensor]  # of A, S and Den, bool
-
-
-@dataclass(frozen=True)
-class _Relations:
-    """A, S and R bit-packed, of which Den and dense blocks are made; R may be one row that stands for all."""
-
-    positives: Tensor
-    specific: Tensor | None
-    negatives: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        positives: Tensor,
-        specific: Tensor | None,
-        negatives: Tensor | None,
-        seed: Tensor,
-        anchors_per_image: int,
-        rate: float,
-    ) -> _Relations:
-        group = 1 if rate in (0, 1) else anchors_per_image
-        return cls(positives, specific, negative_bits(negatives, seed, group, len(positives), rate))
-
-    def of_rows(self, rows: slice) -> _Block:
-        """A_ij, S_ij and Den_ij for i in `rows`, (rows, N) each."""
-        anchors = len(self.positives)
-        positions = torch.arange(rows.start, rows.stop, device=self.negatives.device) % len(self.negatives)
-        drawn = unpack_bits(self.negatives[positions], anchors)
-        agnostic = unpack_bits(self.positives[rows], anchors)
-        task = None if self.specific is None else unpack_bits(self.specific[rows], anchors)
-        return agnostic, task, _without_own(agnostic | drawn, rows)
-
-    def of_columns(self, rows: slice, of_rows: _Block | None) -> _Block:
-        """A_ji, S_ji and Den_ji for i in `rows`, (rows, N) each; A and S are those `of_rows` if they are symmetric."""
-        if of_rows is None:
-            agnostic = _columns(self.positives, rows)
-            task = None if self.specific is None else _columns(self.specific, rows)
-        else:
-            agnostic, task, _ = of_rows
-        drawn = _columns(self.negatives, rows).repeat(1, len(self.positives) // len(self.negatives))
-        return agnostic, task, _without_own(agnostic | drawn, rows)
-
-
-def _columns(bits: Tensor, columns: slice) -> Tensor:
-    """Some columns of a packed matrix, as rows: (columns, R) bool."""
-    return unpack_bits(bits[:, words_of(columns)], columns.stop - columns.start).T.contiguous()
-
-
-def _without_own(pairs: Tensor, rows: slice) -> Tensor:
-    """`pairs` (rows, N) without those of an anchor and itself."""
-    pairs.diagonal(rows.start).fill_(False)
-    return pairs

@@ -4,7 +4,8 @@ Both routes give the same result. "blocks": tiles of all pairs. "lists": tiles o
 most positives; across images the sampled negatives of each patch position, which its anchors share, and the listed
 positives. The host rules lists out where they cannot pay. Where they may, the kernels of both routes are launched, and
 a number on the device lets those of one do nothing: whether all that had to be listed fits. So no call waits for the
-device.
+device. A part of the anchors, as ``registration.py`` describes it, goes through blocks: the gradients of sampled columns
+are sums over the anchors of all parts.
 
 `prepare` finds all that does not depend on z, once for both branches and for backward. `Kernels` says what a backend
 has; `forward` and `backward` call it.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
-from hpkernels.ops.hidden_positives.bits import as_bits
+from hpkernels.ops.hidden_positives.bits import as_bits, transposed_bits
 
 _MOST_LISTED = 2**31 - 1  # positives across images; up to N = 378 000 their density is what bounds them
 _STAGED_BYTES = 2**31  # of gradients of sampled columns at a time
@@ -55,14 +56,19 @@ class Pairs(NamedTuple):
     """What is known of the pairs before any logit.
 
     Attributes:
-        positives, specific: A and S bit-packed, (N, words) int32; S or None.
+        positives, specific: A and S bit-packed, (R, words) int32; S or None.
         negatives: R, (G, words), or None if every other anchor is a negative.
         group: G.
-        weights: (N, 4) float32, of each anchor the numbers of A_i and of S_i, and what a pair in A and one in S counts
+        weights: (R, 4) float32, of each anchor the numbers of A_i and of S_i, and what a pair in A and one in S counts
             in the loss of an image, before the mean over images; 0 for what is not kept.
         state: (5 + stages,) int64: 1 if something did not fit into the lists; images with a kept anchor, for A, and for
             S; how much is listed of positives; of sampled negatives; and how many places of each stage are taken.
         lists: None where only blocks are computed.
+        anchors: N; as many as R but for a part.
+        first: the anchor of the first row.
+        transposed: A and S by columns (N, words of the rows), in backward where they are not symmetric: bit
+            ``first % 32 + r`` of row j says whether row r is a positive of anchor j. None for all anchors, whose A and
+            S are that themselves.
     """
 
     positives: Tensor
@@ -72,6 +78,9 @@ class Pairs(NamedTuple):
     weights: Tensor
     state: Tensor
     lists: Lists | None
+    anchors: int
+    first: int = 0
+    transposed: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def required_lists(self) -> Lists:
@@ -87,14 +96,13 @@ class Pairs(NamedTuple):
     @property
     def stage_columns(self) -> int:
         """How many columns are staged at a time, a multiple of 32."""
-        return 32 * math.ceil(len(self.weights) / 32 / self.stages)
+        return 32 * math.ceil(self.anchors / 32 / self.stages)
 
     def columns_of(self, stage: int | None) -> tuple[int, int]:
         """The columns [first, last) of a stage; all of them for None."""
-        anchors = len(self.weights)
         if stage is None:
-            return 0, anchors
-        return stage * self.stage_columns, min((stage + 1) * self.stage_columns, anchors)
+            return 0, self.anchors
+        return stage * self.stage_columns, min((stage + 1) * self.stage_columns, self.anchors)
 
     def stage_capacity(self, rate: float) -> int:
         """The places of a stage."""
@@ -117,7 +125,7 @@ class Kernels(Protocol):
         """List the set bits of R, with their slots."""
 
     def count_and_list(self, pairs: Pairs, counts: Tensor) -> None:
-        """The numbers of A_i, S_i and Den_i, counts (N, 3) int32; if there are lists, those of A or S across images."""
+        """The numbers of A_i, S_i and Den_i, counts (R, 3) int32; if there are lists, those of A or S across images."""
 
     def weigh(
         self,
@@ -133,13 +141,13 @@ class Kernels(Protocol):
     def greatest_square(self, z: Tensor) -> Tensor:
         """The greatest |z_i|^2, 0-d float32: the greatest finite number if it is above that, NaN if z is not finite."""
 
-    def blocks_parts(self, z: Tensor, group: int, within: bool) -> int:
+    def blocks_parts(self, z: Tensor, pairs: Pairs, within: bool) -> int:
         """In how many parts `blocks_forward` cuts the columns."""
 
     def blocks_forward(
         self, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor
     ) -> None:
-        """parts (parts, 3, N) float32, over tiles of all pairs, or of those of each image.
+        """parts (parts, 3, R) float32, over tiles of all pairs, or of those of each image.
 
         log sum over Den_i of exp l, l = scale <z_i, z_j>; the sums of l over A_i and over S_i. No l is above
         ``scale * square``.
@@ -162,7 +170,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Add the listed positives to the parts of the route that is taken, and combine them.
 
-        rows (N, 4): log-denominator, 0 if Den is empty; push, pull and specific pull, which are those of ``weights``
+        z are the anchors of the rows. rows (R, 4): log-denominator, 0 if Den is empty; push, pull and specific pull, which are those of ``weights``
         times ``loss_scale / max(images, 1)``. Returns parts of the loss, float32, of which one is NaN if `square` is.
         """
 
@@ -196,7 +204,7 @@ class Kernels(Protocol):
     ) -> None:
         """sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images (N, D) float32.
 
-        Of all pairs times `factor`, in the dtype of z, of as many features as `sums` has.
+        Of all pairs (R, D) times `factor`, in the dtype of z, of as many features as `sums` has.
         """
 
     def staged_rows(self, z: Tensor, group: int) -> int:
@@ -230,13 +238,20 @@ class Kernels(Protocol):
 
 
 def empty(
-    positives: Tensor, negatives: Tensor | None, group: int, rate: float, symmetric: bool, row_bytes: int
+    positives: Tensor,
+    negatives: Tensor | None,
+    group: int,
+    rate: float,
+    symmetric: bool,
+    row_bytes: int,
+    anchors: int | None = None,
 ) -> list[Tensor]:
     """The tensors that `prepare` fills, for rows of z that have `row_bytes`."""
-    anchors, words = positives.shape
+    rows, words = positives.shape
+    anchors = rows if anchors is None else anchors
     drawn = group if negatives is None and rate < 1 else 0
-    found = [positives.new_empty((drawn, words)), positives.new_empty((anchors, 4), dtype=torch.float32)]
-    if not (symmetric and negatives is None and lists_may_pay(anchors, group, rate)):
+    found = [positives.new_empty((drawn, words)), positives.new_empty((rows, 4), dtype=torch.float32)]
+    if not (rows == anchors and symmetric and negatives is None and lists_may_pay(anchors, group, rate)):
         return [*found, positives.new_empty(5, dtype=torch.int64)]
     sampled = sampled_capacity(group, anchors, rate)
     stages = math.ceil(sampled * row_bytes * math.ceil(anchors / group / _STAGED_IMAGES) / _STAGED_BYTES)
@@ -277,12 +292,15 @@ def prepare(
     keep_specific_only: bool,
     symmetric: bool,
     row_bytes: int,
+    anchors: int | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
     """All that does not depend on z, which has rows of `row_bytes`: what `_pairs` takes."""
-    prepared = empty(positives, negatives, group, rate, symmetric, row_bytes)
+    anchors = len(positives) if anchors is None else anchors
+    prepared = empty(positives, negatives, group, rate, symmetric, row_bytes, anchors)
     if len(prepared[0]):
-        prepared[0] = kernels.draw(seed, group, len(positives), rate)
-    pairs = _pairs(prepared, positives, specific, negatives, group)
+        prepared[0] = kernels.draw(seed, group, anchors, rate)
+    pairs = _pairs(prepared, positives, specific, negatives, group, anchors, first)
     pairs.state.zero_()
     if pairs.lists is not None:
         kernels.list_sampled(pairs, pairs.stage_capacity(rate))
@@ -293,12 +311,25 @@ def prepare(
 
 
 def _pairs(
-    prepared: list[Tensor], positives: Tensor, specific: Tensor | None, negatives: Tensor | None, group: int
+    prepared: list[Tensor],
+    positives: Tensor,
+    specific: Tensor | None,
+    negatives: Tensor | None,
+    group: int,
+    anchors: int | None = None,
+    first: int = 0,
 ) -> Pairs:
     drawn, weights, state, *lists = prepared
     negatives = as_bits(negatives) if negatives is not None else drawn if len(drawn) else None
     specific = None if specific is None else specific.contiguous()
-    return Pairs(positives.contiguous(), specific, negatives, group, weights, state, Lists(*lists) if lists else None)
+    found = weights, state, Lists(*lists) if lists else None
+    anchors = len(positives) if anchors is None else anchors
+    return Pairs(positives.contiguous(), specific, negatives, group, *found, anchors, first)
+
+
+def images_of(prepared: list[Tensor]) -> Tensor:
+    """How many images have a kept anchor, in the A and in the S term: (2,) int64."""
+    return prepared[2][1:3]
 
 
 def forward(
@@ -314,12 +345,16 @@ def forward(
     temperature: float,
     scale: float,
     *_: object,
+    images: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (branches,) and row statistics (branches, N, 4), for bit-packed positives (N, ceil(N / 32)).
+    """The losses (branches,) and row statistics (branches, R, 4), for bit-packed positives (R, ceil(N / 32)).
 
-    What else the op is given, `prepare` has taken into account.
+    What else the op is given, `prepare` has taken into account. `images` are those of all parts.
     """
-    pairs = _pairs(prepared, positives, specific, negatives, group)
+    pairs = _pairs(prepared, positives, specific, negatives, group, len(branches[0]), first)
+    if images is not None:
+        pairs = pairs._replace(state=torch.cat((pairs.state[:1], images, pairs.state[3:])))
     rows = pairs.weights.new_empty((len(branches), *pairs.weights.shape))
     parts_of_losses = []
     for branch, statistics in zip(branches, rows, strict=True):
@@ -332,14 +367,15 @@ def forward(
             log_sums = parts.new_empty(len(z))
             kernels.sampled_forward(z, pairs, 1 / temperature, log_sums)
         of_route = (parts, within, log_sums)
-        of_branch = kernels.rows_forward(z, pairs, 1 / temperature, scale, square, *of_route, statistics)
+        own = z[first : first + len(positives)]
+        of_branch = kernels.rows_forward(own, pairs, 1 / temperature, scale, square, *of_route, statistics)
         parts_of_losses.append(of_branch)
     losses = torch.stack(parts_of_losses).sum(dim=1)
     return losses, rows.add_(losses[:, None, None], alpha=0)  # a loss that is not finite has a gradient of NaN
 
 
 def _blocks_forward(kernels: Kernels, z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor) -> Tensor:
-    parts = z.new_empty((kernels.blocks_parts(z, pairs.group, within), 3, len(z)), dtype=torch.float32)
+    parts = z.new_empty((kernels.blocks_parts(z, pairs, within), 3, len(pairs.positives)), dtype=torch.float32)
     kernels.blocks_forward(z, pairs, within, scale, square, parts)
     return parts
 
@@ -358,11 +394,19 @@ def backward(
     temperature: float,
     rate: float,
     symmetric: bool,
+    transposed: tuple[Tensor, Tensor | None] | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
-    """The gradients of the branches from their row statistics; logits are computed again."""
-    pairs = _pairs(prepared, positives, specific, negatives, group)
+    """The gradients of the branches from their row statistics; logits are computed again.
+
+    Which rows and statistics are given, and which gradients returned, is as in the reference.
+    """
+    pairs = _pairs(prepared, positives, specific, negatives, group, len(branches[0]), first)
+    if transposed is not None:
+        by_columns = [None if bits is None else _by_columns(bits, pairs.anchors, first) for bits in transposed]
+        pairs = pairs._replace(transposed=tuple(by_columns))
     scale, vectors = 1 / temperature, [kernels.aligned_rows(z) for z in branches]
-    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in branches]
+    grads = [z.new_empty((len(positives), z.shape[1])) for z in branches]
     if pairs.lists is not None:  # what one branch needs, the next can take over
         places = (pairs.stage_capacity(rate), kernels.staged_rows(vectors[0], group))
         staged = vectors[0].new_empty((*places, vectors[0].shape[1]))
@@ -386,6 +430,13 @@ def backward(
         if pairs.stages > 1:
             kernels.rows_backward(z, pairs, None, scale, numbers, sums, None, factor, grad)
     return grads
+
+
+def _by_columns(rows: Tensor, anchors: int, first: int) -> Tensor:
+    """Packed rows (R, words) of anchors from `first` on as columns; these begin where a word of all anchors does."""
+    before = rows.new_zeros((first % 32, rows.shape[1]))
+    columns: Tensor = transposed_bits(torch.cat((before, rows)), anchors)
+    return columns
 
 
 def _reach(branches: list[Tensor], images: float) -> Reach:

@@ -18,7 +18,7 @@ from hpkernels.ops import _triton
 from hpkernels.ops._triton import supports
 from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
-from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach
+from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach, images_of
 from hpkernels.ops.multi_positive_contrastive.triton_bits import (
     draw_negatives_kernel,
     list_negatives_kernel,
@@ -42,7 +42,7 @@ from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
     sampled_rows_fwd_kernel,
 )
 
-__all__ = ["aligned_rows", "backward", "forward", "prepare", "supports"]
+__all__ = ["aligned_rows", "backward", "forward", "images_of", "prepare", "supports"]
 
 _PROGRAMS = 512  # that columns are split to reach where there are few rows
 
@@ -83,12 +83,13 @@ def list_sampled(pairs: Pairs, slot_capacity: int) -> None:
 
 
 def count_and_list(pairs: Pairs, counts: Tensor) -> None:
-    anchors, words = pairs.positives.shape
+    rows, words = pairs.positives.shape
     ranges, columns = pairs.lists[:2] if pairs.lists is not None else (pairs.state, counts)
     _triton.launch(
         list_positives_kernel,
-        (anchors,),
-        *(*_masks(pairs), counts, ranges, columns, pairs.state, anchors, words, pairs.group, len(columns)),
+        (rows,),
+        *(*_masks(pairs), counts, ranges, columns, pairs.state, pairs.anchors, words, pairs.group, pairs.first),
+        len(columns),
         HAS_SPECIFIC=pairs.specific is not None,
         SAMPLED=pairs.negatives is not None,
         LISTED=pairs.lists is not None,
@@ -118,18 +119,19 @@ def greatest_square(z: Tensor) -> Tensor:
     return square.view(torch.float32)
 
 
-def blocks_parts(z: Tensor, group: int, within: bool) -> int:
+def blocks_parts(z: Tensor, pairs: Pairs, within: bool) -> int:
     config = _products(contrastive_blocks_fwd_kernel, z)
-    tiles = triton.cdiv(group + 31 if within else len(z), config["BLOCK_COLUMNS"])
-    return min(tiles, triton.cdiv(_PROGRAMS, _row_blocks(z, group, config["BLOCK_ROWS"], within)))
+    tiles = triton.cdiv(pairs.group + 31 if within else len(z), config["BLOCK_COLUMNS"])
+    return min(tiles, triton.cdiv(_PROGRAMS, _row_blocks(pairs, config["BLOCK_ROWS"], within)))
 
 
 def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: Tensor, parts: Tensor) -> None:
     config = _products(contrastive_blocks_fwd_kernel, z)
     _triton.launch(
         contrastive_blocks_fwd_kernel,
-        (_row_blocks(z, pairs.group, config["BLOCK_ROWS"], within), len(parts)),
+        (_row_blocks(pairs, config["BLOCK_ROWS"], within), len(parts)),
         *(z, *_masks(pairs), pairs.state, square, parts, scale, *_sizes(z), pairs.positives.shape[1], pairs.group),
+        *(pairs.first, len(pairs.positives)),
         **_block_constants(z, pairs, within),
         **config,
     )
@@ -205,12 +207,15 @@ def blocks_backward(
     sums: Tensor,
 ) -> None:
     config = _products(contrastive_blocks_bwd_kernel, z)
-    blocks = _row_blocks(z, pairs.group, config["BLOCK_ROWS"], within)
+    blocks = _row_blocks(pairs, config["BLOCK_ROWS"], within)
+    positives_t, specific_t = pairs.transposed or (pairs.positives, pairs.specific)
+    specific_t = positives_t if specific_t is None else specific_t
     _triton.launch(
         contrastive_blocks_bwd_kernel,
         (blocks, triton.cdiv(sums.shape[1], config["BLOCK_GRAD"])),
-        *(z, *_masks(pairs), pairs.state, numbers, shift, factor, sums, scale, *_sizes(z), sums.shape[1]),
-        *(pairs.positives.shape[1], pairs.group),
+        *(z, *_masks(pairs), positives_t, specific_t, pairs.state, numbers, shift, factor, sums, scale, *_sizes(z)),
+        *(sums.shape[1], pairs.positives.shape[1], positives_t.shape[1], pairs.group),
+        *(pairs.first, len(pairs.positives)),
         SYMMETRIC=symmetric,
         **_block_constants(z, pairs, within),
         **config,
@@ -298,10 +303,10 @@ def _block_constants(z: Tensor, pairs: Pairs, within: bool) -> dict[str, Any]:
     }
 
 
-def _row_blocks(z: Tensor, group: int, rows: int, within: bool) -> int:
+def _row_blocks(pairs: Pairs, rows: int, within: bool) -> int:
     if within:
-        return len(z) // group * triton.cdiv(group + 31, rows)
-    return triton.cdiv(len(z), rows)
+        return pairs.anchors // pairs.group * triton.cdiv(pairs.group + 31, rows)
+    return triton.cdiv(pairs.first % 32 + len(pairs.positives), rows)
 
 
 def _products(kernel: Any, z: Tensor) -> dict[str, Any]:

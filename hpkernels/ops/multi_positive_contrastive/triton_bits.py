@@ -170,14 +170,14 @@ def listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC: tl.
     return words_across(found, row, word, group)
 
 
-@triton.jit(do_not_specialize=["anchors", "words", "group", "capacity"])
+@triton.jit(do_not_specialize=["anchors", "words", "group", "first", "capacity"])
 def list_positives_kernel(
-    positives, specific, negatives, counts, ranges, columns, state, anchors, words, group, capacity,
+    positives, specific, negatives, counts, ranges, columns, state, anchors, words, group, first, capacity,
     HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, LISTED: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """counts (N, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
+    """counts (R, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
 
-    Grid (N,). Bytes: reads the rows, again from cache where they are listed; writes 4 a listed column. A round for each
+    Rows are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are listed; writes 4 a listed column. A round for each
     set bit of the word that has most.
     """
     row = tl.program_id(0)
@@ -197,7 +197,8 @@ def list_positives_kernel(
             found |= task
         if SAMPLED:
             drawn = tl.load(negatives + (row % group).to(tl.int64) * words + word, mask=word < words, other=0)
-            own = tl.where(word == row // 32, tl.full((), 1, tl.int32) << (row % 32), 0)
+            anchor = first + row
+            own = tl.where(word == anchor // 32, tl.full((), 1, tl.int32) << (anchor % 32), 0)
             denominator_counted += population_count((agnostic | drawn) & ~own)
         if LISTED:
             listed_counted += population_count(words_across(found, row, word, group))

@@ -27,10 +27,11 @@ def does_nothing(state, WITHIN: tl.constexpr):
 
 
 @triton.jit
-def scope_of(block, anchors, group, WITHIN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Where the rows of a block start, and the rows and columns [first, last) that it may hold: all, or of one image.
+def scope_of(block, anchors, group, own_first, WITHIN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Where the rows of a block start, and the anchors [first, last) that it may hold: all, or of one image.
 
-    Blocks start at multiples of 32, for the sake of the bits, so an image may take one more than it has rows for.
+    Blocks start at multiples of 32, for the sake of the bits, so an image may take one more than it has rows for. Those
+    of all pairs start with the anchor of the first row, `own_first`.
     """
     if WITHIN:
         blocks = tl.cdiv(group + 31, BLOCK_ROWS)
@@ -40,8 +41,15 @@ def scope_of(block, anchors, group, WITHIN: tl.constexpr, BLOCK_ROWS: tl.constex
     else:
         first = 0
         last = anchors
-        start = block * BLOCK_ROWS
+        start = own_first // 32 * 32 + block * BLOCK_ROWS
     return start, first, last
+
+
+@triton.jit
+def own_rows(rows, own_first, own_count):
+    """Where rows of A and S have `rows`, anchors or -1: R rows, from anchor `own_first` on; -1 for others."""
+    own = rows - own_first
+    return tl.where((rows >= 0) & (own >= 0) & (own < own_count), own, -1)
 
 
 @triton.jit
@@ -103,22 +111,23 @@ def log_sum_of(base, total):
     return tl.where(total > 0, base + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["anchors", "words", "group"])
+@triton.jit(do_not_specialize=["anchors", "words", "group", "own_first", "own_count"])
 def contrastive_blocks_fwd_kernel(
-    z, positives, specific, negatives, state, square, parts, scale, anchors, dim, words, group,
+    z, positives, specific, negatives, state, square, parts, scale, anchors, dim, words, group, own_first, own_count,
     WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A and S.
 
-    Grid (blocks of rows, splits of the columns); parts (splits, 3, N). FLOPs: 2 D a pair. Bytes: z once for each block
+    Grid (blocks of rows, splits of the columns); parts (splits, 3, R). FLOPs: 2 D a pair. Bytes: z once for each block
     of rows, from cache, and the rows again for each tile of columns if they are not WHOLE; 2 or 3 bits a pair.
     """
     if does_nothing(state, WITHIN):
         return
-    row_start, first, last = scope_of(tl.program_id(0), anchors, group, WITHIN, BLOCK_ROWS)
+    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
+    of_rows = own_rows(rows, own_first, own_count)
     features = tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
     split = tl.program_id(1)
@@ -135,11 +144,11 @@ def contrastive_blocks_fwd_kernel(
     for start in range(column_start, tl.minimum(column_start + share, last), BLOCK_COLUMNS):
         columns = anchors_from(start, first, last, BLOCK_COLUMNS)
         inside = words_between(first, last, start, COUNT)[None, :]
-        agnostic = words_from(positives, rows, words, start, COUNT) & inside
+        agnostic = words_from(positives, of_rows, words, start, COUNT) & inside
         denominator = agnostic | (drawn_words(negatives, rows, group, words, start, SAMPLED, COUNT) & inside)
         denominator &= ~own_words(rows, start, COUNT)
         if HAS_SPECIFIC:
-            task = words_from(specific, rows, words, start, COUNT) & inside
+            task = words_from(specific, of_rows, words, start, COUNT) & inside
         logits, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         logits *= scale
         if running:
@@ -148,10 +157,10 @@ def contrastive_blocks_fwd_kernel(
         agnostic_sum += tl.sum(tl.where(bits_of(agnostic), logits, 0.0), axis=1)
         if HAS_SPECIFIC:
             specific_sum += tl.sum(tl.where(bits_of(task), logits, 0.0), axis=1)
-    at = parts + split.to(tl.int64) * 3 * anchors + rows
-    tl.store(at, log_sum_of(base, total), mask=rows >= 0)
-    tl.store(at + anchors, agnostic_sum, mask=rows >= 0)
-    tl.store(at + 2 * anchors, specific_sum, mask=rows >= 0)
+    at = parts + split.to(tl.int64) * 3 * own_count + of_rows
+    tl.store(at, log_sum_of(base, total), mask=of_rows >= 0)
+    tl.store(at + own_count, agnostic_sum, mask=of_rows >= 0)
+    tl.store(at + 2 * own_count, specific_sum, mask=of_rows >= 0)
 
 
 @triton.jit
@@ -170,9 +179,10 @@ def term_of(difference):
     return short_exp(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
 
 
-@triton.jit(do_not_specialize=["anchors", "words", "group"])
+@triton.jit(do_not_specialize=["anchors", "words", "words_t", "group", "own_first", "own_count"])
 def contrastive_blocks_bwd_kernel(
-    z, positives, specific, negatives, state, numbers, shift, factor, sums, scale, anchors, dim, width, words, group,
+    z, positives, specific, negatives, positives_t, specific_t, state, numbers, shift, factor, sums, scale,
+    anchors, dim, width, words, words_t, group, own_first, own_count,
     WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
@@ -180,12 +190,13 @@ def contrastive_blocks_bwd_kernel(
     """sums_i = sum over the pairs of (g_ij + g_ji) z_j, with the numbers of both anchors; of all pairs times `factor`.
 
     Grid (blocks of rows, blocks of features). FLOPs: 4 D a pair. Bytes: z once for each block of rows if it holds all
-    features, else twice, from cache; 3 to 6 bits a pair; sums (N, width) once.
+    features, else twice, from cache; 3 to 6 bits a pair; sums (R, width) once.
     """
     if does_nothing(state, WITHIN):
         return
-    row_start, first, last = scope_of(tl.program_id(0), anchors, group, WITHIN, BLOCK_ROWS)
+    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
+    of_rows = own_rows(rows, own_first, own_count)
     features = tl.program_id(1) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
     base_i, push_i, pull_i, specific_i = load_numbers(numbers, rows)
@@ -196,18 +207,18 @@ def contrastive_blocks_bwd_kernel(
     for start in range(first // 32 * 32, last, BLOCK_COLUMNS):
         columns = anchors_from(start, first, last, BLOCK_COLUMNS)
         inside = words_between(first, last, start, COUNT)[None, :]
-        to_j = words_from(positives, rows, words, start, COUNT) & inside
+        to_j = words_from(positives, of_rows, words, start, COUNT) & inside
         in_i = to_j | (drawn_words(negatives, rows, group, words, start, SAMPLED, COUNT) & inside)
         in_i &= ~own_words(rows, start, COUNT)
         in_j = drawn_words(negatives, columns, group, words, row_start, SAMPLED, ROW_COUNT)
         if not SYMMETRIC:
-            to_i = words_from(positives, columns, words, row_start, ROW_COUNT)
+            to_i = words_from(positives_t, columns, words_t, row_start - own_first // 32 * 32, ROW_COUNT)
             in_j |= to_i
         in_j &= ~own_words(columns, row_start, ROW_COUNT)
         if HAS_SPECIFIC:
-            task_j = words_from(specific, rows, words, start, COUNT) & inside
+            task_j = words_from(specific, of_rows, words, start, COUNT) & inside
             if not SYMMETRIC:
-                task_i = words_from(specific, columns, words, row_start, ROW_COUNT)
+                task_i = words_from(specific_t, columns, words_t, row_start - own_first // 32 * 32, ROW_COUNT)
         base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
         logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         logits *= scale
@@ -233,5 +244,5 @@ def contrastive_blocks_bwd_kernel(
         gradient = multiply(g.to(tile.dtype), tile, gradient, PRECISION)
     if not WITHIN:
         gradient *= tl.load(factor)
-    at = sums + rows.to(tl.int64)[:, None] * width + features[None, :]
-    tl.store(at, gradient.to(sums.dtype.element_ty), mask=(rows >= 0)[:, None] & (features < width)[None, :])
+    at = sums + of_rows.to(tl.int64)[:, None] * width + features[None, :]
+    tl.store(at, gradient.to(sums.dtype.element_ty), mask=(of_rows >= 0)[:, None] & (features < width)[None, :])

@@ -1,0 +1,145 @@
+"""What is checked before `contrastive` computes, on one device or many."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hpkernels import backends
+from hpkernels.backends import Backend
+from hpkernels.ops import _checks as check
+from hpkernels.ops.contrastive.chunked import Needs
+from hpkernels.ops.contrastive.registration import Arguments
+from hpkernels.ops.contrastive.relations import Checked, Pairs, Relation, Sizes, checked, without
+
+Aggregation = Literal["outside", "inside"]
+Denominator = Literal["all", "negatives"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def arguments_of(
+    op: str,
+    anchors: Tensor,
+    keys: Tensor | None,
+    *,
+    positives: Pairs | tuple[Pairs, ...],
+    exclude: Pairs | tuple[Pairs, ...] | None,
+    exclude_positives: bool,
+    temperature: float | Tensor,
+    key_bias: Tensor | None,
+    positive_aggregation: Aggregation,
+    denominator: Denominator,
+    both_directions: bool,
+    anchor_weight: Tensor | None,
+    reduction: Reduction,
+    backend: Backend | None,
+    all_keys: int | None = None,
+) -> Arguments:
+    """What the custom op takes, from what users pass to `op`; `all_keys` is that of ``relations.Sizes``.
+
+    Without a `backend` it is chosen later.
+
+    Raises:
+        TypeError, ValueError: an argument is not as ``hpkernels.contrastive`` describes it.
+    """
+    keys = checked_keys(op, anchors, keys)
+    count = anchors.shape[0]
+    sizes = Sizes(count, count if keys is None else keys.shape[0], keys is None, all_keys)
+    check.choice(op, "positive_aggregation", positive_aggregation, ("outside", "inside"))
+    check.choice(op, "denominator", denominator, ("all", "negatives"))
+    check.choice(op, "reduction", reduction, ("mean", "sum", "none") if not both_directions else ("mean", "sum"))
+    for name, value in {"exclude_positives": exclude_positives, "both_directions": both_directions}.items():
+        check.flag(op, name, value)
+    of_positives = checked(op, "positives", positives, anchors, sizes, weighted=True)
+    excluded = None if exclude is None else checked(op, "exclude", exclude, anchors, sizes)
+    for relation in (of_positives, excluded):
+        if relation is not None and relation.ignored is not None:
+            excluded = without(excluded, relation.ignored)
+    scale = _temperature(op, temperature, anchors)
+    if key_bias is not None:
+        check.tensor(op, "key_bias", key_bias, (sizes.keys,))
+        check.same(op, "key_bias", key_bias, "anchors", anchors, dtype=False)
+        check.finite(op, "key_bias", key_bias)
+    if anchor_weight is not None:
+        anchor_weight = _weight(op, anchor_weight, anchors)
+    check.finite(op, "anchors", anchors)
+    if keys is not None:
+        check.finite(op, "keys", keys)
+    needs = Needs(*map(_needs_gradient, (anchors, keys, scale, key_bias)))
+    return Arguments(
+        anchors,
+        keys,
+        of_positives.relation,
+        Relation() if excluded is None else excluded.relation,
+        key_bias,
+        scale,
+        anchor_weight,
+        _is_symmetric(of_positives, excluded, key_bias, both_directions),
+        positive_aggregation == "inside",
+        denominator == "negatives",
+        exclude_positives,
+        both_directions,
+        reduction,
+        needs,
+        "" if backend is None else backends.select("contrastive", backend, anchors, op),
+    )
+
+
+def checked_keys(op: str, anchors: Tensor, keys: Tensor | None) -> Tensor | None:
+    """Check the shapes of `anchors` and `keys`; the keys in the dtype of the anchors."""
+    check.tensor(op, "anchors", anchors, ("N", "D"))
+    if keys is None:
+        return None
+    keys = check.with_autocast(keys, anchors)
+    check.tensor(op, "keys", keys, ("K", anchors.shape[1]))
+    check.same(op, "keys", keys, "anchors", anchors)
+    return keys
+
+
+def check_loss(op: str, loss: Tensor) -> None:
+    """Check that products of the inputs, which were checked themselves, have not made the loss infinite or NaN."""
+    if check.readable(loss.detach()) and not loss.isfinite().all():
+        raise ValueError(
+            f"{op}: `anchors` and `keys` must have inner products that are finite when divided by the temperature, in"
+            f" {str(loss.dtype).removeprefix('torch.')}, got a loss of {loss[~loss.isfinite()].flatten()[0].item()}"
+        )
+
+
+def _is_symmetric(positives: Checked, excluded: Checked | None, key_bias: Tensor | None, both: bool) -> bool:
+    """Whether the loss of pair (i, j) is that of (j, i), and the anchors are their own keys."""
+    relations = positives.symmetric and (excluded is None or excluded.symmetric)
+    return relations and key_bias is None and not both
+
+
+def _needs_gradient(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad and torch.is_grad_enabled()
+
+
+def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tensor:
+    """The temperature as a 0-d tensor of the accumulation's dtype."""
+    (accumulate,) = check.accumulation(anchors.dtype)
+    if not isinstance(temperature, Tensor):
+        value = check.reciprocal(op, "temperature", temperature, accumulate)
+        # A sum, so that Dynamo makes a float that changes at every step an input of the graph.
+        return torch.zeros((), dtype=accumulate, device=anchors.device) + value
+    check.tensor(op, "temperature", temperature, ())
+    check.same(op, "temperature", temperature, "anchors", anchors, dtype=False)
+    if check.readable(temperature):
+        check.reciprocal(op, "temperature", temperature.item(), accumulate)
+    # Where values cannot be read, a bad one shows in the loss.
+    return temperature.to(accumulate).where(temperature > 0, torch.nan)
+
+
+def _weight(op: str, weight: Any, anchors: Tensor) -> Tensor:
+    (accumulate,) = check.accumulation(anchors.dtype)
+    check.tensor(op, "anchor_weight", weight, (anchors.shape[0],))
+    check.same(op, "anchor_weight", weight, "anchors", anchors, dtype=False)
+    check.constant(op, "anchor_weight", weight)
+    check.finite(op, "anchor_weight", weight)
+    if check.readable(weight) and (weight < 0).any():
+        raise ValueError(f"{op}: `anchor_weight` must be at least 0, got {weight.min().item():g}")
+    weight = weight.detach().to(accumulate)
+    checked: Tensor = weight.where(weight >= 0, torch.nan)  # where values cannot be read, a bad one shows in the loss
+    return checked.contiguous()
