@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from hpkernels import Labels, PairLists, PositiveMask, contrastive, hidden_positives
+from hpkernels import Labels, PairLists, PositiveMask, contrastive, hidden_positives, use_backend
+from hpkernels.testing import available_cases
 from tests.ops.oracles import ntxent_of_metric_learning, supcon_of_metric_learning
 
 RTOL = 1e-5
+# The recipes have tensors on the CPU.
+BACKENDS = [case.backend for case in available_cases("contrastive", [torch.float32]) if case.device == "cpu"]
 
 
 def logits(it, anchors, keys, temperature):
@@ -158,15 +161,17 @@ def test_every_recipe_is_compared(page):
     assert list(page) == ["", *(recipe.__name__ for recipe in RECIPES)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
-def test_recipe(recipe, page):
+def test_recipe(recipe, backend, page):
     torch.manual_seed(0)
     found = {}
     exec(page[""][0], found)
     programs = page[recipe.__name__]
     assert programs
     for program in programs:
-        exec(program, found)
+        with use_backend(backend):
+            exec(program, found)
         leaves = [value for value in found.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         leaves = [value for value in leaves if value.is_leaf]
         assert leaves and found["loss"].requires_grad

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import raised, run_ranks
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
 from hpkernels import BackendUnavailableError, contrastive
 from hpkernels.nn import ClipLoss, SupConLoss
@@ -147,33 +147,52 @@ def test_clip_bias_changes_nothing_and_has_a_gradient():
     assert torch.equal(ClipLoss()(images, texts, 7.0, -10), expected)
 
 
-def test_clip_on_several_ranks(monkeypatch):
-    """What it asks `hpkernels.distributed` for, which has tests of its own."""
-    asked = []
+class Towers(torch.nn.Module):
+    """Encoders of images and texts, with a scale and a bias, as a model that open_clip trains."""
 
-    def of_all_ranks(anchors, keys, **options):
-        asked.append(options)
-        return (anchors * keys).sum()
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weights = torch.randn(2, 6, 8, generator=generator, dtype=torch.float64)
+        self.image, self.text = (torch.nn.Parameter(weight) for weight in weights)
+        self.log_scale, self.bias = (torch.nn.Parameter(torch.tensor(value).double()) for value in (1.0, -10.0))
 
-    import hpkernels
+    def forward(self, images, texts):
+        images, texts = normalize(images @ self.image, dim=1), normalize(texts @ self.text, dim=1)
+        return images, texts, self.log_scale.exp(), self.bias
 
-    fake = SimpleNamespace(contrastive=of_all_ranks)
-    monkeypatch.setitem(sys.modules, "hpkernels.distributed", fake)
-    monkeypatch.setattr(hpkernels, "distributed", fake, raising=False)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    images, texts = images_and_texts()
-    ids = []
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        loss = ClipLoss(local_loss=True, rank=rank, world_size=3)(images, texts, 4.0)
-        assert torch.equal(loss, (images * texts).sum())
-        labels = asked[-1].pop("positives")
-        assert labels.key_ids is None
-        ids.append(labels.anchor_ids)
-        assert asked[-1] == {"temperature": 0.25, "both_directions": True, "backend": "auto"}
-    assert len(torch.cat(ids).unique()) == 15 and torch.cat(ids).min() == 0
-    with helpful_error(ValueError, "ClipLoss", "rank` and `world_size", "1 and 3"):
-        ClipLoss(rank=1, world_size=3)(images, texts, 4.0)
+
+PAIRS = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+PARTS = (slice(0, 2), slice(2, 9))
+
+
+def clip_on_a_rank(rank):
+    found = []
+    for settings in ({}, {"local_loss": True, "gather_with_grad": True}):
+        model = DistributedDataParallel(Towers())
+        loss = ClipLoss(**settings, rank=rank, world_size=2)(*model(*PAIRS[:, PARTS[rank]]))
+        loss.backward()
+        found.append((loss.detach(), {name: value.grad for name, value in model.module.named_parameters()}))
+    found.append(raised(ClipLoss(rank=1 - rank, world_size=2), *images_and_texts(), 7.0))
+    return found
+
+
+def test_clip_on_several_ranks(tmp_path):
+    """Under DistributedDataParallel, whose gradients are those of one process with the whole batch."""
+    model = Towers()
+    images, texts, scale, _ = model(*PAIRS)
+    loss = clip(images, texts, scale)
+    loss.backward()
+    for rank, (*found, error) in enumerate(run_ranks(clip_on_a_rank, 2, tmp_path)):
+        for of_rank, gradients in found:
+            torch.testing.assert_close(of_rank, loss.detach(), rtol=1e-12, atol=0)
+            for name, value in model.named_parameters():
+                expected = torch.zeros_like(value) if name == "bias" else value.grad
+                torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-14)
+        assert error == (
+            "ValueError: ClipLoss: `rank` and `world_size` must be those of the process group,"
+            f" {rank} and 2, got {1 - rank} and 2"
+        )
 
 
 def test_modules_say_what_they_are():
