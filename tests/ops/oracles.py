@@ -19,6 +19,17 @@ def similar_pairs(features, threshold, symmetric=True):
     return (margin > 0) & ~torch.eye(size, dtype=torch.bool), margin
 
 
+def similar_keys(features, keys, threshold=None, key_threshold=None):
+    """<f_i, k_j> > threshold_i and > key_threshold_j, of those that are given, as (N, K) bool; the smaller margin."""
+    margin = torch.full((len(features), len(keys)), torch.inf, dtype=features.dtype)
+    for i in range(len(features)):
+        for j in range(len(keys)):
+            for limits, place in ((threshold, i), (key_threshold, j)):
+                if limits is not None:
+                    margin[i, j] = min(margin[i, j], features[i] @ keys[j] - limits[place])
+    return margin > 0, margin
+
+
 def contrastive(
     z,
     positives,
