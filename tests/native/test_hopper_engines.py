@@ -77,7 +77,22 @@ def differentiated(dim, anchors=315):
     expected = 2 * (g + g.T) @ z.double()
     numbers = torch.stack((log_sums.float(), *torch.tensor([[1.0], [0.1], [0.0]]).expand(3, anchors)), dim=1)
     bits, state = PositiveMask.from_dense(mask).bits, torch.zeros(5, dtype=torch.int64)
-    given = (_cuda.aligned_rows(z), bits, None, None, state, anchors, False, False, True, 1 / 0.3, numbers)
+    given = (
+        _cuda.aligned_rows(z),
+        bits,
+        None,
+        None,
+        state,
+        anchors,
+        0,
+        False,
+        False,
+        True,
+        None,
+        None,
+        1 / 0.3,
+        numbers,
+    )
     shift, factor = torch.tensor(torch.nan), torch.tensor(2.0)
 
     def backward():
