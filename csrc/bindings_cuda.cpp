@@ -258,14 +258,26 @@ void contrastive_rows_backward(Tensor z, Tensor positives, std::optional<Tensor>
   });
 }
 
+// Where words would begin that have `count` more before them. No pointer is made outside of what it points to by adding.
+const uint32_t* moved_back(const uint32_t* words, int64_t count) {
+  if (words == nullptr) return nullptr;
+  return reinterpret_cast<const uint32_t*>(reinterpret_cast<uintptr_t>(words) - count * sizeof(uint32_t));
+}
+
 template <typename T>
 BlockPairs<T> block_pairs(const Tensor& z, const Tensor& positives, const std::optional<Tensor>& specific,
                           const std::optional<Tensor>& negatives, const Tensor& state, int64_t group, int64_t first,
                           bool within, bool has_lists, double scale) {
   const auto in_fours = [](const uint32_t* bits) { return reinterpret_cast<uintptr_t>(bits) % 16 == 0; };
-  ContrastiveMasks masks{data<uint32_t>(positives), data<uint32_t>(specific), data<uint32_t>(negatives),
-                         static_cast<int>(z.size(0)), static_cast<int>(group), positives.size(1) % 4 == 0,
-                         static_cast<int>(first), static_cast<int>(positives.size(0))};
+  const int64_t before = first * positives.size(1);
+  ContrastiveMasks masks{moved_back(data<uint32_t>(positives), before),
+                         moved_back(data<uint32_t>(specific), before),
+                         data<uint32_t>(negatives),
+                         static_cast<int>(z.size(0)),
+                         static_cast<int>(group),
+                         positives.size(1) % 4 == 0,
+                         static_cast<int>(first),
+                         static_cast<int>(first + positives.size(0))};
   masks.aligned = masks.aligned && in_fours(masks.positives) && in_fours(masks.specific) && in_fours(masks.negatives);
   return {rows<T>(z), masks, within, has_lists, data<int64_t>(state), static_cast<float>(scale)};
 }
@@ -289,10 +301,13 @@ void contrastive_blocks_backward(Tensor z, Tensor positives, std::optional<Tenso
                                  std::optional<Tensor> specific_by_columns, double scale, Tensor numbers, Tensor shift,
                                  Tensor factor, Tensor sums) {
   const OnDeviceOf on(z);
-  const Tensor& by_columns = positives_by_columns.has_value() ? *positives_by_columns : positives;
-  const MasksByColumns masks{data<uint32_t>(by_columns),
-                             data<uint32_t>(positives_by_columns.has_value() ? specific_by_columns : specific),
-                             static_cast<int>(by_columns.size(1))};
+  const bool by_columns = positives_by_columns.has_value();
+  const int64_t before = first / 32, words = (by_columns ? *positives_by_columns : positives).size(1);
+  const MasksByColumns masks{
+      moved_back(data<uint32_t>(by_columns ? *positives_by_columns : positives), before),
+      moved_back(data<uint32_t>(by_columns ? specific_by_columns : specific), before),
+      static_cast<int>(words),
+      static_cast<int>(before + words)};
   const BlockSums of_anchors{data<float>(numbers), data<float>(shift), data<float>(factor), sums.data_ptr(),
                              static_cast<int>(sums.size(1)), symmetric, masks};
   if (reinterpret_cast<uintptr_t>(of_anchors.numbers) % 16 != 0) {

@@ -56,6 +56,11 @@ def registered_ops() -> list[str]:
     return sorted({op for op, _ in _modules})
 
 
+def is_registered(op: str, backend: str) -> bool:
+    """Whether `op` has kernels of this backend, or a reason why they are missing."""
+    return (op, backend) in _modules
+
+
 def implementation(op: str, backend: str) -> ModuleType:
     """The module of `op` on `backend`; `select` has made sure that there is one."""
     return _modules[op, backend]
@@ -65,7 +70,7 @@ def availability(
     op: str, backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Availability:
     """Whether `backend` can run `op` on tensors of this device and dtype, or the reason why not."""
-    if (op, backend) not in _modules:
+    if not is_registered(op, backend):
         return Availability(False, f"{op} has no {backend} kernels in this version; use backend='reference'")
     supported: Availability = _modules[op, backend].supports(torch.device(device), dtype)
     return supported

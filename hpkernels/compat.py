@@ -20,7 +20,10 @@ _T = TypeVar("_T")
 
 
 class SupConLoss(nn.Module):
-    """The published ``SupConLoss``: same constructor, same `forward`, no N x N temporaries.
+    """The ``SupConLoss`` of the published Hidden Positives repository: same constructor, same `forward`.
+
+    Its `forward` takes codes, features and pools, and it has no N x N temporaries. `hpkernels.nn.SupConLoss` is another
+    class of that name: the widely used one of the SupContrast repository, which takes features and labels.
 
     Args:
         temperature: of the logits.

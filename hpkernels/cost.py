@@ -25,6 +25,11 @@ _GPU_BLOCK_FLOPS, _GPU_SAMPLED_FLOPS, _GPU_LISTED_FLOPS = 6, 8, 6
 """FLOPs for each logit and feature of `multi_positive_contrastive` there, forward and backward: blocks multiply in both
 directions, and once more for the gradient, which also the column of a sampled negative gets."""
 
+_FUSED_DIM, _FUSED_ANCHORS = 768, 92_000
+"""Above this D a library's products with an epilogue take less time than fused kernels, by what others have measured on
+Hopper with other losses; above this N a mask of N² / 8 bytes takes more memory than their blocks. Not measured here."""
+_CHUNK_BYTES_ON_CPU, _CHUNK_BYTES_ON_GPU = 2**25, 2**30  # of `contrastive`: hpkernels/ops/contrastive/chunked.py
+
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -110,20 +115,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Work:
-    """Work before it is put on a device: FLOPs of products, of products that rank, and of pairs; traffic; workspace."""
+    """Work before it is put on a device: FLOPs of products, of products that rank, and of pairs; traffic; workspace.
+
+    Traffic `apart` is that of kernels which multiply nothing, so that it takes its time beside the products.
+    """
 
     matrix: float = 0.0
     ranking: float = 0.0
     pairs: float = 0.0
     bytes: float = 0.0
+    apart: float = 0.0
     workspace: float = 0.0
 
     def __add__(self, other: _Work) -> _Work:
-        total = {name: getattr(self, name) + getattr(other, name) for name in ("matrix", "ranking", "pairs", "bytes")}
+        total = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
         return _Work(**total, workspace=max(self.workspace, other.workspace))
 
     def __mul__(self, times: float) -> _Work:
-        return _Work(self.matrix * times, self.ranking * times, self.pairs * times, self.bytes * times, self.workspace)
+        return _Work(**{name: getattr(self, name) * times for name in _ADDED}, workspace=self.workspace)
 
     def on(self, device: Device, dtype: str) -> RouteCost:
         """The cost on a device: pairs run at the matrix rate over `_PAIR_SLOWDOWN`, or the vector rate if less."""
@@ -132,10 +141,13 @@ class _Work:
         by_pairs = min(matrix / _PAIR_SLOWDOWN, device.vector)
         compute = self.matrix / matrix + self.ranking / ranking + self.pairs / by_pairs
         traffic = self.bytes / device.bandwidth
-        milliseconds = 1e3 * max(compute, traffic)
-        bound = "compute" if compute >= traffic else "memory"
+        milliseconds = 1e3 * (max(compute, traffic) + self.apart / device.bandwidth)
+        bound = "compute" if compute >= traffic + self.apart / device.bandwidth else "memory"
         flops = self.matrix + self.ranking + self.pairs
-        return RouteCost(flops, self.bytes, self.workspace, milliseconds, bound)
+        return RouteCost(flops, self.bytes + self.apart, self.workspace, milliseconds, bound)
+
+
+_ADDED = ("matrix", "ranking", "pairs", "bytes", "apart")
 
 
 def estimate(
@@ -143,6 +155,8 @@ def estimate(
     *,
     N: int | None = None,
     D: int = 512,
+    keys: int | None = None,
+    both_directions: bool = False,
     features_dim: int = 384,
     M: int = 2048,
     k: int = 1,
@@ -162,9 +176,12 @@ def estimate(
     """Estimate the cost of an op, forward and backward, by each of its routes.
 
     Args:
-        op: "masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation" or "ghp_contrastive".
-        N: anchors; a multiple of `anchors_per_image`. Default: `images` times that.
+        op: "masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive" or
+            "contrastive".
+        N: anchors; a multiple of `anchors_per_image` but for "contrastive". Default: `images` times that.
         D: features of a projection.
+        keys: K of "contrastive"; None: the anchors are the keys, with symmetric positives if `symmetric`.
+        both_directions: of "contrastive".
         features_dim: Df, features of the backbone; of the queries of "masked_topk" and "hidden_positives".
         M: pool rows.
         k: of "masked_topk".
@@ -197,10 +214,12 @@ def estimate(
     if N is None:
         N = (64 if images is None else images) * anchors_per_image
     sizes = {"N": N, "D": D, "features_dim": features_dim, "M": M, "k": k, "anchors_per_image": anchors_per_image}
+    if op == "contrastive":
+        sizes |= {"keys": N if keys is None else keys, "anchors_per_image": 1}
     for name, value in (sizes | {"heads_dim": heads_dim, "window": window, "branches": branches}).items():
         if value < 1:
             raise ValueError(f"estimate: `{name}` must be at least 1, got {value}")
-    if N % anchors_per_image:
+    if N % sizes["anchors_per_image"]:
         raise ValueError(f"estimate: `anchors_per_image` must divide N = {N}, got {anchors_per_image}")
     size = _BYTES[dtype]
     name, rates = ("custom", device) if isinstance(device, Device) else (device, DEVICES[device])
@@ -208,6 +227,8 @@ def estimate(
         routes = {"product": _topk(N, M, features_dim, k, size)}
     elif op == "hidden_positives":
         routes = {"symmetric": _discovery(N, features_dim, size)}
+    elif op == "contrastive":
+        routes = _against_keys(N, keys, D, both_directions, symmetric, size, rates.capability is not None)
     elif op == "local_propagation":
         routes = _local_propagation(N // anchors_per_image, anchors_per_image, D, heads_dim, window, size)
     else:
@@ -251,6 +272,11 @@ def lists_may_pay(anchors: int, anchors_per_image: int, negative_rate: float) ->
     """Whether the route of lists, of Triton and CUDA, can be faster than blocks of all pairs, if positives are few."""
     listed = anchors_per_image / anchors + _SAMPLED_SLOWDOWN * negative_rate
     return listed + MOST_LISTED_DENSITY < 1 and anchors > anchors_per_image
+
+
+def fused_is_faster(anchors: int, dim: int) -> bool:
+    """Whether `contrastive` leaves its square problems on a GPU to the kernels of `multi_positive_contrastive`."""
+    return dim < _FUSED_DIM and anchors <= _FUSED_ANCHORS
 
 
 def contrastive_logits(
@@ -299,6 +325,33 @@ def _contrastive_on_gpu(n: int, dim: int, per_image: int, rate: float, across: f
     return {"lists": lists, "blocks": blocks}
 
 
+def _against_keys(
+    n: int, keys: int | None, dim: int, both: bool, symmetric: bool, size: int, on_gpu: bool
+) -> dict[str, _Work]:
+    """The routes of `contrastive`, hpkernels/ops/contrastive/chunked.py and fused.py, with gradients to all vectors.
+
+    Products of blocks are written, read for statistics, read and written as g, and read by two products.
+    """
+    triangle = keys is None and symmetric and not both
+    k = n if keys is None else keys
+    logits = n * k / (2 if triangle else 1)
+    passes = 2 if triangle or both else 1
+    accumulated = max(size, 4)
+    rows = (n if keys is None else n + k) * dim
+    workspace = _CHUNK_BYTES_ON_GPU if on_gpu else _CHUNK_BYTES_ON_CPU
+    chunked = _Work(
+        matrix=2.0 * logits * dim * (passes + 2),
+        apart=logits * ((2 * passes + 1) * accumulated + 3 * size),
+        bytes=(2 + passes) * rows * size,
+        workspace=min(workspace, 2.0 * n * k * accumulated) + rows * accumulated,
+    )
+    if not (triangle and on_gpu):
+        return {"chunked": chunked}
+    mask = n * n / 8
+    fused = _Work(matrix=_GPU_BLOCK_FLOPS * n * n * dim, bytes=6.0 * n * dim * size + 3 * mask, workspace=mask)
+    return {"chunked": chunked, "fused": fused}
+
+
 def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:
     return _Work(ranking=2.0 * n * m * dim, bytes=(n + m) * dim * size + 12.0 * n * k)
 
@@ -316,7 +369,14 @@ def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, si
 
 
 def _check(op: str, dtype: str, device: str | Device, **shares: float) -> None:
-    ops = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive")
+    ops = (
+        "masked_topk",
+        "hidden_positives",
+        "multi_positive_contrastive",
+        "local_propagation",
+        "ghp_contrastive",
+        "contrastive",
+    )
     for name, value, known in (("op", op, ops), ("dtype", dtype, _BYTES), ("device", device, DEVICES)):
         if not isinstance(value, Device) and value not in known:
             raise ValueError(f"estimate: `{name}` must be one of {', '.join(known)}, got {value!r}")

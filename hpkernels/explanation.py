@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,9 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
     if given["N"] is None:
         given["N"] = (64 if given["images"] is None else given["images"]) * given["anchors_per_image"]
     kind = getattr(torch, dtype)
-    backend, not_taken = _backend(op, place, kind)
+    fused = op == "contrastive" and place.kind == "cuda" and _takes_fused(given)
+    first = "multi_positive_contrastive" if fused else "masked_topk" if op == "ghp_contrastive" else op
+    backend, not_taken = _backend(first, place, kind)
     steps, refused = _steps(op, backend, place, kind, given)
     not_taken |= refused
     if place.rates is None:
@@ -141,6 +144,11 @@ class _Place:
     rates: str | None
     device: torch.device | None = None
 
+    @property
+    def kind(self) -> str:
+        """The type of device."""
+        return self.device.type if self.device else "cpu" if self.capability is None else "cuda"
+
     @staticmethod
     def named(name: str) -> _Place:
         return _Place(name, DEVICES[name].capability, name)
@@ -157,9 +165,8 @@ class _Place:
 
 
 def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """The backend, and why not each other."""
-    first = "masked_topk" if op == "ghp_contrastive" else op
-    on = place.device or torch.device("cpu" if place.capability is None else "cuda")
+    """The backend of the first op of a call, and why not each other."""
+    on = place.device or torch.device(place.kind)
     taken, reasons = "", dict[str, str]()
     asked = "auto" if place.device is None else backends.requested("auto", "explain")
     for backend in backends.BACKENDS:
@@ -168,9 +175,9 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
             continue
         if place.device is not None:
             ask = backends.automatic if asked == "auto" else backends.availability
-            ok, reason = ask(first, backend, on, dtype)
+            ok, reason = ask(op, backend, on, dtype)
         else:
-            ok, reason = _able_there(backend, on, dtype)
+            ok, reason = _able_there(op, backend, on, dtype)
         if taken:
             reasons[backend] = f"{taken} comes first" if ok else reason
         elif ok:
@@ -182,8 +189,10 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
     return taken, reasons
 
 
-def _able_there(backend: str, device: torch.device, dtype: torch.dtype) -> backends.Availability:
+def _able_there(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> backends.Availability:
     """Whether a backend would run on a device that is not at hand, with a library that is compiled for it."""
+    if not backends.is_registered(op, backend):
+        return backends.availability(op, backend)
     if backend == "cpu" and device.type != "cpu":
         return _native.supports_cpu(device, dtype)
     if backend in ("cuda", "triton") and device.type == "cpu":
@@ -228,7 +237,9 @@ def _steps(
         refused.update({other: [] for other in others.items()})
         return Step(step, engine(step, given["D"]), route)
 
-    if op == "local_propagation":
+    if op == "contrastive":
+        steps = [_against_keys(backend, engine, given, refused)]
+    elif op == "local_propagation":
         steps = [Step(op, engine(op, given["heads_dim"]), "weights and stencil")]
     elif op == "masked_topk":
         steps = [topk(op, given["features_dim"], given["k"])]
@@ -246,6 +257,34 @@ def _steps(
         everywhere = len(names) in (0, len(steps))
         reasons[other if everywhere else f"{other} for {', '.join(names)}"] = reason
     return tuple(steps), reasons
+
+
+def _against_keys(
+    backend: str, engine: Callable[[str, int], str], given: dict[str, Any], refused: dict[tuple[str, str], list[str]]
+) -> Step:
+    """The step of `contrastive`."""
+    products = {"cpu": "C++ epilogue", "triton": "Triton epilogue", "cuda": "Triton epilogue"}.get(backend, "PyTorch")
+    if backend in ("cuda", "triton"):
+        if _takes_fused(given):
+            refused["route chunked", "rows are short enough for fused kernels (a prediction)"] = []
+            return Step("multi_positive_contrastive", engine("multi_positive_contrastive", given["D"]), "fused")
+        reason = (
+            f"D = {given['D']} or N = {given['N']} is too large for it (a prediction)"
+            if _is_square(given)
+            else "it takes anchors that are their own keys, with symmetric positives, in one direction"
+        )
+        refused["route fused", reason] = []
+    return Step("contrastive", f"matrix products of PyTorch, {products}", "chunked")
+
+
+def _takes_fused(given: dict[str, Any]) -> bool:
+    """Whether `contrastive` goes to the kernels of `multi_positive_contrastive` on a GPU."""
+    return _is_square(given) and cost.fused_is_faster(given["N"], given["D"])
+
+
+def _is_square(given: dict[str, Any]) -> bool:
+    symmetric: bool = given["keys"] is None and given["symmetric"] and not given["both_directions"]
+    return symmetric
 
 
 def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -14,7 +14,13 @@ from hpkernels import Backend, Variant, backends, nn
 from hpkernels.compat import SupConLoss
 from hpkernels.ops.multi_positive_contrastive.options import VARIANTS
 
-MODULES = (nn.HiddenPositiveLoss.__init__, nn.LocalPropagation.__init__, SupConLoss.__init__)
+MODULES = (
+    nn.ClipLoss.__init__,
+    nn.HiddenPositiveLoss.__init__,
+    nn.LocalPropagation.__init__,
+    nn.SupConLoss.__init__,
+    SupConLoss.__init__,
+)
 FUNCTIONS = [value for name in hpkernels.__all__ if inspect.isfunction(value := getattr(hpkernels, name))]
 
 

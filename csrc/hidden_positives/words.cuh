@@ -83,7 +83,8 @@ struct Words {
             const int n = 4 * (kThreadWords * part + w) + i;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              const float limit = limit_of<kLimit>(row_thresholds[m][h], c == 0 ? column_thresholds[n].x : column_thresholds[n].y);
+              const float of_column = c == 0 ? column_thresholds[n].x : column_thresholds[n].y;
+              const float limit = limit_of<kLimit>(row_thresholds[m][h], of_column);
               if (products.values[m][n][2 * h + c] > limit) found |= 1u << (8 * i + c);
             }
           }

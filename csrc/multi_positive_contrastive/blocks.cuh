@@ -32,15 +32,14 @@ struct BlockArguments {
 
   // Which row of what is computed is that of an anchor in a scope, negative for none.
   __device__ __forceinline__ int own_row(const Scope& scope, int anchor) const {
-    const int row = anchor - masks.first;
-    return scope.holds(anchor) && row < masks.rows ? row : -1;
+    return scope.holds(anchor) && anchor < masks.last ? anchor - masks.first : -1;
   }
 };
 
 // Rows of strips: a part of the anchors starts within 32 of them.
 template <class T>
 int64_t rows_of_strips(const BlockPairs<T>& pairs) {
-  return pairs.masks.first % 32 + pairs.masks.rows;
+  return pairs.masks.last - pairs.masks.first / 32 * 32;
 }
 
 template <class T>
@@ -217,7 +216,7 @@ contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands 
   combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
     const int row = arguments.own_row(scope, scope.row + r);
     if (row < 0) return;
-    const int64_t rows = masks.rows;
+    const int64_t rows = masks.last - masks.first;
     float* const part = parts + blockIdx.y * 3 * rows + row;
     part[0] = sums.log_sum.value();
     part[rows] = sums.agnostic_sum;
@@ -230,8 +229,8 @@ void launch_blocks_forward(const typename Engine::Operands& operands, const Bloc
                            float* parts, cudaStream_t stream) {
   const int64_t anchors = pairs.masks.anchors, group = pairs.masks.group;
   const int64_t strips = strips_of(Engine::Geometry::kRows, rows_of_strips(pairs), group, pairs.within);
-  const int64_t parts_of_columns =
-      contrastive_blocks_parts(anchors, group, pairs.within, pairs.masks.first, pairs.masks.rows);
+  const int64_t parts_of_columns = contrastive_blocks_parts(anchors, group, pairs.within, pairs.masks.first,
+                                                            pairs.masks.last - pairs.masks.first);
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_of_columns));
   const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
                                                        : contrastive_blocks_fwd_kernel<Engine, false>;
@@ -369,16 +368,15 @@ struct BlockGradient {
       of_i[h] = pair_words<kAll>(agnostic[h], specific[h], rows[h].drawn[w], inside, own[h], word, first);
     }
     const ContrastiveMasks& masks = arguments.masks;
-    const int column = 32 * word + thread % 32, row_word = own[0] >> 5;
+    const int column = 32 * word + thread % 32;
     if (!of_anchors.symmetric) {
       const MasksByColumns& by = of_anchors.by_columns;
-      const int own_word = row_word - (masks.first >> 5);
-      transpose_words(word_of(masks, by.positives, by.words, column, column, own_word), own, agnostic);
-      transpose_words(word_of(masks, by.specific, by.words, column, column, own_word), own, specific);
+      transpose_words(word_of(masks, by.positives, by.words, by.end, column, column, own[0]), own, agnostic);
+      transpose_words(word_of(masks, by.specific, by.words, by.end, column, column, own[0]), own, specific);
     }
     if constexpr (!kAll) {
       const int words = (masks.anchors + 31) >> 5;
-      transpose_words(word_of(masks, masks.negatives, words, column, column % masks.group, row_word), own, drawn_by);
+      transpose_words(word_of(masks, masks.negatives, words, words, column, column % masks.group, own[0]), own, drawn_by);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ void read_words(const ContrastiveMasks& masks, const 
 template <int kWords>
 __device__ __forceinline__ void read_positives(const ContrastiveMasks& masks, int row, int first,
                                                MaskWords<kWords>& found) {
-  const int own = row - masks.first, held = own < 0 ? 0 : own < masks.rows ? own : masks.rows - 1;
+  const int held = row < masks.first ? masks.first : row < masks.last ? row : masks.last - 1;
   read_words(masks, masks.positives, held, first, found.agnostic);
   if (masks.specific != nullptr) {
     read_words(masks, masks.specific, held, first, found.specific);
@@ -58,10 +58,12 @@ __device__ __forceinline__ void read_negatives(const ContrastiveMasks& masks, in
   read_words(masks, masks.negatives, held % masks.group, first, found.drawn);
 }
 
-// The word of a column, row `from` of a relation with `words` a row or of none.
-__device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const uint32_t* bits, int words, int column,
-                                            int from, int word) {
-  return bits != nullptr && column < masks.anchors && word < words ? bits[int64_t{from} * words + word] : 0;
+// The word of a column that tells of the 32 rows of `row`, if it is before `end`: of row `from` of a relation with `words`
+// a row, or of none.
+__device__ __forceinline__ uint32_t word_of(const ContrastiveMasks& masks, const uint32_t* bits, int words, int end,
+                                            int column, int from, int row) {
+  const int word = row >> 5;
+  return bits != nullptr && column < masks.anchors && word < end ? bits[int64_t{from} * words + word] : 0;
 }
 
 // For lanes that have the words of 32 columns, those of two rows among theirs.

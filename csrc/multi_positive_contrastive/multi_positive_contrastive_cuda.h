@@ -121,19 +121,20 @@ void contrastive_rows_backward_cuda(const ListedPairs<T>& pairs, const StagedCol
                                     float* sums, const float* factor, T* out, int out_dim, cudaStream_t stream);
 
 // Which pairs of anchors are in A, in S (null for none) and in R (null for all), bit-packed. `aligned` says that four words
-// can be read at once from multiples of four.
+// can be read at once from multiples of four. A and S have the rows of anchors [first, last), and start where the row of
+// anchor 0 would be.
 struct ContrastiveMasks {
   const uint32_t *positives, *specific, *negatives;
   int anchors, group;
   bool aligned;
-  int first, rows;
+  int first, last;
 };
 
-// A and S of all anchors by columns (anchors, words): bit first % 32 + r of a row says whether row r of the masks is a
-// positive of that anchor. If the rows are of all anchors, that is A and S.
+// A and S of all anchors by the columns that are [first, last), `words` a row: those before `end`, as if all were there.
+// If that is all anchors, these are A and S themselves.
 struct MasksByColumns {
   const uint32_t *positives, *specific;
-  int words;
+  int words, end;
 };
 
 // The pairs of the rows with all anchors in tiles, or those within each image. Where there are lists, those within images are taken if

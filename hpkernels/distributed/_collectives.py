@@ -95,13 +95,13 @@ def gathered_rows(tensor: Tensor, group: Group = None, counts: Sequence[int] | N
     if counts is None:
         own = torch.tensor([len(tensor)], device=tensor.device)
         of_ranks = own.new_empty(size)
-        dist.all_gather_into_tensor(of_ranks, own, group=group)
+        _all_gather(of_ranks, own, group=group)
         counts = of_ranks.tolist()
     most, sent = max(counts), as_bytes(tensor)
     if len(sent) < most:
         sent = torch.cat((sent, sent.new_zeros((most - len(sent), sent.shape[1]))))
     received = sent.new_empty((size * most, sent.shape[1]))
-    dist.all_gather_into_tensor(received, sent, group=group)
+    _all_gather(received, sent, group=group)
     if min(counts) < most:
         received = torch.cat([received[most * rank :][:count] for rank, count in enumerate(counts)])
     rows = received.view(tensor.dtype).view(-1, *tensor.shape[1:])
@@ -117,6 +117,12 @@ def as_bytes(rows: Tensor) -> Tensor:
     if not flat.is_contiguous() or flat.stride(1) != 1:  # a single column may have any stride and be contiguous
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8)
+
+
+def _all_gather(received: Tensor, sent: Tensor, group: Group) -> None:
+    # The second name is that of PyTorch before 2.14.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, sent, group=group)
 
 
 def total(tensor: Tensor, group: Group = None) -> Tensor:

@@ -3,7 +3,7 @@
 z, features and codes are gathered, with their thresholds. A rank finds which of all anchors are positives of its own,
 and the loss of these: their rows of A and S against all columns. The images that the means are over, and then the
 losses, are added up over ranks. The four numbers of each anchor are gathered after forward, so that backward needs no
-exchange at all: ``dz_i = sum_j (g_ij + g_ji) z_j / temperature`` of a rank's own rows takes the numbers of both anchors.
+exchange: ``dz_i = sum_j (g_ij + g_ji) z_j / temperature`` of a rank's own rows takes the numbers of both anchors.
 
 A and S are symmetric, or else a rank finds its rows of their transposes as well. R is a hash of (seed, row, column).
 """
@@ -11,7 +11,7 @@ A and S are symmetric, or else a rank finds its rows of their transposes as well
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,8 +95,8 @@ def ghp_contrastive(
     Notes:
         Every rank of the group must call it, with gradients asked for or not; backward exchanges nothing. Not for
         ``torch.compile(fullgraph=True)``, nor for CUDA graphs. Memory of a rank: the gathered rows of z, features and
-        codes, and two packed masks of R N / 8 bytes; twice as many with ``symmetric=False``. What it exchanges, and what
-        fails how, is in docs/distributed.md.
+        codes, and two packed masks of R N / 8 bytes, four with ``symmetric=False``. What it exchanges, and what fails
+        how, is in docs/distributed.md.
 
     Example:
         >>> import torch, hpkernels
@@ -135,7 +135,8 @@ def ghp_contrastive(
         ]
         shared.update(_to_agree(z, z_mixed, sources, given, options), symmetric=symmetric, ddp=ddp)
     if seed is None:
-        options = replace(options, seed=torch.full_like(options.seed, of_first_rank(int(options.seed), group)))
+        drawn = of_first_rank(int(cast(Tensor, options.seed)), group)
+        options = replace(options, seed=torch.full((), drawn, dtype=torch.int64, device=z.device))
     all_z, first, counts = gathered_rows(z, group)
     all_mixed = None if z_mixed is None else gathered_rows(z_mixed, group, counts).rows
     all_sources = [
@@ -189,7 +190,7 @@ def ghp_contrastive(
         *(first, loss_backend, ranks_of(group) if ddp else 1),
     )
     kept = (positives, specific_bits, positives_t, specific_t, options.negatives, options.seed, rows, *pairs)
-    found: Tensor = _Loss.apply(z, z_mixed, loss, constants, all_z, all_mixed, *kept)  # type: ignore[no-untyped-call]
+    found: Tensor = _Loss.apply(z, z_mixed, loss, constants, all_z, all_mixed, *kept)
     return found
 
 
@@ -221,23 +222,24 @@ def _to_agree(
     options: ContrastiveOptions,
 ) -> dict[str, Any]:
     """What must be the same on all ranks, by the names that a message has for it."""
-    named = {"device of z": z.device.type, "dtype of z": z.dtype, "D of z": z.shape[1]}
-    for name, (features, pool) in zip(("features", "specific"), sources, strict=False):
-        named |= {f"D of {name}": features.shape[1], f"dtype of {name}": features.dtype}
-        named["pool" if name == "features" else "specific_pool"] = fingerprint(pool)
     settings = ("temperature", "base_temperature", "negative_rate", "variant", "reweight", "keep_specific_only")
-    return (
-        named
-        | {name: getattr(options, name) for name in settings}
-        | {
-            "anchors_per_image": int(options.anchors_per_image),
-            "z_mixed": "None" if z_mixed is None else "a tensor",
-            "specific": "used" if len(sources) > 1 else "not used",
-            "specific_weight": float(options.specific_weight),
-            "negatives": None if options.negatives is None else fingerprint(options.negatives),
-            "seed": None if given["seed"] is None else int(options.seed),
-        }
-    )
+    named: dict[str, Any] = {name: getattr(options, name) for name in settings}
+    named |= {
+        "anchors_per_image": int(options.anchors_per_image),
+        "specific_weight": float(options.specific_weight),
+        "specific": "used" if len(sources) > 1 else "not used",
+        "z_mixed": "None" if z_mixed is None else "a tensor",
+        "negatives": None if options.negatives is None else fingerprint(options.negatives),
+        "seed": None if given["seed"] is None else int(cast(Tensor, options.seed)),
+        "device of z": z.device.type,
+        "dtype of z": z.dtype,
+        "D of z": z.shape[1],
+    }
+    for name, pool_name, (features, pool) in zip(
+        ("features", "specific"), ("pool", "specific_pool"), sources, strict=False
+    ):
+        named |= {f"D of {name}": features.shape[1], f"dtype of {name}": features.dtype, pool_name: fingerprint(pool)}
+    return named
 
 
 def _discover(
@@ -269,34 +271,36 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, z_mixed: Tensor | None, loss: Tensor, constants: tuple[Any, ...], *tensors: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(z, z_mixed, *tensors)
         ctx.constants = constants
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        all_z, all_mixed, positives, specific, positives_t, specific_t, negatives, seed, rows, *pairs = (
-            ctx.saved_tensors
-        )
+        own_z, own_mixed, all_z, all_mixed, *kept = ctx.saved_tensors
+        positives, specific, positives_t, specific_t, negatives, seed, rows, *pairs = kept
         group, temperature, rate, symmetric, first, backend, factor = ctx.constants
         needs_z, needs_mixed, *_ = ctx.needs_input_grad
         asked = slice(0 if needs_z else 1, 2 if needs_mixed else 1)  # a branch that needs no gradient is left out
         z, mixed = (*(all_z, all_mixed)[asked], None)[:2]
-        grad_losses = (grad_loss * factor / len(rows)).expand(len(rows))[asked]
-        relations = (positives, specific, negatives, seed, pairs, rows[asked])
         grads = registration.multi_positive_contrastive_backward(
-            grad_losses,
-            z,
-            mixed,
-            *relations,
-            group,
-            temperature,
-            rate,
-            symmetric,
-            positives_t,
-            specific_t,
-            first,
-            backend,
+            (grad_loss * factor / len(rows)).expand(len(rows))[asked],
+            *(z, mixed, positives, specific, negatives, seed, pairs, rows[asked]),
+            *(group, temperature, rate, symmetric, positives_t, specific_t, first, backend),
         )
-        none = [None] * (2 + len(ctx.saved_tensors))
+        if torch.is_grad_enabled():  # by create_graph: the gathered rows do not show that gradients depend on z
+            grads = [_Gradient.apply(grad, own_z, own_mixed) for grad in grads]
+        none = [None] * len(ctx.saved_tensors)  # of the loss, the constants, and all that is saved but the branches
         return grads[0] if needs_z else None, grads[-1] if needs_mixed else None, *none
+
+
+class _Gradient(torch.autograd.Function):
+    """A gradient that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *of_branches: Tensor | None) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(f"{_OP}: double backward is not supported: its gradient is not differentiable")

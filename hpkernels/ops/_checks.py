@@ -17,6 +17,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64,)
 ANY_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 BOOLEAN = (torch.bool,)
+NUMERIC = (*BOOLEAN, *ANY_INTEGER, *FLOATING)
 
 _GREATEST = torch.finfo(torch.float64).max
 
@@ -204,7 +205,7 @@ def _name(dtype: torch.dtype | torch.layout) -> str:
 
 
 def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
-    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer"}
+    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer", NUMERIC: "numeric"}
     return kinds.get(tuple(dtypes)) or " or ".join(map(_name, dtypes))
 
 

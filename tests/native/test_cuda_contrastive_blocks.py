@@ -9,6 +9,7 @@ from hpkernels import backends
 from hpkernels.ops import _cuda
 from hpkernels.ops._cuda import aligned_rows
 from hpkernels.ops.hidden_positives.bits import as_bits
+from hpkernels.ops.multi_positive_contrastive import routes
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
 
 OP = "multi_positive_contrastive"
@@ -23,7 +24,10 @@ LONG = {torch.float16: 300, torch.bfloat16: 72, torch.float32: 140}
 
 
 class Pairs:
-    """Anchors, relations and made-up row statistics, of all pairs or of those within images."""
+    """Anchors, relations and made-up row statistics, of all pairs or of those within images.
+
+    With `first` the rows are a part of the anchors, from that image on.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class Pairs:
         specific=True,
         symmetric=True,
         shared=True,
+        first=0,
     ):
         sizes = {"images": IMAGES, "height": size[0], "width": size[1], "dim": dim}
         self.z = length * random_problem(**sizes, dtype=case.dtype, device=case.device).z
@@ -45,6 +50,7 @@ class Pairs:
         self.within, self.symmetric, self.shared = within, symmetric, shared
         generator = torch.Generator().manual_seed(0)
         anchors = len(self.z)
+        self.first = first * self.group
 
         def draw(*shape):
             return torch.rand(shape, generator=generator)
@@ -65,13 +71,20 @@ class Pairs:
         self.coefficients = 2.0**10 * draw(anchors, 3).double()
         self.factor = 0.37
 
-    def bits(self, mask):
-        return None if mask is None else as_bits(mask.to(self.z.device))
+    def bits(self, mask, first=0):
+        return None if mask is None else as_bits(mask[first:].to(self.z.device))
+
+    def transposed(self):
+        """Of a part that is not symmetric, what the kernels read by columns."""
+        if self.symmetric or self.first == 0:
+            return None, None
+        rows = (self.bits(None if mask is None else mask.T, self.first) for mask in (self.positives, self.specific))
+        return [None if of is None else routes._by_columns(of, len(self.z), self.first) for of in rows]
 
     def arguments(self, dropped=False, has_lists=False):
         state = torch.tensor([int(dropped), 0, 0, 0, 0], device=self.z.device)
-        relations = (self.bits(self.positives), self.bits(self.specific), self.bits(self.negatives))
-        return aligned_rows(self.z), *relations, state, self.group, self.within, has_lists
+        masks = (self.bits(self.positives, self.first), self.bits(self.specific, self.first), self.bits(self.negatives))
+        return aligned_rows(self.z), *masks, state, self.group, self.first, self.within, has_lists
 
     def square(self):
         finite = self.z.isfinite().all()
@@ -79,8 +92,9 @@ class Pairs:
 
     def forward(self, **options):
         """What the kernel says of each row, (3, N), put together from its parts."""
-        parts = kernels.contrastive_blocks_parts(len(self.z), self.group, self.within)
-        parts = torch.full((parts, 3, len(self.z)), -7.0, device=self.z.device)
+        rows = len(self.z) - self.first
+        parts = kernels.contrastive_blocks_parts(len(self.z), self.group, self.within, self.first, rows)
+        parts = torch.full((parts, 3, rows), -7.0, device=self.z.device)
         kernels.contrastive_blocks_forward(*self.arguments(**options), self.scale, self.square(), parts)
         return torch.cat((parts[:, :1].logsumexp(dim=0), parts[:, 1:].sum(dim=0)))
 
@@ -94,15 +108,17 @@ class Pairs:
         return z @ z.T * self.scale
 
     def backward(self, **options):
-        log_sums = self.forward()[0].cpu().double()
+        of_part = self.forward()[0].cpu().double()
+        log_sums = torch.cat((self.expected_forward(torch.float64)[0][: self.first], of_part))
         shift = log_sums.max() if self.shared else torch.tensor(torch.nan)
         shifts = shift.expand(len(self.z)) if self.shared else log_sums
         push, *pulls = self.coefficients.unbind(dim=1)
         numbers = torch.stack((shifts, push * (shifts - log_sums).exp(), *pulls), dim=1)
         given = (of.float().to(self.z.device).contiguous() for of in (numbers, shift, torch.tensor(self.factor)))
         like = aligned_rows(self.z).float() if self.within else self.z
-        sums = torch.full_like(like, -7, memory_format=torch.contiguous_format)
-        kernels.contrastive_blocks_backward(*self.arguments(**options), self.symmetric, self.scale, *given, sums)
+        sums = torch.full_like(like[self.first :], -7, memory_format=torch.contiguous_format)
+        of_masks = (*self.arguments(**options), self.symmetric, *self.transposed())
+        kernels.contrastive_blocks_backward(*of_masks, self.scale, *given, sums)
         return sums[:, : self.z.shape[1]]
 
     def expected_backward(self, dtype, rounded=False):
@@ -117,12 +133,14 @@ class Pairs:
         return sums if self.within else sums * self.factor
 
     def check(self):
+        own = slice(self.first, None)
         for actual, exact, plain in zip(
             self.forward(), self.expected_forward(torch.float64), self.expected_forward(torch.float32), strict=True
         ):
-            assert_rows_close(actual.cpu(), exact, plain)
+            assert_rows_close(actual.cpu(), exact[own], plain[own])
         actual, exact = self.backward(), self.expected_backward(torch.float64)
-        assert_rows_close(actual.cpu(), exact, self.expected_backward(torch.float32, rounded=True).to(actual.dtype))
+        plain = self.expected_backward(torch.float32, rounded=True).to(actual.dtype)
+        assert_rows_close(actual.cpu(), exact[own], plain[own])
         assert torch.equal(self.backward(), actual)
 
 
@@ -157,6 +175,14 @@ def test_large_logits():
 def test_masks_that_are_not_symmetric(one_case, drawn):
     for within in (False, True):
         Pairs(one_case, 20, within=within, drawn=drawn, symmetric=False, specific=drawn).check()
+
+
+@pytest.mark.parametrize("first", [1, 2], ids=["two images", "one image"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "not symmetric"])
+def test_rows_of_a_part(one_case, first, symmetric):
+    """Of some images, which start within a word, against all anchors."""
+    drawn = symmetric == (first == 1)
+    Pairs(one_case, 24, within=False, first=first, symmetric=symmetric, drawn=drawn, specific=first == 1).check()
 
 
 def test_one_mask_and_odd_rows(one_case):

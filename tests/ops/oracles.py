@@ -19,6 +19,17 @@ def similar_pairs(features, threshold, symmetric=True):
     return (margin > 0) & ~torch.eye(size, dtype=torch.bool), margin
 
 
+def similar_keys(features, keys, threshold=None, key_threshold=None):
+    """<f_i, k_j> > threshold_i and > key_threshold_j, of those that are given, as (N, K) bool; the smaller margin."""
+    margin = torch.full((len(features), len(keys)), torch.inf, dtype=features.dtype)
+    for i in range(len(features)):
+        for j in range(len(keys)):
+            for limits, place in ((threshold, i), (key_threshold, j)):
+                if limits is not None:
+                    margin[i, j] = min(margin[i, j], features[i] @ keys[j] - limits[place])
+    return margin > 0, margin
+
+
 def contrastive(
     z,
     positives,
@@ -85,7 +96,7 @@ def contrastive_of_pairs(
     anchor_weight=None,
     reduction="mean",
 ):
-    """`hpkernels.contrastive` for dense weights of positives (N, K) and excluded pairs (N, K) bool; keys may be None."""
+    """`hpkernels.contrastive` for dense weights of positives (N, K) and excluded pairs (N, K) bool."""
     own = keys is None
     keys = anchors if own else keys
     weights, excluded = weights.tolist(), excluded.tolist()
@@ -124,3 +135,65 @@ def contrastive_of_pairs(
         mirrored = reduced([[(i, j) for i in rows if takes_part(i, j)] for j in columns], [1.0] * len(keys))
         loss = (loss + mirrored) / 2
     return loss
+
+
+def supcon(features, labels=None, mask=None, *, temperature, base_temperature=None, contrast_mode="all"):
+    """SupCon of views (B, V, ...): the mean over all anchors, of which those without positives count as 0."""
+    samples, views = features.shape[:2]
+    rows = {(i, v): features[i, v].flatten() for i in range(samples) for v in range(views)}
+    anchors = [(i, v) for i, v in rows if contrast_mode == "all" or v == 0]
+
+    def weight(i, j):
+        if mask is not None:
+            return float(mask[i, j])
+        return float(i == j if labels is None else labels[i] == labels[j])
+
+    total = 0 * features.sum()
+    for i, v in anchors:
+        others = [(j, u) for j, u in rows if (j, u) != (i, v)]
+        logits = torch.stack([rows[i, v] @ rows[other] for other in others]) / temperature
+        weights = logits.new_tensor([weight(i, j) for j, _ in others])
+        if weights.sum() > 0:
+            total = total + (weights * (logits.logsumexp(0) - logits)).sum() / weights.sum()
+    scale = 1 if base_temperature is None else temperature / base_temperature
+    return total * scale / len(anchors)
+
+
+def clip(images, texts, logit_scale):
+    """The mean of two cross-entropies: of the texts for each image, and of the images for each text."""
+    size, logits = len(images), logit_scale * images @ texts.T
+    of_images = sum(logits[i].logsumexp(0) - logits[i, i] for i in range(size)) / size
+    of_texts = sum(logits[:, i].logsumexp(0) - logits[i, i] for i in range(size)) / size
+    return (of_images + of_texts) / 2
+
+
+def supcon_of_metric_learning(rows, labels, keys=None, key_labels=None, *, temperature):
+    """``SupConLoss()(rows, labels, ref_emb=keys, ref_labels=key_labels)`` of pytorch-metric-learning 2.9."""
+    losses = [
+        -torch.stack([logits[j] - logits.logsumexp(0) for j in positives]).mean()
+        for logits, positives, _ in _cosines(rows, labels, keys, key_labels, temperature)
+        if positives
+    ]
+    counted = [loss for loss in losses if loss > 0]
+    return sum(counted) / len(counted)
+
+
+def ntxent_of_metric_learning(rows, labels, keys=None, key_labels=None, *, temperature):
+    """``NTXentLoss()`` of the same: each positive pair is alone among the negatives of its anchor."""
+    losses = [
+        torch.stack([logits[j], *(logits[k] for k in negatives)]).logsumexp(0) - logits[j]
+        for logits, positives, negatives in _cosines(rows, labels, keys, key_labels, temperature)
+        for j in positives
+    ]
+    return sum(losses) / len(losses)
+
+
+def _cosines(rows, labels, keys, key_labels, temperature):
+    """Of each anchor the logits of its keys, and which of those have its label and which have not."""
+    own = keys is None
+    keys, key_labels = (rows, labels) if own else (keys, key_labels)
+    for i, row in enumerate(rows):
+        others = [j for j in range(len(keys)) if not (own and j == i)]
+        cosines = [row @ keys[j] / (row.norm() * keys[j].norm()) for j in others]
+        same = [at for at, j in enumerate(others) if labels[i] == key_labels[j]]
+        yield torch.stack(cosines) / temperature, same, [at for at in range(len(others)) if at not in same]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import contrastive_of_pairs
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hpkernels
-from hpkernels import ContrastiveStatistics, Labels, PairLists, PositiveMask, contrastive
-from hpkernels.ops.contrastive import chunked
+from hpkernels import ContrastiveStatistics, Labels, PairLists, PositiveMask, backends, contrastive
+from hpkernels.ops.contrastive import chunked, fused
+from hpkernels.ops.contrastive.arguments import arguments_of
 from hpkernels.ops.contrastive.reference import contrastive_loss
 from hpkernels.testing import (
     assert_rows_close,
@@ -41,6 +45,7 @@ OPTIONS = {
     "sum": {"reduction": "sum", "excluding": "lists", "exclude_positives": False, "positive_aggregation": "inside"},
     "each": {"reduction": "none", "lists": True, "weighted": True, "key_bias": True},
 }
+ROWS_OF_BLOCK = chunked.rows_of_block  # before it is replaced by what makes several of small problems
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -48,7 +53,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def small_blocks():
     """Problems of several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "rows_of_block", lambda problem: 32)
+        patch.setattr(chunked, "rows_of_block", lambda problem, pair_bytes: 32)
         yield
 
 
@@ -650,6 +655,18 @@ def test_only_what_is_asked_for(case, asked, name):
 
 
 @each_exact_case
+def test_keys_without_a_gradient_may_be_written_before_backward(case):
+    """As queues and banks of keys are, in one pass."""
+    batch = Batch(case)
+    expected = batch.result()[1]["anchors"]
+    inputs = {**batch.inputs(), "keys": batch.keys.clone()}
+    loss = batch.call(**inputs)
+    inputs["keys"].zero_()
+    (gradient,) = torch.autograd.grad(loss, inputs["anchors"], batch.cotangent.to(loss))
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_exact_case
 def test_forms_of_pairs(case):
     """The same pairs by label, mask, lists and tensors, one by one and together."""
     labels, key_labels = torch.arange(6) % 3, torch.arange(8) % 3
@@ -705,3 +722,109 @@ def test_values_that_are_not_finite_show_where_nothing_is_read(case):
                 inputs[field][0] = math.nan
                 run = torch.compile(batch.call, fullgraph=True, backend="aot_eager")
                 assert run(**inputs).isnan().all()
+
+
+ROWS = torch.arange(40) % 7
+FITTING = {"positives": Labels(ROWS), "temperature": 0.2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "positives", [Labels(ROWS), PositiveMask.from_labels(ROWS), ROWS[:, None]], ids=["label", "mask", "tensor"]
+)
+def test_fused(dtype, positives):
+    """What the kernels of `multi_positive_contrastive` can take is the same by them."""
+    if not backends.availability("multi_positive_contrastive", "cuda", "cpu", dtype).ok:
+        pytest.skip("needs the CUDA kernels, on a GPU or emulated")
+    anchors = normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    results = []
+    for backend, kind in (("cuda", dtype), ("reference", torch.float32), ("reference", torch.float64)):
+        leaf = anchors.to(dtype).to(kind).requires_grad_()
+        loss = contrastive(leaf, **{**FITTING, "positives": positives}, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for actual, plain, exact in zip(*results, strict=True):
+        assert_rows_close(actual, exact, plain.to(actual.dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positives": PositiveMask.from_dense(torch.rand(40, 40) < 0.5)},  # not known to be symmetric
+        {"positives": Labels(ROWS, ROWS)},
+        {"positives": Labels(torch.stack((ROWS, ROWS), 1))},
+        {"positives": (Labels(ROWS), PositiveMask.from_labels(ROWS))},
+        {"positives": PairLists(torch.arange(41), ROWS)},
+        {"exclude": Labels(ROWS)},
+        {"temperature": torch.tensor(0.2)},
+        {"key_bias": torch.zeros(40)},
+        {"anchor_weight": torch.ones(40)},
+        {"positive_aggregation": "inside"},
+        {"denominator": "negatives"},
+        {"reduction": "sum"},
+        {"both_directions": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_not_fused(options):
+    with pytest.raises(
+        hpkernels.BackendUnavailableError, match=r"^contrastive: backend 'cuda' is not available: it takes"
+    ):
+        contrastive(torch.eye(40), **{**FITTING, **options}, backend="cuda")
+
+
+def test_fused_by_choice(monkeypatch):
+    """On a GPU "auto" leaves to the fused kernels what fits them, if rows are short and the kernels right."""
+
+    def chosen(rows, backend="auto", taken="cuda"):
+        monkeypatch.setattr(backends, "select", lambda op, backend, tensor, caller=None: taken)
+        arguments = arguments_of(
+            OP, torch.empty(rows, device="meta"), None, positives=Labels(torch.empty(rows[0], device="meta").long()),
+            exclude=None, exclude_positives=True, temperature=0.1, key_bias=None, positive_aggregation="outside",
+            denominator="all", both_directions=False, anchor_weight=None, reduction="mean", backend=None,
+        )  # fmt: skip
+        return fused.chosen_backend(OP, arguments, 0.1, backend)
+
+    assert chosen((4096, 512)) == "cuda" and chosen((4096, 512), taken="triton") == "triton"
+    assert chosen((4096, 512), taken="reference") is None
+    assert chosen((4096, 768)) is None and chosen((100_000, 512)) is None
+    assert chosen((4096, 768), backend="cuda") == "cuda" and chosen((4096, 512), backend="reference") is None
+    assert hpkernels.explain(OP, N=4096, D=512, device="H100").steps[0].route == "fused"
+    assert hpkernels.explain(OP, N=4096, D=768, device="H100").steps[0].route == "chunked"
+
+
+def test_blocks():
+    """A block is what the workspace holds, but no fewer than 128 anchors; nothing of N x K is made."""
+    rows = ROWS_OF_BLOCK
+    problem = SimpleNamespace(anchors=torch.empty(1), all_keys=range(65536))
+    assert rows(problem, 4) == 128 == chunked.CPU_WORKSPACE // (4 * 65536)
+    assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(8192)), 4) == 1024
+    assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(10**6)), 4) == 128
+    assert rows(SimpleNamespace(anchors=torch.empty(1, device="meta"), all_keys=range(65536)), 6) == 2720
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that an operator has returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        self.elements = max([self.elements, *(value.numel() for value in tensors)])
+        return result
+
+
+@each_exact_case
+@pytest.mark.parametrize("name", ["own", "both", "each", "weights"])
+def test_nothing_of_all_pairs(case, name):
+    """With blocks of 32 anchors no tensor has more than 32 K elements, or than pairs are listed."""
+    batch = Batch(case, **OPTIONS[name], anchors=200, keys=300)
+    inputs = batch.inputs()
+    with Largest() as largest:
+        loss = batch.call(**inputs)
+        loss.backward(batch.cotangent.to(loss))
+    listed = len(batch.positives[1].indices) if isinstance(batch.positives, tuple) else 0
+    assert largest.elements <= max(32 * 300 + 1, listed) < 200 * 300 / 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import similar_pairs
+from oracles import similar_keys, similar_pairs
 
 import hpkernels
 from hpkernels import PositiveMask, hidden_positives
@@ -34,6 +34,12 @@ def inputs(case, anchors=40, dim=24, seed=0):
     return problem.features, threshold
 
 
+def keyed(case, keys=50, dim=24, seed=1):
+    """Keys of `inputs` and their thresholds, under their names."""
+    rows, threshold = inputs(case, keys, dim, seed)
+    return {"keys": rows, "key_threshold": threshold}
+
+
 @either_way
 @each_case
 @given(anchors=st.integers(1, 70), dim=st.integers(1, 33), seed=st.integers(0, 9))
@@ -52,6 +58,18 @@ def test_matches_reference(case, symmetric, anchors, dim, seed):
     undecided.fill_diagonal_(False)
     assert undecided.double().mean() < 1e-2
     assert torch.equal(found[~undecided], expected[~undecided])
+
+    # The same with keys, of which there are others in number.
+    key_count = 1 + 7 * anchors % 80
+    others = keyed(case, key_count, dim, seed + 1)
+    keys, of_keys = others.values()
+    for limits in ({"threshold": threshold}, {"key_threshold": of_keys}, {"threshold": threshold, **others}):
+        mask = hidden_positives(features, **{"keys": keys, **limits}, symmetric=symmetric, backend=case.backend)
+        limits = {name: limits[name].cpu().double() for name in ("threshold", "key_threshold") if name in limits}
+        expected, margin = similar_keys(features.cpu().double(), keys.cpu().double(), **limits)
+        decided = (margin.abs() >= 1e-6) if dim > 1 and case.dtype != torch.float64 else torch.ones_like(expected)
+        assert decided.double().mean() > 0.97 and mask.shape == (anchors, key_count) and not mask.symmetric
+        assert torch.equal(mask.to_dense().cpu()[decided], expected[decided])
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -99,6 +117,12 @@ def test_gradcheck(case):
 @each_case
 def test_opcheck(case, symmetric):
     torch.library.opcheck(torch.ops.hpkernels.hidden_positives.default, (*inputs(case), symmetric, case.backend))
+    (features, threshold), (keys, key_threshold) = inputs(case), keyed(case).values()
+    for given_rows in (
+        (features, keys, threshold, key_threshold, symmetric, None),
+        (features[7:20], features, threshold[7:20], threshold, symmetric, 7),
+    ):
+        torch.library.opcheck(torch.ops.hpkernels.hidden_positives_between.default, (*given_rows, case.backend))
 
 
 @pytest.mark.parametrize("layout", ["reversed", "strided", "offset"])
@@ -108,6 +132,10 @@ def test_layouts(case, layout):
     expected = hidden_positives(features, threshold, backend=case.backend).bits
     moved = (memory_layouts(value)[layout] for value in (features, threshold))
     assert torch.equal(hidden_positives(*moved, backend=case.backend).bits, expected)
+    others = keyed(case)
+    expected = hidden_positives(features, threshold, **others, backend=case.backend).bits
+    moved = {name: memory_layouts(value)[layout] for name, value in others.items()}
+    assert torch.equal(hidden_positives(features, threshold, **moved, backend=case.backend).bits, expected)
 
     alike = hidden_positives(features[:1].expand(5, -1), threshold[:1].mul(0).expand(5), backend=case.backend)
     assert alike.count().tolist() == [4] * 5
@@ -118,8 +146,12 @@ def test_layouts(case, layout):
 @pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
 def test_compile(case):
     def run(features, threshold):
-        masks = (hidden_positives(features, threshold, symmetric=way, backend=case.backend) for way in (True, False))
-        return [value for mask in masks for value in (mask.bits, mask.to_dense(), mask.count())]
+        masks = [hidden_positives(features, threshold, symmetric=way, backend=case.backend) for way in (True, False)]
+        others = {"keys": features[9:], "key_threshold": threshold[9:]}
+        masks.append(hidden_positives(features, threshold, **others, backend=case.backend))
+        masks.append(hidden_positives(features, **others, backend=case.backend).T)
+        rows = rows_of(features[9:], threshold[9:], features, threshold, 9, backend=case.backend)
+        return [rows, *(value for mask in masks for value in (mask.bits, mask.to_dense(), mask.count()))]
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for anchors in (40, 70):  # the second compiles again, now for any sizes
@@ -133,16 +165,20 @@ def test_cuda_graph(cuda_graph):
         if case.device == "cuda":
             features, threshold = inputs(case)
             # Reversed features keep their thresholds, so the relation is another one.
-            cuda_graph(
-                lambda case=case, given=(features, threshold): hidden_positives(*given, backend=case.backend).bits,
-                features,
-            )
+            for others in ({}, keyed(case)):
+                cuda_graph(
+                    lambda case=case, given=(features, threshold), others=others: (
+                        hidden_positives(*given, **others, backend=case.backend).bits
+                    ),
+                    features,
+                )
 
 
 @each_case
 def test_deterministic(case):
-    first, second = (hidden_positives(*inputs(case, 130), backend=case.backend).bits for _ in range(2))
-    assert torch.equal(first, second)
+    for others in ({}, keyed(case, 150)):
+        first, second = (hidden_positives(*inputs(case, 130), **others, backend=case.backend).bits for _ in range(2))
+        assert torch.equal(first, second)
 
 
 @each_case
@@ -176,8 +212,28 @@ def test_edge_cases(case):
     assert find(half, [9.0, 9.0, 0.125], False) == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
     assert find(half, [inf, inf, -inf], False) == [[0, 0, 0], [0, 0, 0], [1, 1, 0]]
 
+    def between(features, keys, threshold, key_threshold):
+        features, keys = (torch.tensor(rows, dtype=case.dtype, device=case.device) for rows in (features, keys))
+        limits = (
+            None if limit is None else torch.tensor(limit, dtype=accumulate, device=case.device)
+            for limit in (threshold, key_threshold)
+        )
+        limits = dict(zip(("threshold", "key_threshold"), limits, strict=True))
+        return hidden_positives(features, keys=keys, **limits, backend=case.backend).to_dense().int().tolist()
+
+    # anchors and keys: the diagonal is ordinary, also where they are the same
+    assert between([[1.0]], [[1.0]], [-1.0], None) == [[1]]
+    assert between(half, half, [-inf] * 3, None) == [[1] * 3] * 3
+    assert between([[1.0, 0.0]], half + half, [1.0], [-1.0] * 6) == [[0] * 6]
+    # each threshold that is given, and equality is not enough
+    assert between(half, half[:2], [0.5, 0.5, 0.0], None) == [[1, 0], [0, 0], [1, 1]]
+    assert between(half, half[:2], None, [0.25, 0.125]) == [[1, 1], [1, 1], [0, 0]]
+    assert between(half, half[:2], [0.5, 0.25, 0.0], [0.25, 0.125]) == [[1, 0], [1, 0], [0, 0]]
+    assert between(half, half[:2], [-inf] * 3, [inf, -inf]) == [[0, 1]] * 3
+
 
 FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
+KEYS, OF_KEYS = torch.eye(2, 3), torch.zeros(2)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +278,50 @@ FEATURES, THRESHOLD, ROW = torch.eye(4, 3), torch.zeros(4), torch.tensor([1])
             {"threshold": THRESHOLD.clone().requires_grad_()},
             id="threshold-grad",
         ),
+        pytest.param(TypeError, "threshold", "NoneType", {"threshold": None}, id="threshold-none"),
+        pytest.param(ValueError, "threshold", "None", {"threshold": None, "keys": KEYS}, id="no-threshold"),
+        pytest.param(TypeError, "keys", "list", {"keys": [[1.0]]}, id="keys-list"),
+        pytest.param(TypeError, "keys", "float64", {"keys": KEYS.double()}, id="keys-float64"),
+        pytest.param(TypeError, "keys", "int64", {"keys": KEYS.long()}, id="keys-int"),
+        pytest.param(ValueError, "keys", "shape (2, 2)", {"keys": KEYS[:, :2]}, id="keys-D"),
+        pytest.param(ValueError, "keys", "shape (3,)", {"keys": KEYS[0]}, id="keys-rank-1"),
+        pytest.param(ValueError, "keys", "shape (0, 3)", {"keys": KEYS[:0]}, id="keys-empty-K"),
+        pytest.param(ValueError, "keys", "meta", {"keys": KEYS.to("meta")}, id="keys-device"),
+        pytest.param(ValueError, "keys", "inf in row 0", {"keys": KEYS / 0}, id="keys-inf"),
+        pytest.param(ValueError, "keys", "one of 1e+30", {"keys": KEYS * 1e30}, id="keys-large"),
+        pytest.param(ValueError, "keys", "requires_grad=True", {"keys": KEYS.clone().requires_grad_()}, id="keys-grad"),
+        pytest.param(ValueError, "key_threshold", "Tensor", {"key_threshold": THRESHOLD}, id="key_threshold-no-keys"),
+        pytest.param(
+            TypeError, "key_threshold", "float", {"keys": KEYS, "key_threshold": 0.5}, id="key_threshold-float"
+        ),
+        pytest.param(
+            TypeError,
+            "key_threshold",
+            "float64",
+            {"keys": KEYS, "key_threshold": OF_KEYS.double()},
+            id="key_threshold-float64",
+        ),
+        pytest.param(
+            ValueError,
+            "key_threshold",
+            "shape (4,)",
+            {"keys": KEYS, "key_threshold": THRESHOLD},
+            id="key_threshold-length",
+        ),
+        pytest.param(
+            ValueError,
+            "key_threshold",
+            "nan in row 0",
+            {"keys": KEYS, "key_threshold": OF_KEYS / 0},
+            id="key_threshold-nan",
+        ),
+        pytest.param(
+            ValueError,
+            "key_threshold",
+            "requires_grad=True",
+            {"keys": KEYS, "key_threshold": OF_KEYS.clone().requires_grad_()},
+            id="key_threshold-grad",
+        ),
         pytest.param(TypeError, "symmetric", "1", {"symmetric": 1}, id="symmetric-int"),
         pytest.param(TypeError, "symmetric", "None", {"symmetric": None}, id="symmetric-none"),
         pytest.param(ValueError, "backend", "'gpu'", {"backend": "gpu"}, id="backend-unknown"),
@@ -239,6 +339,9 @@ def test_inputs_untouched(case):
         mask = hidden_positives(features, threshold, backend=case.backend)
     with unchanged(mask.bits):
         mask.to_dense(), mask.count()
+    others = keyed(case)
+    with unchanged(features, threshold, *others.values()):
+        hidden_positives(features, threshold, **others, backend=case.backend)
 
 
 @each_case
@@ -247,6 +350,13 @@ def test_autocast(case):
     expected = hidden_positives(features, threshold, backend=case.backend).bits
     with torch.autocast(case.device, torch.bfloat16):
         assert torch.equal(hidden_positives(features, threshold, backend=case.backend).bits, expected)
+    others = keyed(case)
+    others["keys"] = others["keys"].bfloat16().to(case.dtype)
+    expected = hidden_positives(features, threshold, **others, backend=case.backend)
+    with torch.autocast(case.device, torch.bfloat16):
+        assert hidden_positives(features, threshold, **others, backend=case.backend) == expected
+        others["keys"] = others["keys"].bfloat16()  # cast to the dtype of the anchors
+        assert hidden_positives(features, threshold, **others, backend=case.backend) == expected
 
 
 def test_unavailable_backend():
@@ -331,6 +441,14 @@ def test_a_pair_with_nan_is_no_positive_where_values_cannot_be_read(case):
     )
     assert find(features, threshold).to_dense().int().tolist() == [[0, 0, 1, 1], [0] * 4, [1, 0, 0, 1], [0] * 4]
 
+    # Of anchors and keys all that is given must be a number.
+    find = torch.compile(partial(hidden_positives, backend=case.backend), fullgraph=True, backend="eager")
+    keys, key_threshold = torch.ones(3, 2, device=case.device), torch.zeros(3, device=case.device)
+    assert find(features, threshold, keys=keys).count().tolist() == [3, 0, 3, 0]
+    key_threshold[2] = keys[0, 1] = torch.nan
+    assert find(features, keys=keys, key_threshold=key_threshold).count().tolist() == [1, 0, 1, 1]
+    assert find(features, threshold, keys=keys, key_threshold=key_threshold).count().tolist() == [1, 0, 1, 0]
+
 
 @each_case
 @pytest.mark.parametrize("anchors", [65, 130])
@@ -367,3 +485,26 @@ def test_rows_are_those_of_the_square(case, anchors, symmetric, monkeypatch):
         for first, last in pairwise(edges)
     ]  # fmt: skip
     assert torch.equal(torch.cat(parts), expected)
+
+
+@each_case
+def test_keys_that_are_the_anchors(case):
+    """Both kinds of relation agree but for the diagonal, and a mask is the transpose of the exchanged one."""
+    features, threshold = inputs(case, 70)
+    square = hidden_positives(features, threshold, symmetric=False, backend=case.backend).to_dense()
+    found = hidden_positives(features, threshold, keys=features, backend=case.backend)
+    off_diagonal = ~torch.eye(70, dtype=torch.bool, device=case.device)
+    assert torch.equal(found.to_dense() & off_diagonal, square) and found.to_dense().diagonal().any()
+    exchanged = hidden_positives(features, keys=features, key_threshold=threshold, backend=case.backend)
+    assert found == exchanged.T
+
+
+@pytest.mark.parametrize("case", available_cases(OP, (torch.float32,)), ids=str)
+def test_false_negatives_are_found_in_one_call(case):
+    """Keys that are nearer to an anchor than its own positive, by a margin."""
+    problem = random_problem(images=1, height=1, width=40, device=case.device)
+    anchors, keys = problem.z, problem.z_mixed
+    own = (anchors * keys).sum(dim=1)
+    mask = hidden_positives(anchors, own + 0.05, keys=keys, backend=case.backend).to_dense()
+    assert torch.equal(mask, anchors @ keys.T > own[:, None] + 0.05)
+    assert mask.any() and not mask.diagonal().any()

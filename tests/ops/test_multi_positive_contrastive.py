@@ -13,6 +13,7 @@ from oracles import contrastive
 import hpkernels
 from hpkernels import PositiveMask, backends, multi_positive_contrastive
 from hpkernels.ops._philox import bernoulli
+from hpkernels.ops.multi_positive_contrastive import registration
 from hpkernels.testing import (
     assert_rows_close,
     available_cases,
@@ -220,7 +221,7 @@ def test_opcheck(case):
     of_part = (*part, weight, negatives, seed, 12, 0.1, *weighting, 12, 36, 12, case.backend)
     torch.library.opcheck(prepare, of_part)
     drawn = (negatives, seed, prepare(*of_part))
-    images = images_of(drawn[2], case.backend)
+    images = registration.images_of(drawn[2], case.backend)
     settings = (12, 0.3, 1.5, 0.1, *weighting, images, 12, case.backend)
     torch.library.opcheck(forward, (batch.z, other, *part, weight, *drawn, *settings))
     constants = (12, 0.3, 0.1, False, *transposed, 12, case.backend)

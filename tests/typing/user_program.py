@@ -12,7 +12,7 @@ from typing_extensions import assert_type
 import hpkernels
 from hpkernels import Backend, PositiveMask, Variant
 from hpkernels.compat import SupConLoss
-from hpkernels.nn import HiddenPositiveLoss, LocalPropagation, ReferencePool
+from hpkernels.nn import ClipLoss, HiddenPositiveLoss, LocalPropagation, ReferencePool
 
 
 def check_ops(z: Tensor, pool: Tensor, backend: Backend, variant: Variant) -> None:
@@ -54,6 +54,10 @@ def check_modules(z: Tensor, vectors: Tensor, backend: Backend) -> None:
     code, tokens = torch.rand(1, 3, 2, 2), torch.rand(1, 2, 5, 4)
     assert_type(LocalPropagation(window=3).forward(code, tokens, tokens), Tensor)
     assert_type(SupConLoss(contrast_mode="all").backend, Backend)
+    supcon = hpkernels.nn.SupConLoss(contrast_mode="one", backend=backend)
+    assert_type(supcon.forward(torch.stack((z, z), dim=1), torch.arange(len(z))), Tensor)
+    assert_type(ClipLoss().forward(z, z.detach(), 10.0), Tensor)
+    assert_type(ClipLoss().forward(z, z.detach(), torch.tensor(10.0), output_dict=True), dict[str, Tensor])
 
 
 def check_mistakes(z: Tensor, pool: Tensor) -> None:
@@ -61,6 +65,7 @@ def check_mistakes(z: Tensor, pool: Tensor) -> None:
     hpkernels.masked_topk(z, pool, backend="gpu")  # type: ignore[arg-type]
     hpkernels.use_backend("gpu")  # type: ignore[arg-type]
     HiddenPositiveLoss(4, variant="both")  # type: ignore[arg-type]
+    hpkernels.nn.SupConLoss(contrast_mode="none")  # type: ignore[arg-type]
 
 
 def main() -> None:

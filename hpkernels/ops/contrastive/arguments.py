@@ -34,10 +34,12 @@ def arguments_of(
     both_directions: bool,
     anchor_weight: Tensor | None,
     reduction: Reduction,
-    backend: Backend,
+    backend: Backend | None,
     all_keys: int | None = None,
 ) -> Arguments:
     """What the custom op takes, from what users pass to `op`; `all_keys` is that of ``relations.Sizes``.
+
+    Without a `backend` it is chosen later.
 
     Raises:
         TypeError, ValueError: an argument is not as ``hpkernels.contrastive`` describes it.
@@ -81,7 +83,7 @@ def arguments_of(
         both_directions,
         reduction,
         needs,
-        backends.select("contrastive", backend, anchors, op),
+        "" if backend is None else backends.select("contrastive", backend, anchors, op),
     )
 
 

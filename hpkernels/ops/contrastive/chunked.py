@@ -5,11 +5,11 @@ statistics of its rows (and columns), and then into g (see ``reference.py``), wh
 and keys. So no more than a block is in memory, and D has no limit. The epilogues are plain PyTorch (``reference.py``),
 C++ (``cpu.py``) and Triton (``triton.py``).
 
-The loss of the anchors alone, reduced to a number, needs one pass: the statistics of a row are complete within its block,
-and its gradient is that of the loss but for one factor, which is known in the end. So S is computed once, forward, and
-backward multiplies what is kept by a number. Both directions, losses one by one, and symmetric relations take two passes.
-Where the keys are the anchors and the relations are symmetric, the second computes pairs i < j only, in both directions at
-once: two thirds of the arithmetic of the one pass.
+The loss of the anchors alone, reduced to a number, needs one pass: the statistics of a row are complete within its
+block, and its gradient is that of the loss but for one factor, which is known in the end. So S is computed once,
+forward, and backward multiplies what is kept by a number. Both directions, and losses one by one, take two passes. So
+do symmetric relations of anchors that are their own keys, but both passes compute pairs i < j alone, in both directions
+at once: two thirds of the arithmetic of one pass over all pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from hpkernels.ops._blocks import CPU_WORKSPACE, blocks
 from hpkernels.ops.contrastive.problem import Problem, Tile
 
 GPU_WORKSPACE = 2**30
-"""Bytes of a block on a GPU at the most: gradients of all keys are read and written once a block."""
+"""Bytes of a block on a GPU: gradients of all keys are read and written once a block."""
+_LEAST_ROWS = 128
+"""Of a block, whatever it takes: products with fewer rows wait for memory."""
 _GREATEST_G = 2.0**14
 """What g may be, of the 65504 of float16, in which small coefficients would lose their digits."""
 
@@ -34,6 +36,9 @@ class Epilogue(Protocol):
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Anchors or keys as they are multiplied: contiguous, of a dtype that products are exact enough in."""
+
+    def pair_bytes(self, problem: Problem) -> int:
+        """What a pair of a block takes, its product included."""
 
     def prepare(self, problem: Problem) -> Any:
         """What is found of the relations once, for all tiles."""
@@ -62,7 +67,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of anchors (N, D), keys (K, D), temperature () and key_bias (K,), in the accumulation's dtype; None: not asked for."""
+    """Of anchors (N, D), keys (K, D), temperature () and key_bias (K,), in the accumulation's dtype, or None."""
 
     anchors: Tensor | None
     keys: Tensor | None
@@ -76,7 +81,7 @@ def statistics(kernels: Epilogue, problem: Problem, both: bool) -> tuple[Tensor,
     columns = empty_statistics(problem, len(problem.all_keys)) if both else None
     prepared = kernels.prepare(problem)
     of_columns = rows if problem.triangle else columns
-    for tile, logits in _products(problem):
+    for tile, logits in _products(kernels, problem):
         pairs = kernels.pairs(logits, tile, problem, prepared)
         mirrored = None if of_columns is None else of_columns[tile.columns]
         kernels.statistics(logits, tile, problem, pairs, rows[tile.rows], mirrored)
@@ -104,7 +109,7 @@ def one_pass(kernels: Epilogue, problem: Problem, weight: Tensor | None, needs: 
     prepared, sums = kernels.prepare(problem), _Sums(kernels, problem, needs)
     coefficients = rows.new_ones(len(rows)) if weight is None else weight
     greatest = coefficients.amax()
-    for tile, logits in _products(problem):
+    for tile, logits in _products(kernels, problem):
         pairs = kernels.pairs(logits, tile, problem, prepared)
         kernels.statistics(logits, tile, problem, pairs, rows[tile.rows], None)
         numbers = numbers_of(rows[tile.rows], coefficients[tile.rows], problem.inside)
@@ -120,7 +125,7 @@ def two_pass(kernels: Epilogue, problem: Problem, rows: Tensor, columns: Tensor 
     greatest = rows[:, 1].abs().amax()
     if of_columns is not None:
         greatest = greatest + of_columns[:, 1].abs().amax()
-    for tile, logits in _products(problem):
+    for tile, logits in _products(kernels, problem):
         pairs = kernels.pairs(logits, tile, problem, prepared)
         mirrored = None if of_columns is None else of_columns[tile.columns]
         sums.add(logits, tile, pairs, rows[tile.rows], mirrored, greatest)
@@ -148,11 +153,11 @@ def numbers_of(statistics: Tensor, coefficients: Tensor, inside: bool) -> Tensor
     return torch.stack((log_denominator.where(counts, 0), push, *of_pull), dim=1)
 
 
-def _products(problem: Problem) -> Iterator[tuple[Tile, Tensor]]:
+def _products(kernels: Epilogue, problem: Problem) -> Iterator[tuple[Tile, Tensor]]:
     """Blocks of anchors with their keys, and their products; each is overwritten by the next."""
     anchors, keys, accumulate = problem.anchors, problem.all_keys, problem.scale.dtype
     count = len(keys)
-    rows = rows_of_block(problem)
+    rows = rows_of_block(problem, kernels.pair_bytes(problem))
     buffer = anchors.new_empty(min(rows, len(anchors)) * count, dtype=accumulate)
     for block in blocks(slice(0, len(anchors)), rows):
         tile = Tile(block, slice(block.start if problem.triangle else 0, count))
@@ -161,14 +166,10 @@ def _products(problem: Problem) -> Iterator[tuple[Tile, Tensor]]:
         yield tile, products
 
 
-def rows_of_block(problem: Problem) -> int:
-    """How many anchors make a block, a multiple of 32: what its products, g and pairs take is the workspace."""
-    on_cpu = problem.anchors.device.type == "cpu"
-    size = problem.scale.element_size()
-    # Products and, beside them, weights of pairs, or g in half precision, or what plain PyTorch makes.
-    per_pair = 2 * size if problem.positives.weights is not None or not on_cpu else size
-    workspace = CPU_WORKSPACE if on_cpu else GPU_WORKSPACE
-    return max(1, workspace // (per_pair * len(problem.all_keys)) // 32) * 32
+def rows_of_block(problem: Problem, pair_bytes: int) -> int:
+    """How many anchors make a block, a multiple of 32."""
+    workspace = CPU_WORKSPACE if problem.anchors.device.type == "cpu" else GPU_WORKSPACE
+    return max(_LEAST_ROWS, workspace // (pair_bytes * len(problem.all_keys)) // 32 * 32)
 
 
 class _Sums:

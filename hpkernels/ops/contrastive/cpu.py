@@ -13,13 +13,19 @@ from hpkernels.ops.contrastive.reference import vectors
 from hpkernels.ops.contrastive.relations import Relation
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
-__all__ = ["gradient", "pairs", "prepare", "statistics", "supports", "vectors"]
+__all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors"]
 
 
 class _TilePairs(NamedTuple):
     positives: Tensor  # (R, words) int32
     denominator: Tensor  # (R, words) int32
     weights: Tensor | None  # (R, C)
+
+
+def pair_bytes(problem: Problem) -> int:
+    """The product, two bits, and a weight where positives have some."""
+    size = problem.scale.element_size()
+    return size if problem.positives.weights is None else 2 * size
 
 
 def prepare(problem: Problem) -> tuple[Relation, Relation]:
@@ -53,7 +59,7 @@ def pairs(products: Tensor, tile: Tile, problem: Problem, prepared: tuple[Relati
         *bits,
         weights,
     )
-    return _TilePairs(*bits, weights)
+    return _TilePairs(bits[0], bits[1], weights)
 
 
 def statistics(

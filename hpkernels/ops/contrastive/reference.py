@@ -11,7 +11,8 @@
 
 The loss of the anchors is sum_i c_i L_i, where c_i is 0 for an anchor without positives or with an empty denominator.
 That of the keys is the same with rows and columns exchanged. Each anchor has four statistics: the log-denominator, the
-pull (sum_j W_ij l_ij, or log sum_j W_ij exp l_ij), n_i, and the number of its positives. In backward it has four numbers:
+pull (sum_j W_ij l_ij, or log sum_j W_ij exp l_ij), n_i, and the number of its positives. In backward it has four
+numbers:
 
     g_ij = push_i Den_ij exp(l_ij - shift_i) - pull_i W_ij             (outside)
     g_ij = push_i Den_ij exp(l_ij - shift_i) - pull_i W_ij exp(l_ij - pull_shift_i)    (inside)
@@ -98,6 +99,11 @@ def _reduced(losses: Tensor, kept: Tensor, weight: Tensor | None, reduction: str
     total = (of_each * losses).sum()
     mass = of_each.sum() if reduction == "mean" else None
     return total if mass is None else total / mass.where(mass > 0, 1)
+
+
+def pair_bytes(problem: Problem) -> int:
+    """Up to four numbers beside the product, and eight bools."""
+    return 5 * problem.scale.element_size() + 8
 
 
 def prepare(problem: Problem) -> Any:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _checks as check
+from hpkernels.ops import _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
 from hpkernels.ops.contrastive import chunked, cpu, reference
-from hpkernels.ops.contrastive.chunked import Gradients, Needs
+from hpkernels.ops.contrastive.chunked import Needs
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.relations import Relation
 
+_triton.register("contrastive")
 backends.register("contrastive", "cpu", cpu)
 backends.register("contrastive", "reference", reference)
 
@@ -213,7 +215,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.needs = arguments.needs
     if arguments.one_pass:
         ctx.found = len(found)
-        ctx.save_for_backward(*found, *(value for value in _differentiable(arguments) if value is not None))
+        # Of the inputs those that need gradients, for `contrastive_scaled`; a bank of keys may be written meanwhile.
+        inputs = zip(_differentiable(arguments), arguments.needs, strict=True)
+        ctx.save_for_backward(*found, *(value for value, needed in inputs if needed))
         return
     tensors, ctx.settings = arguments.parts()
     ctx.save_for_backward(rows, columns, *tensors)

@@ -1,4 +1,4 @@
-"""Which pairs of an anchor and a key are positives, or take no part: by label, mask or list, and several of them as one."""
+"""Which pairs of an anchor and a key are positives, or take no part: by label, mask, lists, or several of these."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PairLists:
     """Pairs listed by anchor, as a CSR matrix lists its entries.
 
     Attributes:
-        offsets: (N + 1,) int64, ascending from 0 to P: the pairs of anchor i are ``offsets[i]`` to ``offsets[i + 1] - 1``.
+        offsets: (N + 1,) int64, ascending from 0 to P: anchor i has the pairs ``offsets[i]`` to ``offsets[i + 1] - 1``.
         indices: (P,) int64, the keys, in any order.
         weights: (P,) floating-point, at least 0, how much each pair counts as a positive (soft positives); a pair of
             weight 0 is none. None: 1 each.
@@ -48,7 +48,7 @@ class PairLists:
 
 
 Pairs = Labels | PairLists | PositiveMask | Tensor
-"""One way to name pairs. A tensor stands for what it makes: integers for `Labels`, a bool (N, K) for a `PositiveMask`."""
+"""One way to name pairs. Tensors stand for what they make: integers for `Labels`, a bool (N, K) for a mask."""
 
 
 class Relation(NamedTuple):
@@ -242,14 +242,13 @@ def _concatenated(first: Relation, second: Relation) -> tuple[Tensor | None, Ten
     if first.offsets is None or second.offsets is None:
         return (second if first.offsets is None else first)[3:]
     lists = (first, second)
+    indices = [part.indices for part in lists if part.indices is not None]
+    weights = [part.weights for part in lists if part.weights is not None]
+    if len(weights) == 1:
+        ones = [weights[0].new_ones(len(listed)) for listed in indices]
+        weights = [one if part.weights is None else part.weights for part, one in zip(lists, ones, strict=True)]
     order = torch.cat([rows_of_pairs(part) for part in lists]).argsort(stable=True)
-    indices = torch.cat([part.indices for part in lists])[order]
-    weights = None
-    if any(part.weights is not None for part in lists):
-        given = [part.weights for part in lists if part.weights is not None][0]
-        every = [given.new_ones(len(part.indices)) if part.weights is None else part.weights for part in lists]
-        weights = torch.cat(every)[order]
-    return first.offsets + second.offsets, indices, weights
+    return first.offsets + second.offsets, torch.cat(indices)[order], torch.cat(weights)[order] if weights else None
 
 
 def rows_of_pairs(lists: Relation) -> Tensor:

@@ -13,7 +13,6 @@ from hpkernels.ops.masked_topk import masked_topk
 from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options
 
-
 Source = tuple[Tensor, Tensor]
 """Features of the anchors, and the pool of their kind."""
 
@@ -93,9 +92,7 @@ def ghp_contrastive(
         reweight=reweight,
         keep_specific_only=keep_specific_only,
     )
-    sources, options = check_arguments(
-        op, z, z_mixed, (features, pool), (specific, specific_pool), options, symmetric
-    )
+    sources, options = check_arguments(op, z, z_mixed, (features, pool), (specific, specific_pool), options, symmetric)
     # Before anything runs: a request that one of the steps cannot meet is refused at once.
     chosen = [choose(op, backend, of_source) for of_source, _ in sources]
     loss_backend = backends.select("multi_positive_contrastive", backend, z, caller=op)

@@ -78,7 +78,10 @@ def forward(
     results = []
     for z in branches:
         vectors = z.detach().to(accumulate).contiguous()
-        sums, counts = vectors.new_zeros((3, len(positives))), positives.new_zeros((2, len(positives)), dtype=torch.int64)
+        sums, counts = (
+            vectors.new_zeros((3, len(positives))),
+            positives.new_zeros((2, len(positives)), dtype=torch.int64),
+        )
         sums[0] = -torch.inf
         for block, columns, products, mirrored in _blocks(vectors, own, route, anchors_per_image):
             tiles = [(block.start, columns.start, products)]
@@ -186,16 +189,14 @@ def _shifted(part: slice, by: int) -> slice:
 def choose_route(
     positives: Tensor, specific: Tensor | None, negatives: Tensor, anchors: int | None = None, first: int = 0
 ) -> str:
-    """The route with the least work: "pairs", "images" or "blocks"; of a part of N `anchors` as if others were alike."""
+    """The route with the least work: "pairs", "images" or "blocks"; of a part of N `anchors` as if all were so."""
     rows = len(positives)
     anchors = rows if anchors is None else anchors
     counts = torch.ops.hpkernels_cpu.contrastive_count_pairs(anchors, first, positives, specific, negatives)
     return contrastive_route(anchors, len(negatives), *(count * anchors / rows for count in counts))
 
 
-def _blocks(
-    z: Tensor, own: slice, route: str, anchors_per_image: int
-) -> Iterator[tuple[slice, slice, Tensor, bool]]:
+def _blocks(z: Tensor, own: slice, route: str, anchors_per_image: int) -> Iterator[tuple[slice, slice, Tensor, bool]]:
     """The blocks of a route: rows, columns, products, and whether the block stands for its mirror image as well.
 
     Each block is overwritten by the next. Rows are among those of `own`; columns are whole images, or a part of one.

@@ -200,7 +200,7 @@ def prepare(
     anchors: int | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """For all anchors nothing: the relations are read where they are needed. For a part of N `anchors` `kept_images`."""
+    """For all anchors nothing: relations are read where they are needed. For a part of N `anchors` `kept_images`."""
     if anchors is None or len(positives) == anchors:
         return []
     bits = negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
@@ -235,7 +235,7 @@ def kept_images(
         for count, bits in zip(counts, (positives, specific), strict=True):
             if bits is not None:
                 count[block] = population_count(bits[block])
-    kept = kept_anchors(*counts, usable, specific_weight, variant, keep_specific_only)
+    kept = kept_anchors(counts[0], counts[1], usable, specific_weight, variant, keep_specific_only)
     return torch.stack([images_with(of_term.view(-1, group)) for of_term in kept])
 
 

@@ -98,9 +98,7 @@ def multi_positive_contrastive_backward(grad_losses: Tensor, z: Tensor, z_mixed:
     *options, positives_t, specific_t, first, backend = arguments
     transposed = None if positives_t is None else (positives_t, specific_t)
     implementation = backends.implementation("multi_positive_contrastive", backend)
-    return implementation.backward(
-        grad_losses, _branches(z, z_mixed), *options, transposed=transposed, first=first
-    )
+    return implementation.backward(grad_losses, _branches(z, z_mixed), *options, transposed=transposed, first=first)
 
 
 @multi_positive_contrastive_backward.register_fake

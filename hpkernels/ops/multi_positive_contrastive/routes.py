@@ -4,8 +4,8 @@ Both routes give the same result. "blocks": tiles of all pairs. "lists": tiles o
 most positives; across images the sampled negatives of each patch position, which its anchors share, and the listed
 positives. The host rules lists out where they cannot pay. Where they may, the kernels of both routes are launched, and
 a number on the device lets those of one do nothing: whether all that had to be listed fits. So no call waits for the
-device. A part of the anchors, as ``registration.py`` describes it, goes through blocks: the gradients of sampled columns
-are sums over the anchors of all parts.
+device. A part of the anchors, as ``registration.py`` describes it, goes through blocks: the gradients of sampled
+columns are sums over the anchors of all parts.
 
 `prepare` finds all that does not depend on z, once for both branches and for backward. `Kernels` says what a backend
 has; `forward` and `backward` call it.
@@ -170,8 +170,9 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Add the listed positives to the parts of the route that is taken, and combine them.
 
-        z are the anchors of the rows. rows (R, 4): log-denominator, 0 if Den is empty; push, pull and specific pull, which are those of ``weights``
-        times ``loss_scale / max(images, 1)``. Returns parts of the loss, float32, of which one is NaN if `square` is.
+        z are the anchors of the rows. rows (R, 4): log-denominator, 0 if Den is empty; push, pull and specific pull,
+        which are those of ``weights`` times ``loss_scale / max(images, 1)``. Returns parts of the loss, float32, of
+        which one is NaN if `square` is.
         """
 
     def scale_rows(
@@ -403,8 +404,11 @@ def backward(
     """
     pairs = _pairs(prepared, positives, specific, negatives, group, len(branches[0]), first)
     if transposed is not None:
-        by_columns = [None if bits is None else _by_columns(bits, pairs.anchors, first) for bits in transposed]
-        pairs = pairs._replace(transposed=tuple(by_columns))
+        of_a, of_s = transposed
+        by_columns = _by_columns(of_a, pairs.anchors, first)
+        pairs = pairs._replace(
+            transposed=(by_columns, None if of_s is None else _by_columns(of_s, pairs.anchors, first))
+        )
     scale, vectors = 1 / temperature, [kernels.aligned_rows(z) for z in branches]
     grads = [z.new_empty((len(positives), z.shape[1])) for z in branches]
     if pairs.lists is not None:  # what one branch needs, the next can take over

@@ -177,8 +177,8 @@ def list_positives_kernel(
 ):  # fmt: skip
     """counts (R, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
 
-    Rows are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are listed; writes 4 a listed column. A round for each
-    set bit of the word that has most.
+    Rows are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are listed;
+    writes 4 a listed column. A round for each set bit of the word that has most.
     """
     row = tl.program_id(0)
     agnostic_counted = tl.zeros((BLOCK_WORDS,), tl.int32)

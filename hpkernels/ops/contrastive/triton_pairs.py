@@ -1,0 +1,110 @@
+"""Triton kernels and functions that find the pairs of a tile: equal labels, bits of a mask or of lists, listed weights.
+
+What a problem has not is None, and its code is left out when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, words_from
+
+
+@triton.jit(do_not_specialize=["pairs", "first_row", "first_column", "columns", "words"])
+def tile_list_kernel(
+    indices, offsets, weights, found, pairs, first_row, first_column, columns, words, BLOCK_PAIRS: tl.constexpr
+):  # fmt: skip
+    """Of the listed pairs of a tile, set the bits in found (R, words), or, with weights, the greatest in found (R, C).
+
+    Grid (R,). Bytes: reads 8 or 12 a listed pair of the rows; an atomic operation each, whose order does not matter.
+    """
+    row = tl.program_id(0)
+    begin = tl.maximum(tl.load(offsets + first_row + row), 0)
+    end = tl.minimum(tl.load(offsets + first_row + row + 1), pairs)
+    for start in range(begin, end, BLOCK_PAIRS):
+        pair = start + tl.arange(0, BLOCK_PAIRS)
+        column = tl.load(indices + pair, mask=pair < end, other=-1) - first_column
+        inside = (column >= 0) & (column < columns)
+        if weights is None:
+            bit = tl.full((), 1, tl.int32) << (column & 31).to(tl.int32)
+            tl.atomic_or(found + row.to(tl.int64) * words + (column >> 5), bit, mask=inside, sem="relaxed")
+        else:  # the bits of numbers that are at least 0 are in the order of the numbers
+            bits = tl.load(weights + pair, mask=pair < end, other=0)
+            tl.atomic_max(found + row.to(tl.int64) * columns + column, bits, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def equal_labels(anchor_ids, key_ids, labels, anchor, key, are_anchors, are_keys, anchors, keys):
+    """Whether a label of an anchor, of (labels, N), is that of a key, of (labels, K); negative ones match nothing."""
+    found = tl.zeros((anchor.shape[0], key.shape[0]), tl.int1)
+    at_anchors, at_keys = anchor_ids + anchor, key_ids + key
+    for _ in range(labels):
+        of_anchors = tl.load(at_anchors, mask=are_anchors, other=-1)
+        of_keys = tl.load(at_keys, mask=are_keys, other=-1)
+        # Negative labels become two numbers that differ, so that a pair takes one comparison.
+        of_anchors = tl.where(of_anchors < 0, -1, of_anchors)
+        of_keys = tl.where(of_keys < 0, -2, of_keys)
+        found |= of_anchors[:, None] == of_keys[None, :]
+        at_anchors += anchors
+        at_keys += keys
+    return found
+
+
+@triton.jit
+def related(
+    anchor_ids, key_ids, labels, words, word_stride, first_word_row, first_word,
+    row, column, start, rows, columns, first_row, first_column, anchors, keys,
+):  # fmt: skip
+    """Whether the pairs of a tile are in a relation, by labels or bits; None if it has neither."""
+    found = None
+    if anchor_ids is not None:
+        anchor, key = first_row + row, first_column + column
+        found = equal_labels(anchor_ids, key_ids, labels, anchor, key, row < rows, column < columns, anchors, keys)
+    if words is not None:
+        of_rows = tl.where(row < rows, first_word_row + row, -1)
+        is_set = bits_of(words_from(words, of_rows, word_stride, 32 * first_word + start, column.shape[0] // 32))
+        found = is_set if found is None else found | is_set
+    return found
+
+
+@triton.jit
+def pairs_of(
+    weights, anchor_ids, key_ids, labels, words, word_stride, first_word_row, first_word,
+    excluded_anchor_ids, excluded_key_ids, excluded_labels,
+    excluded_words, excluded_word_stride, excluded_first_word_row, excluded_first_word,
+    row, column, start, rows, columns, first_row, first_column, anchors, keys, own,
+    OWN: tl.constexpr, TRIANGLE: tl.constexpr, DECOUPLED: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
+):  # fmt: skip
+    """W, float32, and Den of pairs of a tile, whose columns begin at `start`; none beyond its end."""
+    found = related(
+        anchor_ids, key_ids, labels, words, word_stride, first_word_row, first_word,
+        row, column, start, rows, columns, first_row, first_column, anchors, keys,
+    )  # fmt: skip
+    excluded = related(
+        excluded_anchor_ids, excluded_key_ids, excluded_labels,
+        excluded_words, excluded_word_stride, excluded_first_word_row, excluded_first_word,
+        row, column, start, rows, columns, first_row, first_column, anchors, keys,
+    )  # fmt: skip
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if found is None:
+        weight = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    else:
+        weight = tl.where(found, 1.0, 0.0)
+    if weights is not None:
+        listed = tl.load(weights + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
+        weight = tl.maximum(weight, listed, propagate_nan=tl.PropagateNan.ALL)
+    taking_part = inside
+    if OWN:
+        of_rows, of_columns = (first_row + row + own)[:, None], (first_column + column)[None, :]
+        taking_part &= of_columns > of_rows if TRIANGLE else of_columns != of_rows
+    if excluded is not None:
+        if EXCLUDE_POSITIVES:
+            taking_part &= excluded == 0
+        else:
+            taking_part &= (excluded == 0) | (weight > 0)
+    weight = tl.where(taking_part, weight, 0.0)
+    denominator = taking_part
+    if DECOUPLED:
+        denominator &= weight == 0
+    return weight, denominator
