@@ -259,8 +259,9 @@ void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_tem
 hpk::PairForms pair_forms_of(const std::optional<Tensor>& anchor_ids, const std::optional<Tensor>& key_ids,
                              const std::optional<Tensor>& bits, const std::optional<Tensor>& offsets,
                              const std::optional<Tensor>& indices) {
-  return {data<int64_t>(anchor_ids), data<int64_t>(key_ids),  key_ids.has_value() ? key_ids->size(0) : 0,
-          data<uint32_t>(bits),      data<int64_t>(offsets), data<int64_t>(indices)};
+  return {data<int64_t>(anchor_ids), data<int64_t>(key_ids), key_ids.has_value() ? key_ids->size(0) : 0,
+          data<uint32_t>(bits),      data<int64_t>(offsets), data<int64_t>(indices),
+          indices.has_value() ? indices->size(0) : 0};
 }
 
 template <typename T>

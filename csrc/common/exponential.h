@@ -1,8 +1,9 @@
-// exp for loops that are to be vectorised: no table, no branch.
+// exp for loops that are to be vectorised, without table and branch, and sums of exponentials by their logs.
 #pragma once
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common/portable.h"
 
@@ -32,5 +33,13 @@ HPK_HOST_DEVICE float exp_nonpositive(float x) {
 }
 
 HPK_HOST_DEVICE double exp_nonpositive(double x) { return std::exp(x); }
+
+// log(exp(a) + exp(b)).
+template <typename T>
+T log_add_exp(T a, T b) {
+  const T greater = a > b ? a : b, smaller = a > b ? b : a;
+  if (smaller == -std::numeric_limits<T>::infinity()) return greater;
+  return greater + std::log1p(std::exp(smaller - greater));
+}
 
 }  // namespace hpk

@@ -20,7 +20,8 @@ struct PairForms {
   int64_t labels;
   const uint32_t* bits;    // (anchors, words_per_row(keys))
   const int64_t* offsets;  // (anchors + 1,)
-  const int64_t* indices;
+  const int64_t* indices;  // (listed,)
+  int64_t listed;
 };
 
 // Anchor i is key i + own, and that pair takes no part; -1: the anchors are no keys. `triangle`: nor do the keys before.

@@ -1,3 +1,4 @@
+#include "common/exponential.h"
 #include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
 

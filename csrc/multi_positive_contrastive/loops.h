@@ -52,12 +52,4 @@ int64_t count_bits_between(const uint32_t* bits, int64_t first, int64_t last);
 // bits |= others.
 void add_bits(const uint32_t* others, int64_t words, uint32_t* bits);
 
-// log(exp(a) + exp(b)).
-template <typename T>
-T log_add_exp(T a, T b) {
-  const T greater = a > b ? a : b, smaller = a > b ? b : a;
-  if (smaller == -std::numeric_limits<T>::infinity()) return greater;
-  return greater + std::log1p(std::exp(smaller - greater));
-}
-
 }  // namespace hpk

@@ -1,5 +1,6 @@
 #include <initializer_list>
 
+#include "common/exponential.h"
 #include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
 

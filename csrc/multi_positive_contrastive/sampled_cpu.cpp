@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/exponential.h"
 #include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
 

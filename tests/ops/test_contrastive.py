@@ -706,9 +706,11 @@ def test_lists_out_of_range_are_no_pairs_where_nothing_is_read():
     """Compiled, values are not checked: a key out of range is no pair, and no memory but the tensors' is touched."""
     wrong = PairLists(OFFSETS, torch.tensor([4, -3, 99]))
     right = PairLists(torch.tensor([0, 1, 1, 1, 1]), torch.tensor([4]))
+    beyond = PairLists(torch.tensor([-9, 1, 1, 1, 2**40]), torch.tensor([4]))
     for backend in {case.backend for case in CASES if case.device == "cpu"}:
         run = torch.compile(partial(contrastive, A, K, backend=backend), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(run(positives=wrong), contrastive(A, K, positives=right, backend=backend))
+        for lists in (wrong, beyond):
+            torch.testing.assert_close(run(positives=lists), contrastive(A, K, positives=right, backend=backend))
 
 
 @each_exact_case
