@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import hpkernels
-from hpkernels import Labels, PairLists, PositiveMask
+from hpkernels import Labels, PairLists, PositiveMask, backends
 from hpkernels.distributed import contrastive
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.hidden_positives.bits import bits_of_columns, pack_bits, unpack_bits
@@ -214,6 +214,11 @@ def _check_ranks(rank: int, ranks: int) -> None:
     check_all(rank, ranks, torch.float32, "auto", ddp=True)
     with patched(chunked, CPU_WORKSPACE=1):  # blocks of 32 anchors
         check_all(rank, ranks, torch.bfloat16, "auto")
+    if ranks == 2 and backends.availability("contrastive", "triton").ok:
+        for own, exchange in ((False, "gather"), (False, "ring"), (True, "ring")):
+            batch = Batch.drawn(ranks, own, torch.float32)
+            options = Options(own, ("weights", "label"), ("mask", "lists"), not own, not own, BOTH)
+            check_case(batch, options, rank, exchange=exchange, backend="triton", ddp=True)
     for check in (_check_blocks, _check_deterministic, _check_ddp, _check_settings, _check_failures, _check_group):
         check(rank, ranks)
 
