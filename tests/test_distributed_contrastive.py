@@ -31,8 +31,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7}
 class Batch(NamedTuple):
     """All anchors and keys, and relations of each kind; without keys they are among the anchors."""
 
-    ranks: int
-    own: bool
+    counts: tuple[int, ...]
+    key_counts: tuple[int, ...]
     anchors: Tensor
     keys: Tensor | None
     ids: Tensor
@@ -43,23 +43,28 @@ class Batch(NamedTuple):
     bias: Tensor
 
     @classmethod
-    def drawn(cls, ranks: int, own: bool, dtype: torch.dtype) -> Batch:
+    def drawn(cls, ranks: int, own: bool, dtype: torch.dtype, counts: Any = None) -> Batch:
+        counts = counts or ANCHORS[ranks]
+        key_counts = counts if own else KEYS[ranks]
         generator = torch.Generator().manual_seed(ranks)
         rand = functools.partial(torch.rand, generator=generator)
-        count = sum(ANCHORS[ranks])
-        columns = count if own else sum(KEYS[ranks])
+        count, columns = sum(counts), sum(key_counts)
         vectors = [normalize(rand(size, DIM, dtype=torch.float64) - 0.4).to(dtype) for size in (count, columns)]
         ids = [torch.randint(-1, 9, (size, 2), generator=generator) for size in (count, columns)]
         mask = rand(count, columns) < 0.1
         weights = rand(count, columns).where(rand(count, columns) < 0.1, 0)
         weight, bias = rand(count) * (rand(count) < 0.8), rand(columns) - 0.5
-        return cls(ranks, own, vectors[0], None if own else vectors[1], *ids, mask, weights, weight, bias)
+        return cls(counts, key_counts, vectors[0], None if own else vectors[1], *ids, mask, weights, weight, bias)
+
+    @property
+    def own(self) -> bool:
+        return self.keys is None
 
     def rows(self, rank: int | None) -> slice:
-        return _part(ANCHORS[self.ranks], rank)
+        return _part(self.counts, rank)
 
     def columns(self, rank: int | None) -> slice:
-        return _part((ANCHORS if self.own else KEYS)[self.ranks], rank)
+        return _part(self.key_counts, rank)
 
     def relation(self, kind: str, rank: int | None) -> Any:
         """Pairs of all anchors, or of those of a rank as it names them."""
@@ -170,13 +175,14 @@ def check_case(batch: Batch, options: Options, rank: int, **more: Any) -> None:
     whole = compute(hpkernels.contrastive, batch, options, None, backend=more["backend"])
     part = compute(contrastive, batch, options, rank, **more)
     rows, columns = batch.rows(rank), batch.columns(rank)
-    factor = batch.ranks if more["ddp"] else 1
+    ranks = len(batch.counts)
+    factor = ranks if more["ddp"] else 1
     close = functools.partial(assert_close, tolerance=TOLERANCE[batch.anchors.dtype])
     close(part.loss, whole.loss[rows] if options.settings.get("reduction") == "none" else whole.loss)
     close(part.anchors, factor * whole.anchors[rows])
     close(part.keys, None if whole.keys is None else factor * whole.keys[columns])
     close(part.bias, None if whole.bias is None else factor * whole.bias[columns])
-    close(part.temperature, factor / batch.ranks * whole.temperature)
+    close(part.temperature, factor / ranks * whole.temperature)
     places = (rows, rows, columns, columns)
     for found, wanted, place in zip(part.statistics, whole.statistics, places, strict=True):
         close(found, None if wanted is None else wanted[place])
@@ -215,9 +221,9 @@ def _check_ranks(rank: int, ranks: int) -> None:
     with patched(chunked, CPU_WORKSPACE=1):  # blocks of 32 anchors
         check_all(rank, ranks, torch.bfloat16, "auto")
     if ranks == 2 and backends.availability("contrastive", "triton").ok:
-        for own, exchange in ((False, "gather"), (False, "ring"), (True, "ring")):
-            batch = Batch.drawn(ranks, own, torch.float32)
-            options = Options(own, ("weights", "label"), ("mask", "lists"), not own, not own, BOTH)
+        batch = Batch.drawn(ranks, True, torch.float32, (9, 24))
+        options = Options(True, ("weights", "label"), ("mask", "lists"), True, True, BOTH)
+        for exchange in ("gather", "ring"):
             check_case(batch, options, rank, exchange=exchange, backend="triton", ddp=True)
     for check in (_check_blocks, _check_deterministic, _check_ddp, _check_settings, _check_failures, _check_group):
         check(rank, ranks)

@@ -168,8 +168,8 @@ def contrastive(
             backend=backend,
             all_keys=sum(counts),
         )
-        value = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
-        shared.update(_settings(arguments), temperature=value)
+        shared.update(_settings(arguments))
+        shared["temperature"] = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
     share = Share(arguments, counts, group, exchange == "ring", ranks if ddp else 1)
     loss, rows, columns = loss_of(share)
     return (loss, ContrastiveStatistics.of(rows, columns)) if return_statistics else loss
