@@ -225,7 +225,15 @@ def _check_ranks(rank: int, ranks: int) -> None:
         options = Options(True, ("weights", "label"), ("mask", "lists"), True, True, BOTH)
         for exchange in ("gather", "ring"):
             check_case(batch, options, rank, exchange=exchange, backend="triton", ddp=True)
-    for check in (_check_blocks, _check_deterministic, _check_ddp, _check_settings, _check_failures, _check_group):
+    for check in (
+        _check_blocks,
+        _check_deterministic,
+        _check_ddp,
+        _check_compiled,
+        _check_settings,
+        _check_failures,
+        _check_group,
+    ):
         check(rank, ranks)
 
 
@@ -299,6 +307,22 @@ def _check_ddp(rank: int, ranks: int) -> None:
                 assert_close(parameter.grad, wanted.grad, 2e-6)
 
 
+def _check_compiled(rank: int, ranks: int) -> None:
+    """A compiled step calls the loss outside of its graph."""
+    batch = Batch.drawn(ranks, True, torch.float32)
+    ids = batch.ids[batch.rows(rank), 0]
+
+    def step(codes: Tensor) -> Tensor:
+        return 2 * contrastive(normalize(codes + 1), positives=ids)
+
+    found = []
+    for function in (step, torch.compile(step, backend="eager")):
+        codes = batch.anchors[batch.rows(rank)].clone().requires_grad_()
+        found.append((function(codes), *torch.autograd.grad(function(codes), codes)))
+    for eager, compiled in zip(*found, strict=True):
+        assert_close(compiled, eager, 1e-6)
+
+
 def _check_settings(rank: int, ranks: int) -> None:
     """What differs between ranks is named on all of them."""
     anchors = torch.eye(6, 4)
@@ -312,24 +336,24 @@ def _check_settings(rank: int, ranks: int) -> None:
         ({"anchor_weight": torch.ones(6) if last else None}, "anchor_weight", "None", "given"),
     ]:
         text = raised(contrastive, anchors, **{"positives": labels, "temperature": 0.1} | given)
-        want = (
-            f"ValueError: contrastive: `{name}` must be the same on all ranks, got {values[0]} on {others}, {values[1]}"
-        )
+        want = f"ValueError: distributed.contrastive: `{name}` must be the same on all ranks, got {values[0]} on {others}, {values[1]}"
         assert text.startswith(want), text
 
 
 def _check_failures(rank: int, ranks: int) -> None:
     """A rank that fails has its own error, the others its sentence; and no one waits."""
     batch = Batch.drawn(ranks, False, torch.float32)
-    told = "RuntimeError: contrastive: rank 1 has failed, and so no rank can go on: "
+    told = "RuntimeError: distributed.contrastive: rank 1 has failed, and so no rank can go on: "
     wrong = {"temperature": 0.1 if rank != 1 else -1.0}
     text = raised(contrastive, batch.anchors[batch.rows(rank)], positives=batch.ids[batch.rows(rank), 0], **wrong)
-    sentence = "ValueError: contrastive: `temperature` must be a finite number above 0, got -1.0"
+    sentence = "ValueError: distributed.contrastive: `temperature` must be a finite number above 0, got -1.0"
     assert text == (sentence if rank == 1 else told + sentence)
 
     lists = PairLists(torch.tensor([0, 1]), torch.tensor([ranks if rank == 1 else ranks - 1]))
     text = raised(contrastive, torch.ones(1, 2), positives=lists)
-    sentence = f"ValueError: contrastive: `positives.indices` must be keys from 0 to {ranks - 1}, got {ranks}"
+    sentence = (
+        f"ValueError: distributed.contrastive: `positives.indices` must be keys from 0 to {ranks - 1}, got {ranks}"
+    )
     assert text == (sentence if rank == 1 else told + sentence)
 
     def fail(*_: Any) -> Any:
@@ -367,7 +391,7 @@ def test_double_backward_is_refused():
         anchors = torch.eye(4, 3, requires_grad=True)
         loss = contrastive(anchors, positives=torch.tensor([0, 0, 1, 1]), reduction=reduction)
         (gradient,) = torch.autograd.grad(loss.sum(), anchors, create_graph=True)
-        with pytest.raises(RuntimeError, match="contrastive: double backward is not supported"):
+        with pytest.raises(RuntimeError, match="distributed.contrastive: double backward is not supported"):
             gradient.square().sum().backward()
 
 
@@ -393,22 +417,33 @@ def test_autocast():
     wanted = contrastive(anchors, keys, positives=labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(contrastive(anchors, keys.bfloat16(), positives=labels), wanted)
-    assert raised(contrastive, anchors, keys.bfloat16(), positives=labels).startswith("TypeError: contrastive: `keys`")
+    assert raised(contrastive, anchors, keys.bfloat16(), positives=labels).startswith(
+        "TypeError: distributed.contrastive: `keys`"
+    )
 
 
 def test_errors():
     anchors, labels = torch.eye(4, 3), torch.tensor([0, 0, 1, 1])
     mask = PositiveMask.from_labels(labels)
     for given, text in [
-        ({"exchange": "tree"}, "ValueError: contrastive: `exchange` must be one of 'gather', 'ring', got 'tree'"),
-        ({"ddp": 1}, "TypeError: contrastive: `ddp` must be True or False, got int 1"),
-        ({"positives": mask}, "ValueError: contrastive: `positives` must be a mask of 4 anchors and 4 keys, got"),
-        ({"positives": labels[:3]}, "ValueError: contrastive: `positives.anchor_ids` must be"),
-        ({"key_bias": torch.zeros(3)}, "ValueError: contrastive: `key_bias` must be"),
-        ({"anchors": torch.zeros(0, 3)}, "ValueError: contrastive: `anchors` must not be empty"),
-        ({"anchors": torch.full((4, 3), torch.nan)}, "ValueError: contrastive: `anchors` must be finite"),
-        ({"anchors": torch.full((4, 3), 1e19)}, "ValueError: contrastive: `anchors` and `keys` must have inner"),
-        ({"return_statistics": None}, "TypeError: contrastive: `return_statistics` must be True or False"),
+        (
+            {"exchange": "tree"},
+            "ValueError: distributed.contrastive: `exchange` must be one of 'gather', 'ring', got 'tree'",
+        ),
+        ({"ddp": 1}, "TypeError: distributed.contrastive: `ddp` must be True or False, got int 1"),
+        (
+            {"positives": mask},
+            "ValueError: distributed.contrastive: `positives` must be a mask of 4 anchors and 4 keys, got",
+        ),
+        ({"positives": labels[:3]}, "ValueError: distributed.contrastive: `positives.anchor_ids` must be"),
+        ({"key_bias": torch.zeros(3)}, "ValueError: distributed.contrastive: `key_bias` must be"),
+        ({"anchors": torch.zeros(0, 3)}, "ValueError: distributed.contrastive: `anchors` must not be empty"),
+        ({"anchors": torch.full((4, 3), torch.nan)}, "ValueError: distributed.contrastive: `anchors` must be finite"),
+        (
+            {"anchors": torch.full((4, 3), 1e19)},
+            "ValueError: distributed.contrastive: `anchors` and `keys` must have inner",
+        ),
+        ({"return_statistics": None}, "TypeError: distributed.contrastive: `return_statistics` must be True or False"),
     ]:
         assert raised(contrastive, **({"anchors": anchors, "positives": labels} | given)).startswith(text)
 
