@@ -16,6 +16,8 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import hpkernels
+from benchmarks import __main__ as command
+from benchmarks import distributed as benchmark
 from hpkernels import Labels, PairLists, PositiveMask, backends
 from hpkernels.distributed import contrastive
 from hpkernels.ops.contrastive import chunked
@@ -468,3 +470,14 @@ def test_merged_statistics(inside):
     assert torch.equal(found, chunked.merged(second, first, inside))
     assert_close(found[:, 0].exp(), first[:, 0].exp() + second[:, 0].exp(), 1e-6)
     assert_close(found[:, 1], torch.logaddexp(first[:, 1], second[:, 1]) if inside else first[:, 1] + second[:, 1], 0)
+
+
+def test_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CALLS", ("both",))
+    monkeypatch.setattr(benchmark, "WAYS", ("one process", "ring"))
+    assert command.main(["distributed", "--anchors", "64", "--dim", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ms ")[0].rsplit(maxsplit=1)[0].split(maxsplit=1) for line in lines] == [
+        ["both", "one process"],
+        ["both", "ring"],
+    ]
