@@ -111,6 +111,18 @@ Array<uint32_t> pack(Array<int32_t> products, Array<float> features, Array<float
   return bits;
 }
 
+Array<uint32_t> pack_between(Array<int32_t> products, Array<float> features, Array<float> stats, Array<float> keys,
+                             Array<float> key_stats, Array<float> threshold, Array<float> key_threshold, bool either,
+                             int64_t first) {
+  const int64_t anchors = threshold.size(), count = key_threshold.size();
+  Array<uint32_t> bits({anchors, hpk::words_per_row(count)});
+  const hpk::ProductTile<int32_t> tile{products.data(), 0, anchors, 0, count};
+  const hpk::Keys<float> of_keys{coarse_rows(keys, key_stats), count, key_threshold.data(), either, first};
+  hpk::hidden_positives_pack_between_cpu<int32_t, float>(run, tile, coarse_rows(features, stats), threshold.data(),
+                                                         of_keys, bits.mutable_data());
+  return bits;
+}
+
 py::tuple topk(Array<int32_t> products, Array<float> query, Array<float> query_stats, Array<float> pool,
                Array<float> pool_stats, int64_t k) {
   const int64_t rows = query.shape(0), references = pool.shape(0);
@@ -313,4 +325,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("quantiles", &quantiles);
   m.def("contrastive", &contrastive);
   m.def("pack", &pack, "Threshold and pack the coarse (N, N) products of all anchors.");
+  m.def("pack_between", &pack_between, "Threshold and pack the coarse (N, K) products of anchors and keys.");
 }

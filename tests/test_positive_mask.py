@@ -146,3 +146,145 @@ def test_combined_masks_ignore_what_either_ignores(dense, labels):
     for combined in (a | b, b | a, a & b):
         assert torch.equal(combined.ignored, labels == 1)
         assert not combined.to_dense()[labels == 1].any() and not combined.to_dense()[:, labels == 1].any()
+
+
+K = 45
+each_other = pytest.mark.parametrize("keys", [K, N, 2 * N])  # a mask of as many keys as anchors is no square one
+
+
+def between(keys=K, seed=0):
+    return torch.rand(N, keys, generator=torch.Generator().manual_seed(seed)) < 0.2
+
+
+@each_other
+def test_masks_of_anchors_and_keys(keys):
+    dense, other = between(keys), between(keys, 1)
+    a, b = (PositiveMask.from_dense(mask, keys=True) for mask in (dense, other))
+    assert (a.anchors, a.keys, a.shape, len(a), a.symmetric) == (N, keys, (N, keys), N, False)
+    assert a.bits.shape == (N, -(-keys // 32)) and a.nbytes == 4 * a.bits.numel()
+    assert torch.equal(a.to_dense(), dense) and dense.diagonal().any()
+    assert torch.equal(a.count(), dense.sum(dim=1))
+    assert torch.equal((a | b).to_dense(), dense | other) and torch.equal((a & b).to_dense(), dense & other)
+    assert (a | b).shape == (N, keys) and a == PositiveMask.from_dense(dense, keys=True) and a != b
+    assert a.T.shape == (keys, N) and torch.equal(a.T.to_dense(), dense.T) and a == a.T.T
+    assert a == a.to("cpu") and a.to("meta").shape == (N, keys)
+    assert repr(a) == f"PositiveMask({N} anchors x {keys} keys, {a.nbytes} bytes, device='cpu')"
+
+
+def test_masks_of_two_kinds_do_not_meet(dense):
+    square, rectangle = PositiveMask.from_dense(dense), PositiveMask.from_dense(dense, keys=True)
+    assert square != rectangle and torch.equal(square.bits, rectangle.bits)
+    with pytest.raises(ValueError, match="both masks must have 70 anchors, got one of 70 anchors x 70 keys"):
+        square | rectangle
+    with pytest.raises(ValueError, match="both masks must have 70 anchors x 70 keys, got one of 70 anchors x 45 keys"):
+        rectangle & PositiveMask.from_dense(between(), keys=True)
+    with pytest.raises(ValueError, match=r"ignoring: the mask must be a square one, got one of 70 anchors x 70 keys"):
+        rectangle.ignoring(torch.zeros(N, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"keys": K + 32},
+            ValueError,
+            r"`bits` must be an int32 tensor of shape \(70, 3\), got int32 of shape \(70, 2\)",
+        ),
+        ({"keys": K - 1}, ValueError, "`bits` must be 0 beyond column 43"),
+        ({"keys": 0}, ValueError, "`keys` must be an integer of at least 1"),
+        ({"keys": 45.0}, TypeError, "`keys` must be an integer"),
+        ({"keys": K, "symmetric": True}, ValueError, "`symmetric` must be False where there are keys"),
+        (
+            {"keys": K, "ignored": torch.zeros(N, dtype=torch.bool)},
+            ValueError,
+            "`ignored` must be None where there are keys: it is for square masks only",
+        ),
+    ],
+)
+def test_arguments_of_masks_with_keys_are_checked(options, kind, message):
+    filled = PositiveMask.from_dense(torch.ones(N, K, dtype=torch.bool), keys=True).bits
+    with pytest.raises(kind, match=f"^PositiveMask: {message}"):
+        PositiveMask(filled, N, **options)
+
+
+@pytest.mark.parametrize("mask", [between(), between(N)], ids=["not square", "square"])
+def test_what_a_dense_mask_is_must_be_said(mask):
+    """A square one is of anchors alone unless `keys` says otherwise, others are never."""
+    assert PositiveMask.from_dense(mask, keys=True).keys == mask.shape[1]
+    if mask.shape[1] == N:
+        assert PositiveMask.from_dense(mask).keys is None
+    else:
+        with pytest.raises(
+            ValueError, match=r"or come with keys=True for anchors x keys, got bool of shape \(70, 45\)"
+        ):
+            PositiveMask.from_dense(mask)
+    with pytest.raises(TypeError, match="PositiveMask.from_dense: `keys` must be True or False, got int 45"):
+        PositiveMask.from_dense(mask, keys=45)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int64, torch.int64), (torch.uint8, torch.int32), (torch.int16, torch.uint64)]
+)
+def test_labels_of_keys(dtypes, labels):
+    signed = [dtype.is_signed for dtype in dtypes]
+    labels = (labels - 1 if signed[0] else labels).to(dtypes[0])
+    of_keys = torch.randint(5, (K,), generator=torch.Generator().manual_seed(1))
+    of_keys = (of_keys - 1 if signed[1] else of_keys).to(dtypes[1])
+    mask = PositiveMask.from_labels(labels, key_labels=of_keys)
+    expected = (labels.long()[:, None] == of_keys.long()) & (labels.long()[:, None] >= 0)
+    assert mask.keys == K and mask.ignored is None and torch.equal(mask.to_dense(), expected) and expected.any()
+
+
+def test_labels_that_no_key_has():
+    """The greatest unsigned labels have the bits of negative ones, which are nobody's."""
+    greatest = torch.full((2,), -1).to(torch.uint64)
+    assert not PositiveMask.from_labels(greatest, key_labels=torch.tensor([-1, 3])).to_dense().any()
+    assert not PositiveMask.from_labels(torch.tensor([-1, 3]), key_labels=greatest).to_dense().any()
+    assert PositiveMask.from_labels(greatest, key_labels=greatest).to_dense().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"key_labels": torch.ones(3)}, TypeError, "`key_labels` must be an integer tensor of shape"),
+        ({"key_labels": torch.ones(3, 1).long()}, ValueError, "`key_labels` must be an integer tensor of shape"),
+        ({"key_labels": torch.ones(0).long()}, ValueError, "`key_labels` must not be empty"),
+        ({"key_labels": torch.ones(3, device="meta").long()}, ValueError, "`key_labels` must be on the device of"),
+        (
+            {"key_labels": torch.ones(3).long(), "ignore_index": 255},
+            ValueError,
+            "`ignore_index` must be None where there are `key_labels`: .* square masks only, got 255",
+        ),
+    ],
+)
+def test_labels_of_keys_are_checked(options, kind, message, labels):
+    with pytest.raises(kind, match=f"^PositiveMask.from_labels: {message}"):
+        PositiveMask.from_labels(labels, **options)
+
+
+def test_files_of_masks_with_keys():
+    mask = PositiveMask.from_dense(between(), keys=True)
+    mask = PositiveMask(mask.bits, N, keys=np.int64(K))
+    file = io.BytesIO()
+    torch.save(mask, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded == mask and loaded.keys == K
+
+
+def test_states_from_before_there_were_keys(labels):
+    mask = PositiveMask.from_labels(labels, ignore_index=0)
+    state = mask.__getstate__()
+    del state["keys"]
+    loaded = PositiveMask.__new__(PositiveMask)
+    loaded.__setstate__(state)
+    assert loaded == mask and loaded.keys is None and loaded.symmetric
+
+
+@pytest.mark.parametrize("name", ["positives", "specific"])
+@each_other
+def test_the_loss_refuses_keys(name, keys, labels):
+    mask = PositiveMask.from_dense(between(keys), keys=True)
+    given = {"positives": labels, "specific": None, "specific_weight": 0.5 * (name == "specific"), name: mask}
+    with pytest.raises(ValueError, match=rf"`{name}` must be a square mask, .* got one of 70 anchors x {keys} keys"):
+        multi_positive_contrastive(torch.eye(N), **given)

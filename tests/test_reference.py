@@ -14,6 +14,7 @@ from hpkernels import PositiveMask
 from hpkernels.ops import _blocks
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives import reference as discovery
+from hpkernels.ops.hidden_positives import rows_of
 from hpkernels.ops.hidden_positives.bits import as_bits, unpack_bits
 from hpkernels.ops.local_propagation import reference as propagation
 from hpkernels.ops.masked_topk import reference as ranking
@@ -95,6 +96,11 @@ def test_hidden_positives(workspace, dtype, generator):
         assert 0.2 < dense.double().mean() < 0.8
         found = hpkernels.hidden_positives(features, threshold, symmetric=symmetric, backend="reference")
         assert torch.equal(found.bits, as_bits(dense))
+    keys, key_threshold = features[:45].flip(0), threshold[:45]
+    dense = discovery.positives_between(features, keys, threshold, key_threshold)
+    assert 0.1 < dense.double().mean() < 0.8
+    found = hpkernels.hidden_positives(features, threshold, keys=keys, key_threshold=key_threshold, backend="reference")
+    assert torch.equal(found.bits, as_bits(dense))
 
 
 @each_workspace
@@ -215,6 +221,9 @@ def test_no_value_is_read(monkeypatch):
         assert [grad.shape for grad in ranking.backward(values, indices, z, z[:9])] == [(N, 5), (9, 5)]
         bits = discovery.forward(z, values[:, 0])
         assert bits.shape == (N, 3) and bits.device.type == "cuda"
+        for first in (None, 9):
+            rows = discovery.between(z[9:40], z, values[9:40, 0], values[:, 0], True, first)
+            assert rows.shape == (31, 3) and rows.device.type == "cuda"
         draw = None, scalar.long(), [], PATCHES
         losses, rows = contrastive.forward([z], bits, bits, scalar, *draw, 0.3, 1.0, 0.2, "separate", True, True)
         (grad,) = contrastive.backward(losses, [z], bits, bits, *draw[:3], rows, PATCHES, 0.3, 0.2, symmetric=False)
@@ -273,6 +282,7 @@ def test_no_matrix_of_all_pairs(peak_of):
     rows, backend = problem.z, {"backend": "reference"}
     mask = PositiveMask.from_labels(torch.arange(ANCHORS) % 100)
     directed, dense = PositiveMask(mask.bits, ANCHORS), mask.to_dense()
+    labels, limits = torch.zeros(ANCHORS, dtype=torch.int64), torch.zeros(ANCHORS)
     tokens = torch.randn(1, 2, ANCHORS, 4)
 
     def supcon():
@@ -288,7 +298,10 @@ def test_no_matrix_of_all_pairs(peak_of):
         "the whole loss": (lambda: ghp_gradients(problem), 2),
         "local propagation": (weights, 0),
         "ranking": (lambda: hpkernels.masked_topk(rows, rows, 8, **backend), 0),
-        "labels": (lambda: PositiveMask.from_labels(torch.zeros(ANCHORS, dtype=torch.int64)), 1),
+        "keys": (lambda: hpkernels.hidden_positives(rows, limits, keys=rows, **backend), 1),
+        "rows": (lambda: rows_of(rows[99:], limits[99:], rows, limits, 99, **backend), 1),
+        "labels": (lambda: PositiveMask.from_labels(labels), 1),
+        "labels of keys": (lambda: PositiveMask.from_labels(labels, key_labels=labels), 1),
         "packing": (lambda: PositiveMask.from_dense(dense), 1),
         "transpose": (lambda: directed.T, 1),
         "count": (mask.count, 0),

@@ -25,6 +25,11 @@ def main(folder):
         threshold = normal(anchors)
         for symmetric in (False, True):
             bits = core.pack(codes.astype(np.int32) @ codes.T, rows, stats, threshold, symmetric)
+        keys = normal(anchors + 7, 5)
+        key_codes, key_stats = core.coarse_int8(keys)
+        of_keys = keys, key_stats, threshold, normal(anchors + 7)
+        for either, first in ((True, -anchors), (False, 7)):
+            core.pack_between(codes.astype(np.int32) @ key_codes.T, rows, stats, *of_keys, either, first)
         core.transpose_bits(bits, anchors)
         core.repeat_bits(bits[0], anchors, 5 * anchors)
         for per_image in sorted({1, anchors}):

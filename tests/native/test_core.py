@@ -224,6 +224,24 @@ def test_pack(core, anchors, threads, generator):
         assert np.array_equal(core.pack(codes @ codes.T, rows, stats, threshold.numpy(), symmetric), expected)
 
 
+@pytest.mark.parametrize("anchors", [1, 33, 70])
+@pytest.mark.parametrize("keys", [1, 31, 64, 95])
+def test_pack_between(core, anchors, keys, generator):
+    core.set_threads(3)
+    rows, of_keys = (torch.randn(count, 8, generator=generator) for count in (anchors, keys))
+    threshold, key_threshold = (torch.randn(count, generator=generator) for count in (anchors, keys))
+    threshold[::9], key_threshold[::7] = torch.inf, -torch.inf
+    (left, codes, stats), (right, key_codes, key_stats) = coarse(core, rows), coarse(core, of_keys)
+    given = codes @ key_codes.T, left, stats, right, key_stats, threshold.numpy(), key_threshold.numpy()
+    exact = rows.double(), of_keys.double(), threshold.double(), key_threshold.double()
+    assert np.array_equal(core.pack_between(*given, False, -anchors), words(reference.positives_between(*exact)))
+    found = core.pack_between(*given, True, 5)
+    expected = reference.between(*exact, either=True, first=None)
+    own = torch.zeros(anchors, keys, dtype=torch.bool)
+    own.diagonal(min(5, keys)).fill_(True)
+    assert np.array_equal(found, expected.numpy().view(np.uint32) & ~words(own))
+
+
 @pytest.mark.parametrize("k", [1, 3, 16, 64, 65, 200, 300])
 def test_topk(core, k, generator):
     query, pool = (torch.randn(count, 24, generator=generator) for count in (5, 300))

@@ -207,6 +207,12 @@ def test_discovery_is_exact(precision, kind, generator, monkeypatch):
         expected = (products > limit).fill_diagonal_(False)
         mask = hpkernels.hidden_positives(features, threshold, symmetric=symmetric, backend="cpu")
         assert torch.equal(mask.to_dense(), expected)
+        limits = threshold[50:], threshold if symmetric else torch.full_like(threshold, -torch.inf)
+        assert torch.equal(discovery.between(features[50:], features, *limits, symmetric, 50), mask.bits[50:])
+    keys, of_keys = features[:130], threshold[:130] - 0.1
+    expected = products[:, :130] > torch.maximum(threshold[:, None], of_keys)
+    mask = hpkernels.hidden_positives(features, threshold, keys=keys, key_threshold=of_keys, backend="cpu")
+    assert torch.equal(mask.to_dense(), expected)
 
 
 def test_precision_follows_what_int8_leaves_undecided(generator, monkeypatch):

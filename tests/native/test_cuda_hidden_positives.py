@@ -1,4 +1,4 @@
-"""The CUDA kernel of `hidden_positives` across strips, tiles, parts and blocks of features."""
+"""The CUDA kernels of `hidden_positives` across strips, tiles, parts and blocks of features."""
 
 from __future__ import annotations
 
@@ -34,12 +34,40 @@ def whole_numbers(case, anchors, dim):
     return features.to(case.device, case.dtype), threshold.to(case.device)
 
 
+@pytest.fixture
+def find_between():
+    """``find_between(features, keys, threshold, key_threshold, either, first)``: the same between anchors and keys."""
+    return backends.implementation(OP, "cuda").between
+
+
 def check(find, features, threshold):
     for symmetric in (True, False):
         bits = find(features, threshold, symmetric)
         expected = reference.forward(features.cpu().double(), threshold.cpu().double(), symmetric)
         assert torch.equal(bits.cpu(), expected)
         assert torch.equal(find(features, threshold, symmetric), bits)
+
+
+def check_between(find_between, features, threshold, keys, key_threshold):
+    exact = (value.cpu().double() for value in (features, keys, threshold, key_threshold))
+    above_rows, above_keys = (
+        reference.positives_between(rows, others, limit, of_others) for rows, others, limit, of_others in masked(*exact)
+    )
+    known = ~(threshold.isnan()[:, None] | key_threshold.isnan()).cpu()
+    expected = {False: above_rows & above_keys & known, True: (above_rows | above_keys) & known}
+    for either, first in ((False, None), (True, None), (True, 5), (False, len(keys) - 1)):
+        bits = find_between(features, keys, threshold, key_threshold, either, first)
+        wanted = expected[either].clone()
+        if first is not None:
+            wanted.diagonal(first).fill_(False)
+        padded = torch.nn.functional.pad(wanted, (0, 32 * bits.shape[1] - len(keys)))
+        assert torch.equal(unpack_bits(bits.cpu(), padded.shape[1]), padded)
+
+
+def masked(features, keys, threshold, key_threshold):
+    """The arguments of two relations, of each of which one side has no threshold."""
+    yield features, keys, threshold, torch.full_like(key_threshold, -torch.inf)
+    yield features, keys, torch.full_like(threshold, -torch.inf), key_threshold
 
 
 # Rows of several blocks of 128 bytes.
@@ -52,8 +80,16 @@ def test_strips_and_tiles(find, engine, case, anchors):
     check(find, *whole_numbers(case, anchors, LONG[case.dtype]))
 
 
-def test_parts(find, one_case):
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("anchors", "keys"), [(1, 1), (130, 256), (63, 300), (257, 129)])
+def test_strips_and_tiles_of_keys(find_between, engine, case, anchors, keys):
+    dim = LONG[case.dtype]
+    check_between(find_between, *whole_numbers(case, anchors, dim), *whole_numbers(case, keys, dim))
+
+
+def test_parts(find, find_between, one_case):
     check(find, *whole_numbers(one_case, 8 * 128 + 37, 8))  # eight strips of two parts; the last tile is not full
+    check_between(find_between, *whole_numbers(one_case, 40, 8), *whole_numbers(one_case, 8 * 128 + 37, 8))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -68,6 +104,16 @@ def test_every_word_is_written(find, one_case, anchors, symmetric):
     assert not bits[:anchors].any() and (bits[anchors] == -1).all()
 
 
+@pytest.mark.parametrize(("anchors", "keys"), [(33, 250), (130, 512), (257, 70)])
+def test_every_word_between_is_written(one_case, anchors, keys):
+    (rows, _), (others, _) = whole_numbers(one_case, anchors, 8), whole_numbers(one_case, keys, 8)
+    limits = [rows.new_full((512,), torch.nan, dtype=torch.float32) for _ in range(2)]
+    limits[0][:anchors], limits[1][:keys] = -torch.inf, torch.inf
+    bits = torch.full((anchors + 1, words_per_row(keys)), -1, dtype=torch.int32, device=rows.device)
+    torch.ops.hpkernels_cuda.hidden_positives_between(rows, others, *limits, False, -anchors, bits[:anchors])
+    assert not bits[:anchors].any() and (bits[anchors] == -1).all()
+
+
 @pytest.mark.parametrize("missing", [1, 256])
 def test_thresholds_that_are_not_padded(one_case, missing):
     features, _ = whole_numbers(one_case, 300, 8)
@@ -75,10 +121,30 @@ def test_thresholds_that_are_not_padded(one_case, missing):
     threshold = torch.zeros(512 - missing, device=features.device)
     with pytest.raises(RuntimeError, match="must be padded"):
         torch.ops.hpkernels_cuda.hidden_positives(features, threshold, True, bits)
+    padded = torch.zeros(512, device=features.device)
+    for limits in ((threshold, padded), (padded, threshold)):
+        with pytest.raises(RuntimeError, match="must be padded"):
+            torch.ops.hpkernels_cuda.hidden_positives_between(features, features, *limits, True, 0, bits)
 
 
-def test_rows_too_long_for_a_strip_in_shared_memory(find, one_case):
+def test_rows_too_long_for_a_strip_in_shared_memory(find, find_between, one_case):
     check(find, *whole_numbers(one_case, 150, 520))
+    check_between(find_between, *whole_numbers(one_case, 50, 520), *whole_numbers(one_case, 150, 520))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_of_the_square(find, find_between, engine, case):
+    """To the bit, where rounding decides: thresholds are products."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 96, generator=generator).to(case.device, case.dtype)
+    threshold = backends.implementation("masked_topk", "cuda").forward(features, features, 9)[0][:, 8].contiguous()
+    nothing = torch.full_like(threshold, -torch.inf)
+    for symmetric in (True, False):
+        whole = find(features, threshold, symmetric)
+        for rows in (slice(0, 130), slice(130, 161), slice(161, 400)):
+            limits = threshold[rows], threshold if symmetric else nothing
+            found = find_between(features[rows], features, *limits, symmetric, rows.start)
+            assert torch.equal(found, whole[rows])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

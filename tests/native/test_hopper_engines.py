@@ -48,9 +48,18 @@ def discovered(dim, anchors=300):
     generator = torch.Generator().manual_seed(dim)
     features = torch.randint(-2, 3, (anchors, dim), generator=generator).half()
     threshold = torch.randint(0, 2 * dim, (anchors,), generator=generator).float()
+    keys, of_keys = features[70:], threshold[70:]
     expected = [discovery.forward(features.double(), threshold.double(), way) for way in (True, False)]
-    find = backends.implementation("hidden_positives", "cuda").forward
-    return lambda: all(torch.equal(find(features, threshold, way), expected[not way]) for way in (True, False))
+    exact = (value.double() for value in (features, keys, threshold, of_keys))
+    expected.append(discovery.between(*exact, False, None))
+    kernels = backends.implementation("hidden_positives", "cuda")
+
+    def is_right():
+        found = [kernels.forward(features, threshold, way) for way in (True, False)]
+        found.append(kernels.between(features, keys, threshold, of_keys, False, None))
+        return all(map(torch.equal, found, expected))
+
+    return is_right
 
 
 @functools.cache

@@ -109,8 +109,11 @@ def _tile_products(features: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def _mirrored(products: Tensor) -> Tensor:
-    """What is above the diagonal, on both sides: a library may round <f_i, f_j> and <f_j, f_i> differently."""
-    above = products.triu(diagonal=1)
+    """What is above the diagonal of a tile, on both sides: a library may round <f_i, f_j> and <f_j, f_i> differently.
+
+    The tile itself is changed.
+    """
+    above = products.triu_(diagonal=1)
     return above + above.T
 
 
