@@ -1,4 +1,7 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | resources | gpu-check``; docs/benchmarks.md."""
+"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | gpu-check``.
+
+See docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cuda_resources, estimates, gpu_check, plots, resources, results, tables
+from benchmarks import cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
@@ -58,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
     command.set_defaults(command=_estimates)
+
+    command = commands.add_parser("distributed", help="time and memory of a loss in several processes, and in one")
+    command.add_argument("--anchors", type=int, default=8192, metavar="N", help="of all ranks together (default: 8192)")
+    command.add_argument("--dim", type=int, default=512, metavar="D", help="of their vectors (default: 512)")
+    command.add_argument("--ranks", type=int, default=2, help="processes of one thread each (default: 2)")
+    command.set_defaults(command=_distributed)
 
     command = commands.add_parser(
         "resources", help="registers and spills of the Triton kernels, compiled for each target"
@@ -147,6 +156,12 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for line in estimates.lines():
+        print(line, flush=True)
+    return 0
+
+
+def _distributed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in distributed.lines(options.anchors, options.dim, options.ranks):
         print(line, flush=True)
     return 0
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import hpkernels
-from hpkernels import Labels, PairLists, PositiveMask
+from hpkernels import Labels, PairLists, PositiveMask, backends
 from hpkernels.distributed import contrastive
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.hidden_positives.bits import bits_of_columns, pack_bits, unpack_bits
@@ -31,8 +31,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7}
 class Batch(NamedTuple):
     """All anchors and keys, and relations of each kind; without keys they are among the anchors."""
 
-    ranks: int
-    own: bool
+    counts: tuple[int, ...]
+    key_counts: tuple[int, ...]
     anchors: Tensor
     keys: Tensor | None
     ids: Tensor
@@ -43,23 +43,28 @@ class Batch(NamedTuple):
     bias: Tensor
 
     @classmethod
-    def drawn(cls, ranks: int, own: bool, dtype: torch.dtype) -> Batch:
+    def drawn(cls, ranks: int, own: bool, dtype: torch.dtype, counts: Any = None) -> Batch:
+        counts = counts or ANCHORS[ranks]
+        key_counts = counts if own else KEYS[ranks]
         generator = torch.Generator().manual_seed(ranks)
         rand = functools.partial(torch.rand, generator=generator)
-        count = sum(ANCHORS[ranks])
-        columns = count if own else sum(KEYS[ranks])
+        count, columns = sum(counts), sum(key_counts)
         vectors = [normalize(rand(size, DIM, dtype=torch.float64) - 0.4).to(dtype) for size in (count, columns)]
         ids = [torch.randint(-1, 9, (size, 2), generator=generator) for size in (count, columns)]
         mask = rand(count, columns) < 0.1
         weights = rand(count, columns).where(rand(count, columns) < 0.1, 0)
         weight, bias = rand(count) * (rand(count) < 0.8), rand(columns) - 0.5
-        return cls(ranks, own, vectors[0], None if own else vectors[1], *ids, mask, weights, weight, bias)
+        return cls(counts, key_counts, vectors[0], None if own else vectors[1], *ids, mask, weights, weight, bias)
+
+    @property
+    def own(self) -> bool:
+        return self.keys is None
 
     def rows(self, rank: int | None) -> slice:
-        return _part(ANCHORS[self.ranks], rank)
+        return _part(self.counts, rank)
 
     def columns(self, rank: int | None) -> slice:
-        return _part((ANCHORS if self.own else KEYS)[self.ranks], rank)
+        return _part(self.key_counts, rank)
 
     def relation(self, kind: str, rank: int | None) -> Any:
         """Pairs of all anchors, or of those of a rank as it names them."""
@@ -170,13 +175,14 @@ def check_case(batch: Batch, options: Options, rank: int, **more: Any) -> None:
     whole = compute(hpkernels.contrastive, batch, options, None, backend=more["backend"])
     part = compute(contrastive, batch, options, rank, **more)
     rows, columns = batch.rows(rank), batch.columns(rank)
-    factor = batch.ranks if more["ddp"] else 1
+    ranks = len(batch.counts)
+    factor = ranks if more["ddp"] else 1
     close = functools.partial(assert_close, tolerance=TOLERANCE[batch.anchors.dtype])
     close(part.loss, whole.loss[rows] if options.settings.get("reduction") == "none" else whole.loss)
     close(part.anchors, factor * whole.anchors[rows])
     close(part.keys, None if whole.keys is None else factor * whole.keys[columns])
     close(part.bias, None if whole.bias is None else factor * whole.bias[columns])
-    close(part.temperature, factor / batch.ranks * whole.temperature)
+    close(part.temperature, factor / ranks * whole.temperature)
     places = (rows, rows, columns, columns)
     for found, wanted, place in zip(part.statistics, whole.statistics, places, strict=True):
         close(found, None if wanted is None else wanted[place])
@@ -214,7 +220,20 @@ def _check_ranks(rank: int, ranks: int) -> None:
     check_all(rank, ranks, torch.float32, "auto", ddp=True)
     with patched(chunked, CPU_WORKSPACE=1):  # blocks of 32 anchors
         check_all(rank, ranks, torch.bfloat16, "auto")
-    for check in (_check_blocks, _check_deterministic, _check_ddp, _check_settings, _check_failures, _check_group):
+    if ranks == 2 and backends.availability("contrastive", "triton").ok:
+        batch = Batch.drawn(ranks, True, torch.float32, (9, 24))
+        options = Options(True, ("weights", "label"), ("mask", "lists"), True, True, BOTH)
+        for exchange in ("gather", "ring"):
+            check_case(batch, options, rank, exchange=exchange, backend="triton", ddp=True)
+    for check in (
+        _check_blocks,
+        _check_deterministic,
+        _check_ddp,
+        _check_compiled,
+        _check_settings,
+        _check_failures,
+        _check_group,
+    ):
         check(rank, ranks)
 
 
@@ -224,7 +243,7 @@ def test_ranks(tmp_path, ranks):
 
 
 def _check_blocks(rank: int, ranks: int) -> None:
-    """Of all keys at once, or of those of one rank at a time."""
+    """Of all keys at once, and then with the bits of one process; or of those of one rank at a time."""
     seen: list[int] = []
 
     def visited(kernels: Any, problem: Any, both: bool) -> Any:
@@ -232,6 +251,11 @@ def _check_blocks(rank: int, ranks: int) -> None:
         return statistics(kernels, problem, both)
 
     batch, statistics, counts = Batch.drawn(ranks, False, torch.float32), chunked.statistics, KEYS[ranks]
+    for settings in ({}, BOTH):
+        options = Options(False, ("label",), settings=settings)
+        whole = compute(hpkernels.contrastive, batch, options, None)
+        part = compute(contrastive, batch, options, rank, exchange="gather")
+        assert torch.equal(part.statistics.log_denominator, whole.statistics.log_denominator[batch.rows(rank)])
     with patched(chunked, statistics=visited):
         compute(contrastive, batch, Options(False, ("label",), settings=BOTH), rank, exchange="gather")
         assert seen == [sum(counts)]
@@ -283,6 +307,22 @@ def _check_ddp(rank: int, ranks: int) -> None:
                 assert_close(parameter.grad, wanted.grad, 2e-6)
 
 
+def _check_compiled(rank: int, ranks: int) -> None:
+    """A compiled step calls the loss outside of its graph."""
+    batch = Batch.drawn(ranks, True, torch.float32)
+    ids = batch.ids[batch.rows(rank), 0]
+
+    def step(codes: Tensor) -> Tensor:
+        return 2 * contrastive(normalize(codes + 1), positives=ids)
+
+    found = []
+    for function in (step, torch.compile(step, backend="eager")):
+        codes = batch.anchors[batch.rows(rank)].clone().requires_grad_()
+        found.append((function(codes), *torch.autograd.grad(function(codes), codes)))
+    for eager, compiled in zip(*found, strict=True):
+        assert_close(compiled, eager, 1e-6)
+
+
 def _check_settings(rank: int, ranks: int) -> None:
     """What differs between ranks is named on all of them."""
     anchors = torch.eye(6, 4)
@@ -296,24 +336,24 @@ def _check_settings(rank: int, ranks: int) -> None:
         ({"anchor_weight": torch.ones(6) if last else None}, "anchor_weight", "None", "given"),
     ]:
         text = raised(contrastive, anchors, **{"positives": labels, "temperature": 0.1} | given)
-        want = (
-            f"ValueError: contrastive: `{name}` must be the same on all ranks, got {values[0]} on {others}, {values[1]}"
-        )
+        want = f"ValueError: distributed.contrastive: `{name}` must be the same on all ranks, got {values[0]} on {others}, {values[1]}"
         assert text.startswith(want), text
 
 
 def _check_failures(rank: int, ranks: int) -> None:
     """A rank that fails has its own error, the others its sentence; and no one waits."""
     batch = Batch.drawn(ranks, False, torch.float32)
-    told = "RuntimeError: contrastive: rank 1 has failed, and so no rank can go on: "
+    told = "RuntimeError: distributed.contrastive: rank 1 has failed, and so no rank can go on: "
     wrong = {"temperature": 0.1 if rank != 1 else -1.0}
     text = raised(contrastive, batch.anchors[batch.rows(rank)], positives=batch.ids[batch.rows(rank), 0], **wrong)
-    sentence = "ValueError: contrastive: `temperature` must be a finite number above 0, got -1.0"
+    sentence = "ValueError: distributed.contrastive: `temperature` must be a finite number above 0, got -1.0"
     assert text == (sentence if rank == 1 else told + sentence)
 
     lists = PairLists(torch.tensor([0, 1]), torch.tensor([ranks if rank == 1 else ranks - 1]))
     text = raised(contrastive, torch.ones(1, 2), positives=lists)
-    sentence = f"ValueError: contrastive: `positives.indices` must be keys from 0 to {ranks - 1}, got {ranks}"
+    sentence = (
+        f"ValueError: distributed.contrastive: `positives.indices` must be keys from 0 to {ranks - 1}, got {ranks}"
+    )
     assert text == (sentence if rank == 1 else told + sentence)
 
     def fail(*_: Any) -> Any:
@@ -351,7 +391,7 @@ def test_double_backward_is_refused():
         anchors = torch.eye(4, 3, requires_grad=True)
         loss = contrastive(anchors, positives=torch.tensor([0, 0, 1, 1]), reduction=reduction)
         (gradient,) = torch.autograd.grad(loss.sum(), anchors, create_graph=True)
-        with pytest.raises(RuntimeError, match="contrastive: double backward is not supported"):
+        with pytest.raises(RuntimeError, match="distributed.contrastive: double backward is not supported"):
             gradient.square().sum().backward()
 
 
@@ -377,22 +417,33 @@ def test_autocast():
     wanted = contrastive(anchors, keys, positives=labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(contrastive(anchors, keys.bfloat16(), positives=labels), wanted)
-    assert raised(contrastive, anchors, keys.bfloat16(), positives=labels).startswith("TypeError: contrastive: `keys`")
+    assert raised(contrastive, anchors, keys.bfloat16(), positives=labels).startswith(
+        "TypeError: distributed.contrastive: `keys`"
+    )
 
 
 def test_errors():
     anchors, labels = torch.eye(4, 3), torch.tensor([0, 0, 1, 1])
     mask = PositiveMask.from_labels(labels)
     for given, text in [
-        ({"exchange": "tree"}, "ValueError: contrastive: `exchange` must be one of 'gather', 'ring', got 'tree'"),
-        ({"ddp": 1}, "TypeError: contrastive: `ddp` must be True or False, got int 1"),
-        ({"positives": mask}, "ValueError: contrastive: `positives` must be a mask of 4 anchors and 4 keys, got"),
-        ({"positives": labels[:3]}, "ValueError: contrastive: `positives.anchor_ids` must be"),
-        ({"key_bias": torch.zeros(3)}, "ValueError: contrastive: `key_bias` must be"),
-        ({"anchors": torch.zeros(0, 3)}, "ValueError: contrastive: `anchors` must not be empty"),
-        ({"anchors": torch.full((4, 3), torch.nan)}, "ValueError: contrastive: `anchors` must be finite"),
-        ({"anchors": torch.full((4, 3), 1e19)}, "ValueError: contrastive: `anchors` and `keys` must have inner"),
-        ({"return_statistics": None}, "TypeError: contrastive: `return_statistics` must be True or False"),
+        (
+            {"exchange": "tree"},
+            "ValueError: distributed.contrastive: `exchange` must be one of 'gather', 'ring', got 'tree'",
+        ),
+        ({"ddp": 1}, "TypeError: distributed.contrastive: `ddp` must be True or False, got int 1"),
+        (
+            {"positives": mask},
+            "ValueError: distributed.contrastive: `positives` must be a mask of 4 anchors and 4 keys, got",
+        ),
+        ({"positives": labels[:3]}, "ValueError: distributed.contrastive: `positives.anchor_ids` must be"),
+        ({"key_bias": torch.zeros(3)}, "ValueError: distributed.contrastive: `key_bias` must be"),
+        ({"anchors": torch.zeros(0, 3)}, "ValueError: distributed.contrastive: `anchors` must not be empty"),
+        ({"anchors": torch.full((4, 3), torch.nan)}, "ValueError: distributed.contrastive: `anchors` must be finite"),
+        (
+            {"anchors": torch.full((4, 3), 1e19)},
+            "ValueError: distributed.contrastive: `anchors` and `keys` must have inner",
+        ),
+        ({"return_statistics": None}, "TypeError: distributed.contrastive: `return_statistics` must be True or False"),
     ]:
         assert raised(contrastive, **({"anchors": anchors, "positives": labels} | given)).startswith(text)
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,10 @@ from torch import Tensor
 
 Group = Any
 """A ``torch.distributed.ProcessGroup`` or None; builds of PyTorch without torch.distributed do not have the class."""
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Gathered(NamedTuple):
@@ -210,6 +215,23 @@ def together(op: str, group: Group = None) -> Iterator[dict[str, Any]]:
     except Exception as raised:
         error = raised
     agree(op, group, error=error, **shared)
+
+
+def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have ``torch.compile`` leave a call of `function` out of its graphs: it cannot trace the exchange of objects.
+
+    As ``torch.compiler.disable`` does, which imports the compiler, and that takes longer than all else: so not before
+    the compiler is there.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **options: _P.kwargs) -> _R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        result: _R = torch.compiler.disable(function)(*args, **options)  # type: ignore[no-untyped-call]
+        return result
+
+    return call
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -30,7 +30,7 @@ from hpkernels.ops.contrastive.registration import Arguments
 from hpkernels.ops.contrastive.relations import Relation
 from hpkernels.ops.hidden_positives.bits import bits_of_columns
 
-OP = "contrastive"
+OP = "distributed.contrastive"
 
 
 class Share(NamedTuple):
@@ -57,7 +57,7 @@ class _Rank:
 
     def __init__(self, share: Share) -> None:
         arguments = share.arguments
-        self._kernels: Any = backends.implementation(OP, arguments.backend)
+        self._kernels: Any = backends.implementation("contrastive", arguments.backend)
         self._arguments, self._group = arguments, share.group
         self._anchors = arguments._replace(keys=None).problem(self._kernels)
         self._own = sum(share.counts[: rank_in(share.group)]) if arguments.keys is None else -1

@@ -164,6 +164,7 @@ def _pass(sent: Sequence[Tensor], target: int, received: Sequence[Tensor], sourc
     return dist.batch_isend_irecv(works) if works else []
 
 
-def _wait(works: Sequence[Any]) -> None:
-    for work in works:
-        work.wait()
+def _wait(works: list[Any]) -> None:
+    """Until all is sent and received; then forget them, for they keep what was sent."""
+    while works:
+        works.pop(0).wait()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.backends import Backend
-from hpkernels.distributed._collectives import Group, gathered_rows, ranks_of, together
+from hpkernels.distributed._collectives import Group, eager, gathered_rows, ranks_of, together
 from hpkernels.distributed._contrastive import OP, Share, loss_of
 from hpkernels.ops import _checks as check
 from hpkernels.ops.contrastive import ContrastiveStatistics
@@ -66,6 +66,7 @@ def contrastive(
 ) -> tuple[Tensor, ContrastiveStatistics]: ...
 
 
+@eager
 def contrastive(
     anchors: Tensor,
     keys: Tensor | None = None,
@@ -128,7 +129,7 @@ def contrastive(
     Notes:
         With "mean" and "sum" gradients are found forward, and backward exchanges nothing. With "none" every rank must
         call backward as well, which exchanges keys again; the gradient is that of the sum over ranks of what they make
-        of their losses. Deterministic: sums over ranks are taken in a fixed order. Double backward is refused. Bytes
+        of their losses. ``torch.compile`` leaves the call out of its graphs. Deterministic: sums over ranks are taken in a fixed order. Double backward is refused. Bytes
         that are exchanged, and memory: docs/distributed.md.
 
     Example:
@@ -168,7 +169,8 @@ def contrastive(
             backend=backend,
             all_keys=sum(counts),
         )
-        shared.update(_settings(arguments), temperature=float(temperature))
+        shared.update(_settings(arguments))
+        shared["temperature"] = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
     share = Share(arguments, counts, group, exchange == "ring", ranks if ddp else 1)
     loss, rows, columns = loss_of(share)
     return (loss, ContrastiveStatistics.of(rows, columns)) if return_statistics else loss

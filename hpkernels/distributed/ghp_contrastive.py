@@ -20,6 +20,7 @@ from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.distributed._collectives import (
     Group,
+    eager,
     fingerprint,
     gathered_rows,
     of_first_rank,
@@ -39,6 +40,7 @@ from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions,
 _OP = "distributed.ghp_contrastive"
 
 
+@eager
 def ghp_contrastive(
     z: Tensor,
     features: Tensor,
