@@ -216,8 +216,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     if arguments.one_pass:
         ctx.found = len(found)
         # Of the inputs those that need gradients, for `contrastive_scaled`; a bank of keys may be written meanwhile.
-        inputs = zip(_differentiable(arguments), arguments.needs, strict=True)
-        ctx.save_for_backward(*found, *(value for value, needed in inputs if needed))
+        differentiable = zip(_differentiable(arguments), arguments.needs, strict=True)
+        ctx.save_for_backward(*found, *(value for value, needed in differentiable if needed))
         return
     tensors, ctx.settings = arguments.parts()
     ctx.save_for_backward(rows, columns, *tensors)
