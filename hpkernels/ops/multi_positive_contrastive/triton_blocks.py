@@ -65,6 +65,16 @@ def anchors_from(start, first, last, COUNT: tl.constexpr):
 
 
 @triton.jit
+def words_to(bits, words, bits_t, words_t, columns, start, own_first, PART: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT words of the relations of `columns` to anchors from `start` on; of a PART only `bits_t` has them."""
+    if PART:
+        found = words_from(bits_t, columns, words_t, start - own_first // 32 * 32, COUNT)
+    else:
+        found = words_from(bits, columns, words, start, COUNT)
+    return found
+
+
+@triton.jit
 def words_between(first, last, start, COUNT: tl.constexpr):
     """COUNT words from column `start` on, whose columns [first, last) are set."""
     begin = start + 32 * tl.arange(0, COUNT)
@@ -210,9 +220,6 @@ def contrastive_blocks_bwd_kernel(
     base_i, push_i, pull_i, specific_i = load_numbers(numbers, rows)
     shared = tl.load(shift)
     gradient = tl.zeros((BLOCK_ROWS, BLOCK_GRAD), tl.float32)
-    row_start_t = row_start
-    if PART:
-        row_start_t -= own_first // 32 * 32
     COUNT: tl.constexpr = BLOCK_COLUMNS // 32
     ROW_COUNT: tl.constexpr = BLOCK_ROWS // 32
     for start in range(first // 32 * 32, last, BLOCK_COLUMNS):
@@ -223,13 +230,13 @@ def contrastive_blocks_bwd_kernel(
         in_i &= ~own_words(rows, start, COUNT)
         in_j = drawn_words(negatives, columns, group, words, row_start, SAMPLED, ROW_COUNT)
         if not SYMMETRIC:
-            to_i = words_from(positives_t, columns, words_t, row_start_t, ROW_COUNT)
+            to_i = words_to(positives, words, positives_t, words_t, columns, row_start, own_first, PART, ROW_COUNT)
             in_j |= to_i
         in_j &= ~own_words(columns, row_start, ROW_COUNT)
         if HAS_SPECIFIC:
             task_j = words_from(specific, of_rows, words, start, COUNT) & inside
             if not SYMMETRIC:
-                task_i = words_from(specific_t, columns, words_t, row_start_t, ROW_COUNT)
+                task_i = words_to(specific, words, specific_t, words_t, columns, row_start, own_first, PART, ROW_COUNT)
         base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
         logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         logits *= scale
