@@ -129,8 +129,8 @@ def contrastive(
     Notes:
         With "mean" and "sum" gradients are found forward, and backward exchanges nothing. With "none" every rank must
         call backward as well, which exchanges keys again; the gradient is that of the sum over ranks of what they make
-        of their losses. ``torch.compile`` leaves the call out of its graphs. Deterministic: sums over ranks are taken in a fixed order. Double backward is refused. Bytes
-        that are exchanged, and memory: docs/distributed.md.
+        of their losses. ``torch.compile`` leaves the call out of its graphs. Deterministic: sums over ranks are taken
+        in a fixed order. Double backward is refused. Bytes that are exchanged, and memory: docs/distributed.md.
 
     Example:
         >>> import torch, hpkernels.distributed
