@@ -178,10 +178,10 @@ def _contrastive_results(kernels: Any, given: dict[str, Tensor]) -> Iterator[tup
     anchors, needs = kernels.vectors(given["z"]), chunked.Needs(True, True, True, True)
     bias, scale = given["grad_values"][:, 0] / 8, given["weight"] * 0 + 10
     for positives, excluded, own, both, inside in (
-        ("labels", None, True, False, False),
-        ("mask", "labels", True, False, False),
         ("weighted lists", "mask", False, True, False),
         ("lists", "labels", False, True, True),
+        ("mask", "labels", True, False, False),
+        ("labels", None, True, False, False),
     ):
         triangle = own and excluded is None
         problem = Problem(
