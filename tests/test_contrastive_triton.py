@@ -190,7 +190,7 @@ def test_the_same_bits_twice(kernels):
 
 
 def test_lists_that_name_what_is_not_there(kernels):
-    """Keys out of range are no pairs, entries beyond the last are not read, the greatest weight of duplicates counts."""
+    """Keys out of range are no pairs, entries beyond the last are not read, the greatest of duplicates counts."""
     offsets = torch.tensor([0, 4, 4, 6, 9])
     indices = torch.tensor([0, -1, 40, 2**40, 39, 39, 1, 1])
     weights = torch.tensor([1.0, 5.0, 5.0, 5.0, 0.5, 2.0, 3.0, 1.0])
