@@ -41,6 +41,8 @@ def relation(forms, anchors, keys, seed):
             parts[name] = values[torch.randint(5, (count, 2), generator=random)]
     if "mask" in forms:
         parts["bits"] = pack_bits(torch.rand((anchors, keys), generator=random) < 0.2)
+        if keys % 32:  # bits beyond the last key mean nothing
+            parts["bits"][:, -1] |= -1 << (keys % 32)
     if {"lists", "weights"} & set(forms):
         lengths = torch.randint(6, (anchors,), generator=random)
         parts["offsets"] = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
