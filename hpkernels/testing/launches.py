@@ -230,7 +230,8 @@ def _contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
             decoupled,
             exclude_positives,
         )
-        tile = Tile(slice(0, min(chunked.rows_of_block(problem), sizes.anchors)), slice(0, sizes.anchors))
+        rows_of_block = chunked.rows_of_block(problem, kernels.pair_bytes(problem))
+        tile = Tile(slice(0, min(rows_of_block, sizes.anchors)), slice(0, sizes.anchors))
         products = make.normal(*tile.shape).float()
         pairs = kernels.pairs(products, tile, problem, kernels.prepare(problem))
         statistics, numbers = [], []

@@ -258,7 +258,7 @@ def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == out.dtype:
         out.addmm_(left, right)
-        return
-    product = torch.empty_like(out)
-    _set_product(product, left, right)
-    out += product
+    elif left.device.type == "cpu":
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
