@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="verify, measure and write CSV files and plots")
     command.add_argument("--quick", action="store_true", help="one small case a call; nothing is written by default")
     command.add_argument("--op", action="append", metavar="OP", help="only this op; may be repeated")
+    command.add_argument("--call", action="append", metavar="CALL", help="only this call of an op; may be repeated")
     command.add_argument("--provider", action="append", metavar="NAME", help="only this provider; may be repeated")
     command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
@@ -102,6 +103,11 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
     chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
+    unknown = set(options.call or ()) - {case.call for case in chosen}
+    if unknown:
+        known = ", ".join(dict.fromkeys(case.call for case in chosen))
+        parser.error(f"unknown call {', '.join(sorted(unknown))}; known are {known}")
+    chosen = [case for case in chosen if not options.call or case.call in options.call]
     failed = False
     try:
         for row in run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes):

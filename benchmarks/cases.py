@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import hpkernels
 from hpkernels.ops._philox import bernoulli
@@ -20,6 +21,7 @@ Inputs = dict[str, Any]
 DIM, FEATURE_DIM, POOL_SIZE = 512, 384, 2048
 HEADS, HEAD_DIM, PREFIX_TOKENS = 6, 64, 1  # ViT-S
 NEGATIVE_RATE, SPECIFIC_WEIGHT, TEMPERATURE, SEED = 0.02, 0.5, 0.6, 0
+CLASSES, QUEUE, CLIP_DIM = 100, 65536, 768
 LARGEST_VERIFIED = 1568  # anchors: more are verified by the same case with this many
 
 
@@ -88,15 +90,19 @@ _FULL = {
         "apply+backward": (4, 16),
         "whole+backward": (1, 4),
     },
+    "contrastive": {"keys": (1, 4, 8), "own": (1, 4, 8, 98), "queue": (1,), "both": (1, 4, 8)},
     "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
     "training_step": {"forward+backward": (1, 4)},
 }
 _ONLY_ON_GPU = {
     "multi_positive_contrastive": ("rate=0.2", "rate=1", "density=0.001", "density=0.1"),
+    "contrastive": ("dim=768", "clip"),
     "ghp_contrastive": ("rate=1",),
 }
-"""Negative rates other than the published 0.02, and the share of pairs that are positives, by random labels."""
+"""Negative rates other than the published 0.02; the share of pairs that are positives, by random labels; another D, and
+pairs of an image and its caption."""
 _SIZES_ON_GPU = (16, 64)
+_GRIDS = {"contrastive": (32, 32)}  # sizes of batches, which are powers of two
 _QUICK_IMAGES = {"masked_topk": 4, "local_propagation": 4}
 
 OPS = tuple(_FULL)
@@ -118,7 +124,8 @@ def cases(
         sizes = dict.fromkeys((*sizes, *_ONLY_ON_GPU.get(op, ())), _SIZES_ON_GPU)
     if images is not None or quick:
         sizes = dict.fromkeys(sizes, tuple(images or (_QUICK_IMAGES.get(op, 1),)))
-    return [Case(op, call, count, device=device, dtype=dtype) for call, counts in sizes.items() for count in counts]
+    grid = _GRIDS.get(op, Case.grid)
+    return [Case(op, call, count, grid, device, dtype) for call, counts in sizes.items() for count in counts]
 
 
 @lru_cache(maxsize=1)
@@ -210,6 +217,25 @@ def _dense(weights: Tensor) -> Tensor:
     return torch.stack([torch.einsum("sct,ct->ts", neighbours, own.flatten(1)) for own in weights])
 
 
+def _contrastive(case: Case) -> Inputs:
+    """Unit rows and their labels; without `keys` the anchors are each other's."""
+    generator = _generator()
+    dim = CLIP_DIM if case.call in ("dim=768", "clip") else DIM
+
+    def rows(count: int) -> tuple[Tensor, Tensor]:
+        vectors = torch.randn((count, dim), generator=generator)
+        return normalize(vectors), torch.randint(CLASSES, (count,), generator=generator)
+
+    anchors, labels = rows(case.anchors)
+    keys, key_labels = None, labels
+    if case.call != "own":
+        keys, key_labels = rows(QUEUE if case.call == "queue" else case.anchors)
+    if case.call == "clip":
+        labels = key_labels = torch.arange(case.anchors)
+    settings = {"temperature": 0.07, "both_directions": case.call in ("both", "clip")}
+    return {"anchors": anchors, "keys": keys, "labels": labels, "key_labels": key_labels, "settings": settings}
+
+
 def _ghp_contrastive(case: Case) -> Inputs:
     problem = _problem(case.images, case.grid, DIM)
     return {
@@ -271,6 +297,7 @@ _INPUTS: dict[str, Callable[[Case], Inputs]] = {
     "hidden_positives": _hidden_positives,
     "multi_positive_contrastive": _multi_positive_contrastive,
     "local_propagation": _local_propagation,
+    "contrastive": _contrastive,
     "ghp_contrastive": _ghp_contrastive,
     "training_step": _training_step,
 }

@@ -37,7 +37,7 @@ _CHECKOUT = Path(__file__).parent.parent
 SMALL = Sizes(images=3, grid=(7, 9), dim=45, feature_dim=37, pool_size=150, heads=2, head_dim=23, large_grid=(6, 11))
 """What the sanitizers see, which make kernels a hundred times slower: more than a tile, and no multiple of anything."""
 KERNELS = ("cuda", "triton")
-FASTEST_KNOWN = ("published", "compiled", "torch-topk", "torch-matmul", "torch-bmm")
+FASTEST_KNOWN = ("published", "compiled", "torch-topk", "torch-matmul", "torch-bmm", "torch-dense", "memeff")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def steps(output: Path) -> Plan:
         ours = {f"exercise-{backend}": ("--provider", backend) for backend in KERNELS}
         return (Step(name, (*run, *chosen, *options), seconds, words=ours),)
 
-    loss, parts = ["ghp_contrastive"], [op for op in OPS if op != "ghp_contrastive"]
+    apart = ["ghp_contrastive", "contrastive"]
+    loss, parts = apart[:1], [op for op in OPS if op not in apart]
     paper, small = ("--images", "16", "--images", "64"), ("--images", "1", "--images", "4")
 
     def of_both(task: str, seconds: float, *command: str) -> list[Step]:
@@ -133,6 +134,7 @@ def steps(output: Path) -> Plan:
             testing,
         ),
         measure("ops", 70, parts, FASTEST_KNOWN, *paper),
+        measure("contrastive", 60, ["contrastive"], FASTEST_KNOWN, "--images", "64", "--dtype", "bfloat16"),
         measure("small", 30, loss, ["published"], *small),
         measure("bfloat16", 60, OPS, ["published"], "--images", "16", "--dtype", "bfloat16"),
         measure("float32", 60, OPS, ["published"], "--images", "16", "--dtype", "float32"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Outputs, applied, attention_of, compiled, differentiate, leaf, provides
+from benchmarks.providers import Outputs, applied, attention_of, compiled, contrasted, differentiate, leaf, provides
 
 
 @provides("masked_topk", "torch-topk")
@@ -61,13 +61,83 @@ def _compiled_matmul(inputs: Inputs) -> Outputs:
     only=("cpu", "float32"),
 )
 def _metric_learning(inputs: Inputs) -> Outputs:
+    z = leaf(inputs["z"])
+    return differentiate(_sup_con(inputs)(z, inputs["labels"]), z=z)
+
+
+def _sup_con(inputs: Inputs) -> Callable:
     from pytorch_metric_learning.distances import DotProductSimilarity
     from pytorch_metric_learning.losses import SupConLoss
 
-    z = leaf(inputs["z"])
     similarity = DotProductSimilarity(normalize_embeddings=False)  # the rows are unit vectors already
-    loss = SupConLoss(inputs["settings"]["temperature"], distance=similarity)
-    return differentiate(loss(z, inputs["labels"]), z=z)
+    return SupConLoss(inputs["settings"]["temperature"], distance=similarity)
+
+
+@provides(
+    "contrastive",
+    "pytorch-metric-learning",
+    "keys",
+    "own",
+    "queue",
+    package="pytorch_metric_learning",
+    most_anchors=12544,
+    only=("cpu", "float32"),
+)
+def _metric_learning_of_keys(inputs: Inputs) -> Outputs:
+    loss, labels = _sup_con(inputs), inputs["labels"]
+    others = {} if inputs["keys"] is None else {"ref_labels": inputs["key_labels"]}
+    return contrasted(inputs, lambda anchors, keys: loss(anchors, labels, ref_emb=keys, **others))
+
+
+@provides("contrastive", "memeff", "clip", package="memeff", only=("cuda", "bfloat16"))
+def _memeff(inputs: Inputs) -> Outputs:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # Otherwise gradients are multiplied by a number that grows with the batch.
+    loss = MemoryEfficientCLIPLoss(inputs["settings"]["temperature"], normalized_inputs=True, stable=False)
+    return contrasted(inputs, loss)
+
+
+@provides("contrastive", "torch-dense", most_anchors=12544)
+def _dense(inputs: Inputs, loss_of: Callable | None = None) -> Outputs:
+    def loss(anchors: Tensor, keys: Tensor | None) -> Tensor:
+        # In float32: logits rounded to half precision, and then divided by the temperature, would be other logits.
+        anchors, own = anchors.float(), keys is None
+        keys = anchors if keys is None else keys.float()
+        labels = inputs["labels"], inputs["key_labels"]
+        return (loss_of or _dense_loss)(anchors, keys, *labels, own=own, **inputs["settings"])
+
+    return contrasted(inputs, loss)
+
+
+def _dense_loss(
+    anchors: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    key_labels: Tensor,
+    *,
+    own: bool,
+    temperature: float,
+    both_directions: bool,
+) -> Tensor:
+    logits = (anchors / temperature) @ keys.T
+    positives = labels[:, None] == key_labels
+    if own:
+        logits.fill_diagonal_(-torch.inf)
+        positives.fill_diagonal_(False)
+    loss = _of_rows(logits, positives)
+    return (loss + _of_rows(logits.T, positives.T)) / 2 if both_directions else loss
+
+
+def _of_rows(logits: Tensor, positives: Tensor) -> Tensor:
+    counts = positives.sum(dim=1)
+    losses = logits.logsumexp(dim=1) - logits.where(positives, 0).sum(dim=1) / counts.clamp(min=1)
+    return losses.where(counts > 0, 0).sum() / (counts > 0).sum()
+
+
+@provides("contrastive", "compiled", most_anchors=12544, compiles=True)
+def _compiled_dense(inputs: Inputs) -> Outputs:
+    return _dense(inputs, compiled(_dense_loss))
 
 
 @provides("local_propagation", "torch-bmm", "apply", "apply+backward", "whole+backward")

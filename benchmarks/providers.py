@@ -188,6 +188,21 @@ def applied(inputs: Inputs, apply: Callable[[Tensor], Tensor]) -> Outputs:
     return {"mixed": mixed.detach(), "grad_code": grad}
 
 
+def _contrastive(inputs: Inputs, backend: str) -> Outputs:
+    labels, own = inputs["labels"], inputs["keys"] is None
+    positives = hpkernels.Labels(labels, None if own else inputs["key_labels"])
+    settings = inputs["settings"] | {"positives": positives, "backend": backend}
+    return contrasted(inputs, lambda anchors, keys: hpkernels.contrastive(anchors, keys, **settings))
+
+
+def contrasted(inputs: Inputs, loss_of: Callable[[Tensor, Tensor | None], Tensor]) -> Outputs:
+    """The loss of anchors and keys, and their gradients, but for the keys of a queue, which are from earlier steps."""
+    leaves, keys = {"anchors": leaf(inputs["anchors"])}, inputs["keys"]
+    if keys is not None and inputs["call"] != "queue":
+        leaves["keys"] = keys = leaf(keys)
+    return differentiate(loss_of(leaves["anchors"], keys), **leaves)
+
+
 def _ghp_contrastive(inputs: Inputs, backend: str) -> Outputs:
     z, z_mixed = leaf(inputs["z"]), leaf(inputs["z_mixed"])
     return differentiate(_ghp_loss(inputs, z, z_mixed, backend), z=z, z_mixed=z_mixed)
@@ -227,6 +242,7 @@ _BACKEND_CALLS = {
     "hidden_positives": _hidden_positives,
     "multi_positive_contrastive": _multi_positive_contrastive,
     "local_propagation": _local_propagation,
+    "contrastive": _contrastive,
     "ghp_contrastive": _ghp_contrastive,
     "training_step": _training_step,
 }

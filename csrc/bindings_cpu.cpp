@@ -275,22 +275,40 @@ hpk::TilePairs<T> tile_pairs_of(const Tensor& positives, const Tensor& denominat
   return {data<uint32_t>(positives), data<uint32_t>(denominator), data<T>(weights)};
 }
 
-void contrastive_pairs(Tensor products, int64_t row, int64_t column, std::optional<Tensor> anchor_ids,
-                       std::optional<Tensor> key_ids, std::optional<Tensor> bits, std::optional<Tensor> offsets,
-                       std::optional<Tensor> indices, std::optional<Tensor> listed_weights,
-                       std::optional<Tensor> excluded_anchor_ids, std::optional<Tensor> excluded_key_ids,
-                       std::optional<Tensor> excluded_bits, std::optional<Tensor> excluded_offsets,
-                       std::optional<Tensor> excluded_indices, int64_t keys, int64_t own, bool triangle, bool decoupled,
-                       bool exclude_positives, double scale, std::optional<Tensor> bias, Tensor positives,
+// What the ops that find pairs take of the relations: parameters, arguments and schema.
+#define HPK_RELATIONS                                                                                                 \
+  std::optional<Tensor> anchor_ids, std::optional<Tensor> key_ids, std::optional<Tensor> bits,                        \
+      std::optional<Tensor> offsets, std::optional<Tensor> indices, std::optional<Tensor> listed_weights,             \
+      std::optional<Tensor> excluded_anchor_ids, std::optional<Tensor> excluded_key_ids,                              \
+      std::optional<Tensor> excluded_bits, std::optional<Tensor> excluded_offsets,                                    \
+      std::optional<Tensor> excluded_indices, int64_t keys, int64_t own, bool triangle, bool decoupled,               \
+      bool exclude_positives, double scale, std::optional<Tensor> bias
+#define HPK_RELATIONS_OF(T)                                                                                           \
+  hpk::PairRelations<T> {                                                                                             \
+    pair_forms_of(anchor_ids, key_ids, bits, offsets, indices), data<T>(listed_weights),                              \
+        pair_forms_of(excluded_anchor_ids, excluded_key_ids, excluded_bits, excluded_offsets, excluded_indices),      \
+        {keys, own, triangle, decoupled, exclude_positives}, static_cast<T>(scale), data<T>(bias)                     \
+  }
+#define HPK_RELATIONS_SCHEMA                                                                                          \
+  "Tensor? anchor_ids, Tensor? key_ids, Tensor? bits, Tensor? offsets, Tensor? indices, Tensor? listed_weights,"      \
+  " Tensor? excluded_anchor_ids, Tensor? excluded_key_ids, Tensor? excluded_bits, Tensor? excluded_offsets,"          \
+  " Tensor? excluded_indices, int keys, int own, bool triangle, bool decoupled, bool exclude_positives, float scale," \
+  " Tensor? bias"
+
+void contrastive_pairs(Tensor products, int64_t row, int64_t column, HPK_RELATIONS, Tensor positives,
                        Tensor denominator, std::optional<Tensor> weights) {
   with_type_of(products, [&](auto zero) {
     using T = decltype(zero);
-    const auto tile = logit_tile_of<T>(products, row, column);
-    hpk::contrastive_pairs_cpu<T>(
-        run, tile, pair_forms_of(anchor_ids, key_ids, bits, offsets, indices), data<T>(listed_weights),
-        pair_forms_of(excluded_anchor_ids, excluded_key_ids, excluded_bits, excluded_offsets, excluded_indices),
-        {keys, own, triangle, decoupled, exclude_positives}, tile_pairs_of<T>(positives, denominator, weights));
-    hpk::contrastive_logits_cpu<T>(run, tile, static_cast<T>(scale), data<T>(bias));
+    hpk::contrastive_pairs_cpu<T>(run, logit_tile_of<T>(products, row, column), HPK_RELATIONS_OF(T),
+                                  tile_pairs_of<T>(positives, denominator, weights));
+  });
+}
+
+void contrastive_whole_rows(Tensor products, int64_t row, HPK_RELATIONS, bool inside, Tensor coefficients, Tensor rows) {
+  with_type_of(products, [&](auto zero) {
+    using T = decltype(zero);
+    hpk::contrastive_whole_rows_cpu<T>(run, logit_tile_of<T>(products, row, 0), HPK_RELATIONS_OF(T), inside,
+                                       data<T>(coefficients), data<T>(rows));
   });
 }
 
@@ -372,11 +390,10 @@ STABLE_TORCH_LIBRARY(hpkernels_cpu, m) {
   m.def("contrastive_pairs_backward(Tensor z, bool across_images, float inverse_temperature, int anchors, int first,"
         " Tensor agnostic, Tensor agnostic_t, Tensor? specific, Tensor? specific_t, Tensor negatives, Tensor rows,"
         " Tensor(a!) grad_z) -> ()");
-  m.def("contrastive_pairs(Tensor(a!) products, int row, int column, Tensor? anchor_ids, Tensor? key_ids, Tensor? bits,"
-        " Tensor? offsets, Tensor? indices, Tensor? listed_weights, Tensor? excluded_anchor_ids,"
-        " Tensor? excluded_key_ids, Tensor? excluded_bits, Tensor? excluded_offsets, Tensor? excluded_indices, int keys,"
-        " int own, bool triangle, bool decoupled, bool exclude_positives, float scale, Tensor? bias,"
-        " Tensor(b!) positives, Tensor(c!) denominator, Tensor(d!)? weights) -> ()");
+  m.def("contrastive_pairs(Tensor(a!) products, int row, int column, " HPK_RELATIONS_SCHEMA
+        ", Tensor(b!) positives, Tensor(c!) denominator, Tensor(d!)? weights) -> ()");
+  m.def("contrastive_whole_rows(Tensor(a!) products, int row, " HPK_RELATIONS_SCHEMA
+        ", bool inside, Tensor coefficients, Tensor(b!) rows) -> ()");
   m.def("contrastive_statistics(Tensor logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
         " Tensor(a!) rows, Tensor(b!)? columns) -> ()");
   m.def("contrastive_gradient(Tensor(a!) logits, Tensor positives, Tensor denominator, Tensor? weights, bool inside,"
@@ -402,6 +419,7 @@ STABLE_TORCH_LIBRARY_IMPL(hpkernels_cpu, CPU, m) {
   m.impl("contrastive_block_backward", TORCH_BOX(&contrastive_block_backward));
   m.impl("contrastive_pairs_backward", TORCH_BOX(&contrastive_pairs_backward));
   m.impl("contrastive_pairs", TORCH_BOX(&contrastive_pairs));
+  m.impl("contrastive_whole_rows", TORCH_BOX(&contrastive_whole_rows));
   m.impl("contrastive_statistics", TORCH_BOX(&contrastive_statistics));
   m.impl("contrastive_gradient", TORCH_BOX(&contrastive_gradient));
   m.impl("draw_negatives", TORCH_BOX(&draw_negatives));

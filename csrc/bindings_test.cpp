@@ -190,23 +190,25 @@ py::tuple quantiles(Array<float> values, double low, double high) {
   return py::make_tuple(found[0], found[1], row.steps);
 }
 
-// Forward and backward by pairs, or by one block of everything, with made-up coefficients.
+// Forward and backward by pairs, or by one block of everything, with made-up coefficients: of the anchors from `first` on
+// that have rows of `agnostic` and of `products`. Of a part the transposed relation is made up as well.
 Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> agnostic, Array<uint32_t> negatives,
-                         bool by_pairs) {
-  const int64_t anchors = z.shape(0), dim = z.shape(1), per_image = negatives.shape(0);
-  const Array<uint32_t> agnostic_t = transpose_bits(agnostic, anchors), negatives_t = transpose_bits(negatives, anchors);
-  const hpk::Relations relations{anchors,           per_image,       0,                 anchors,
+                         bool by_pairs, int64_t first) {
+  const int64_t anchors = z.shape(0), dim = z.shape(1), per_image = negatives.shape(0), rows = agnostic.shape(0);
+  const Array<uint32_t> agnostic_t = rows == anchors ? transpose_bits(agnostic, anchors) : agnostic;
+  const Array<uint32_t> negatives_t = transpose_bits(negatives, anchors);
+  const hpk::Relations relations{anchors,           per_image,         first,           rows,
                                  agnostic.data(),   agnostic_t.data(), agnostic.data(), agnostic_t.data(),
                                  negatives.data(),  negatives_t.data()};
   hpk::count_pairs_cpu(run, relations);
-  std::vector<float> sums(3 * anchors, 0.0f), coefficients(anchors, 0.5f);
-  std::vector<int64_t> counts(2 * anchors, 0);
-  std::fill(sums.begin(), sums.begin() + anchors, -std::numeric_limits<float>::infinity());
-  const hpk::AnchorSums<float> found{sums.data(), sums.data() + anchors, sums.data() + 2 * anchors, counts.data(),
-                                     counts.data() + anchors};
-  const hpk::AnchorCoefficients<float> known{sums.data(), coefficients.data(), coefficients.data(),
+  std::vector<float> sums(3 * rows, 0.0f), coefficients(anchors, 0.5f);
+  std::vector<int64_t> counts(2 * rows, 0);
+  std::fill(sums.begin(), sums.begin() + rows, -std::numeric_limits<float>::infinity());
+  const hpk::AnchorSums<float> found{sums.data(), sums.data() + rows, sums.data() + 2 * rows, counts.data(),
+                                     counts.data() + rows};
+  const hpk::AnchorCoefficients<float> known{coefficients.data(), coefficients.data(), coefficients.data(),
                                              coefficients.data()};
-  Array<float> result({anchors, by_pairs ? dim : anchors});
+  Array<float> result({rows, by_pairs ? dim : anchors});
   if (by_pairs) {
     std::fill(result.mutable_data(), result.mutable_data() + result.size(), 0.0f);
     for (const bool across_images : {false, true}) {
@@ -218,7 +220,7 @@ Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> 
     }
   } else {
     std::copy(products.data(), products.data() + products.size(), result.mutable_data());
-    const hpk::Block<float> block{result.mutable_data(), 0, anchors, 0, anchors};
+    const hpk::Block<float> block{result.mutable_data(), first, rows, 0, anchors};
     hpk::contrastive_block_forward_cpu<float>(run, block, 2.0f, relations, found);
     hpk::contrastive_block_backward_cpu<float>(run, block, 1.0f, relations, known);
   }

@@ -46,7 +46,7 @@ def register(monkeypatch):
 
 def test_every_op_has_a_reference():
     assert backends.registered_ops() == sorted(
-        ["masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation"]
+        ["masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "contrastive"]
     )
     for op in backends.registered_ops():
         for device_type in ("cpu", "cuda"):

@@ -174,6 +174,32 @@ def test_published_contrastive_loss_is_the_reference(call):
     assert verify(case, provider(case, "published")) == 60
 
 
+@pytest.mark.parametrize("call", ["clip", "dim=768"])
+def test_contrastive_calls_of_a_gpu(call):
+    case = small(Case("contrastive", call, images=1))
+    assert case.inputs()["anchors"].shape == case.inputs()["keys"].shape == (60, 768)
+    assert verify(case, provider(case, "torch-dense")) == verify(case, provider(case, "cpu")) == 60
+
+
+def test_contrastive_cases():
+    sizes = {}
+    for case in cases("contrastive"):
+        sizes.setdefault(case.call, []).append(case.anchors)
+        assert case.verified().anchors == 1024
+    squares = [1024, 4096, 8192]
+    assert sizes == {"keys": squares, "own": [*squares, 100352], "queue": [1024], "both": squares}
+
+
+def test_contrastive_keys():
+    """A queue keeps its keys at every size, which receive no gradient; anchors without keys are their own."""
+    found = {case.call: (small(case).inputs(), small(case)) for case in cases("contrastive", quick=True)}
+    assert found["own"][0]["keys"] is None
+    assert found["queue"][0]["keys"].shape == (65536, 512) and found["keys"][0]["keys"].shape == (60, 512)
+    gradients = {call: set(provider(case, "cpu").run(inputs)) - {"loss"} for call, (inputs, case) in found.items()}
+    both = {"grad_anchors", "grad_keys"}
+    assert gradients == {"keys": both, "both": both, "own": {"grad_anchors"}, "queue": {"grad_anchors"}}
+
+
 def test_sizes_can_be_chosen():
     assert [case.images for case in cases("hidden_positives", images=(2, 3))] == [2, 3]
 
@@ -336,6 +362,16 @@ def test_run_from_end_to_end(tmp_path, capsys):
     assert "hidden_positives forward N=784" in capsys.readouterr().out
 
 
+def test_calls_can_be_chosen(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(command, "run", lambda cases, *_: chosen.extend(case.call for case in cases) or [])
+    assert (
+        command.main(["run", "--quick", "--op", "masked_topk", "--op", "contrastive", "--call", "k=8", "--call", "own"])
+        == 0
+    )
+    assert chosen == ["k=8", "own"]
+
+
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [timed(1e-3 * n, 2e-3 * n, anchors=n, provider=name) for n in (10, 100) for name in ("cpu", "torch-topk")]
@@ -349,6 +385,10 @@ def test_plots(tmp_path):
     [
         (["--op", "sorting"], "unknown op sorting; known are masked_topk"),
         (["--provider", "abacus"], "unknown provider abacus; known are"),
+        (
+            ["--op", "contrastive", "--call", "k=1", "--call", "own"],
+            "unknown call k=1; known are keys, own, queue, both",
+        ),
     ],
 )
 def test_unknown_names(arguments, message, capsys):

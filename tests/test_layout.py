@@ -99,7 +99,9 @@ def test_public_names_are_sorted_and_complete():
     assert functions <= set(hpkernels.__all__)
 
 
-@pytest.mark.parametrize("module", ["compat", "nn", "testing", "ops.hidden_positives", "ops.local_propagation"])
+@pytest.mark.parametrize(
+    "module", ["compat", "distributed", "nn", "testing", "ops.hidden_positives", "ops.local_propagation"]
+)
 def test_public_names_of_modules(module):
     module = importlib.import_module(f"hpkernels.{module}")
     for name in module.__all__:

@@ -1,5 +1,5 @@
-// The epilogue of contrastive on the CPU: what becomes of a tile of products between anchors and keys. Formulas, the
-// statistics and the numbers are those of hpkernels/ops/contrastive/reference.py. All tensors are contiguous.
+// The epilogue of contrastive on the CPU: what becomes of a tile of products between anchors and keys. Formulas,
+// statistics and numbers are those of hpkernels/ops/contrastive/reference.py. All tensors are contiguous.
 #pragma once
 
 #include "common/threads.h"
@@ -38,15 +38,21 @@ struct TilePairs {
   T* weights;
 };
 
-// Finds the pairs of a tile. `listed_weights` are those of the listed positives, or null.
+// What logits are made of products with, and what pairs are found in.
 template <typename T>
-void contrastive_pairs_cpu(ParallelFor run, const LogitTile<T>& tile, const PairForms& positives,
-                           const T* listed_weights, const PairForms& excluded, const PairRules& rules,
-                           const TilePairs<T>& pairs);
+struct PairRelations {
+  PairForms positives;
+  const T* listed_weights;  // of the listed positives, or null
+  PairForms excluded;
+  PairRules rules;
+  T scale;
+  const T* bias;  // (keys,), or null
+};
 
-// products * scale + bias, which is (keys,) or null.
+// Turns the products of a tile into logits, scale * products + bias, and finds its pairs.
 template <typename T>
-void contrastive_logits_cpu(ParallelFor run, const LogitTile<T>& tile, T scale, const T* bias);
+void contrastive_pairs_cpu(ParallelFor run, const LogitTile<T>& tile, const PairRelations<T>& relations,
+                           const TilePairs<T>& pairs);
 
 // Adds to the statistics of the tile's rows (rows, 4), and of its columns (columns, 4) or null.
 template <typename T>
@@ -57,5 +63,11 @@ void contrastive_statistics_cpu(ParallelFor run, const LogitTile<T>& tile, const
 template <typename T>
 void contrastive_gradient_cpu(ParallelFor run, const LogitTile<T>& tile, const TilePairs<T>& pairs, bool inside,
                               const T* rows, const T* columns);
+
+// All of these in turn for each row, which stays in a cache meanwhile: the statistics of rows (rows, 4), that are those of no
+// pairs before, and g in the place of the products, for anchors whose losses count `coefficients` (rows,) each.
+template <typename T>
+void contrastive_whole_rows_cpu(ParallelFor run, const LogitTile<T>& tile, const PairRelations<T>& relations, bool inside,
+                                const T* coefficients, T* rows);
 
 }  // namespace hpk

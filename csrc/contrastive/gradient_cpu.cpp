@@ -28,29 +28,28 @@ HPK_HOST_DEVICE void softmax_of_word(T* logits, uint32_t bits, int64_t count, T 
 }
 
 template <typename T, bool kColumns>
-HPK_HOST_DEVICE void gradient_of_row(T* logits, int64_t count, int64_t stride, const uint32_t* denominator,
-                                     const uint32_t* positives, const T* weights, bool inside, const T* numbers,
-                                     const T* columns) {
+HPK_HOST_DEVICE void gradient_along(T* logits, int64_t count, const RowPairs<T>& pairs, bool inside, const T* numbers,
+                                    const T* columns) {
   const T shift = numbers[0], push = numbers[1], pull_shift = numbers[2], pull = numbers[3];
   const T* shifts = columns;
-  const T* pushes = columns + stride;
-  const T* pull_shifts = columns + 2 * stride;
-  const T* pulls = columns + 3 * stride;
+  const T* pushes = columns + count;
+  const T* pull_shifts = columns + 2 * count;
+  const T* pulls = columns + 3 * count;
   for (int64_t first = 0; first < count; first += 32) {
     const int64_t end = count - first < 32 ? count - first : 32;
-    const uint32_t of_positives = positives[first / 32];
+    const uint32_t of_positives = pairs.positives[first / 32];
     T kept[32];  // logits of positives, which are overwritten
     if (inside && of_positives != 0) {
       for (int64_t c = 0; c < end; ++c) kept[c] = logits[first + c];
     }
     if (end == 32) {
-      softmax_of_word<T, kColumns>(logits + first, denominator[first / 32], 32, shift, push, shifts + first, pushes + first);
+      softmax_of_word<T, kColumns>(logits + first, pairs.denominator[first / 32], 32, shift, push, shifts + first, pushes + first);
     } else {
-      softmax_of_word<T, kColumns>(logits + first, denominator[first / 32], end, shift, push, shifts + first, pushes + first);
+      softmax_of_word<T, kColumns>(logits + first, pairs.denominator[first / 32], end, shift, push, shifts + first, pushes + first);
     }
     for (uint32_t left = of_positives; left != 0; left &= left - 1) {
       const int64_t c = __builtin_ctz(left), column = first + c;
-      const T weight = weights == nullptr ? T{1} : weights[column];
+      const T weight = pairs.weights == nullptr ? T{1} : pairs.weights[column];
       if (inside) {
         const T term = kept[c] + std::log(weight);
         logits[column] -= pull * std::exp(std::min(term - pull_shift, T{0}));
@@ -62,53 +61,42 @@ HPK_HOST_DEVICE void gradient_of_row(T* logits, int64_t count, int64_t stride, c
   }
 }
 
-#define HPK_DEFINE_GRADIENT(T)                                                                                        \
-  HPK_MULTIVERSION void scale_row(T* values, int64_t count, T scale, const T* bias) {                                 \
-    if (bias == nullptr) {                                                                                            \
-      HPK_SIMD                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) values[c] *= scale;                                                         \
-    } else {                                                                                                          \
-      HPK_SIMD                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) values[c] = values[c] * scale + bias[c];                                    \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  HPK_MULTIVERSION void gradient_row(T* logits, int64_t count, const uint32_t* denominator, const uint32_t* positives, \
-                                     const T* weights, bool inside, const T* numbers, const T* columns) {             \
-    if (columns == nullptr) {                                                                                         \
-      gradient_of_row<T, false>(logits, count, 0, denominator, positives, weights, inside, numbers, logits);          \
-    } else {                                                                                                          \
-      gradient_of_row<T, true>(logits, count, count, denominator, positives, weights, inside, numbers, columns);      \
-    }                                                                                                                 \
-  }
-HPK_DEFINE_GRADIENT(float)
-HPK_DEFINE_GRADIENT(double)
-#undef HPK_DEFINE_GRADIENT
-
 }  // namespace
 
-template <typename T>
-void contrastive_logits_cpu(ParallelFor run, const LogitTile<T>& tile, T scale, const T* bias) {
-  for_each_row(run, tile, [&](int64_t row) {
-    scale_row(tile.logits + row * tile.columns, tile.columns, scale, bias == nullptr ? nullptr : bias + tile.column);
-  });
-}
+#define HPK_DEFINE_ROWS(T)                                                                                            \
+  HPK_MULTIVERSION void scale_row(T* products, int64_t count, T scale, const T* bias) {                               \
+    if (bias == nullptr) {                                                                                            \
+      HPK_SIMD                                                                                                        \
+      for (int64_t c = 0; c < count; ++c) products[c] *= scale;                                                       \
+    } else {                                                                                                          \
+      HPK_SIMD                                                                                                        \
+      for (int64_t c = 0; c < count; ++c) products[c] = products[c] * scale + bias[c];                                \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  HPK_MULTIVERSION void gradient_of_row(T* logits, int64_t count, const RowPairs<T>& pairs, bool inside,              \
+                                        const T* numbers, const T* columns) {                                         \
+    if (columns == nullptr) {                                                                                         \
+      gradient_along<T, false>(logits, count, pairs, inside, numbers, logits);                                        \
+    } else {                                                                                                          \
+      gradient_along<T, true>(logits, count, pairs, inside, numbers, columns);                                        \
+    }                                                                                                                 \
+  }
+HPK_DEFINE_ROWS(float)
+HPK_DEFINE_ROWS(double)
+#undef HPK_DEFINE_ROWS
 
 template <typename T>
 void contrastive_gradient_cpu(ParallelFor run, const LogitTile<T>& tile, const TilePairs<T>& pairs, bool inside,
                               const T* rows, const T* columns) {
-  const int64_t words = words_per_row(tile.columns);
   for_each_row(run, tile, [&](int64_t row) {
-    const T* weights = pairs.weights == nullptr ? nullptr : pairs.weights + row * tile.columns;
-    gradient_row(tile.logits + row * tile.columns, tile.columns, pairs.denominator + row * words,
-                 pairs.positives + row * words, weights, inside, rows + 4 * row, columns);
+    gradient_of_row(tile.logits + row * tile.columns, tile.columns, row_of(pairs, tile, row), inside, rows + 4 * row,
+                    columns);
   });
 }
 
-#define HPK_INSTANTIATE(T) \
-  template void contrastive_logits_cpu<T>(ParallelFor, const LogitTile<T>&, T, const T*); \
-  template void contrastive_gradient_cpu<T>(ParallelFor, const LogitTile<T>&, const TilePairs<T>&, bool, const T*, const T*);
-HPK_INSTANTIATE(float)
-HPK_INSTANTIATE(double)
-#undef HPK_INSTANTIATE
+template void contrastive_gradient_cpu<float>(ParallelFor, const LogitTile<float>&, const TilePairs<float>&, bool,
+                                              const float*, const float*);
+template void contrastive_gradient_cpu<double>(ParallelFor, const LogitTile<double>&, const TilePairs<double>&, bool,
+                                               const double*, const double*);
 
 }  // namespace hpk

@@ -52,18 +52,22 @@ HPK_HOST_DEVICE uint32_t possible_pairs(int64_t word, int64_t columns, int64_t o
   return own >= 32 * word && own < 32 * word + 32 ? valid & ~(1u << (own - 32 * word)) : valid;
 }
 
+}  // namespace
+
 template <typename T>
-void pairs_of_row(const LogitTile<T>& tile, int64_t row, const PairForms& positives, const T* listed_weights,
-                  const PairForms& excluded, const PairRules& rules, const TilePairs<T>& pairs) {
+void pairs_of_row(const LogitTile<T>& tile, int64_t row, const PairRelations<T>& relations, const RowPairs<T>& pairs) {
+  const PairForms &positives = relations.positives, &excluded = relations.excluded;
+  const PairRules& rules = relations.rules;
+  uint32_t *of_positives = pairs.positives, *denominator = pairs.denominator;
+  T* weights = pairs.weights;
   const int64_t anchor = tile.row + row, words = words_per_row(tile.columns);
-  uint32_t* of_positives = pairs.positives + row * words;
-  uint32_t* denominator = pairs.denominator + row * words;
   std::fill_n(of_positives, words, 0u);
   std::fill_n(denominator, words, 0u);
   add_unlisted(positives, tile, rules.keys, anchor, of_positives);
   add_unlisted(excluded, tile, rules.keys, anchor, denominator);
-  for_each_listed(excluded, tile, anchor, [&](int64_t column, int64_t) { denominator[column / 32] |= 1u << column % 32; });
-  T* weights = pairs.weights == nullptr ? nullptr : pairs.weights + row * tile.columns;
+  for_each_listed(excluded, tile, anchor, [&](int64_t column, int64_t) {
+    denominator[column / 32] |= 1u << column % 32;
+  });
   if (weights != nullptr) {
     std::fill_n(weights, tile.columns, T{0});
     for (int64_t word = 0; word < words; ++word) {
@@ -71,7 +75,7 @@ void pairs_of_row(const LogitTile<T>& tile, int64_t row, const PairForms& positi
     }
   }
   for_each_listed(positives, tile, anchor, [&](int64_t column, int64_t place) {
-    const T weight = listed_weights == nullptr ? T{1} : listed_weights[place];
+    const T weight = relations.listed_weights == nullptr ? T{1} : relations.listed_weights[place];
     if (weights != nullptr) weights[column] = std::max(weights[column], weight);
     if (weight > 0) of_positives[column / 32] |= 1u << column % 32;
   });
@@ -85,20 +89,18 @@ void pairs_of_row(const LogitTile<T>& tile, int64_t row, const PairForms& positi
   }
 }
 
-}  // namespace
-
 template <typename T>
-void contrastive_pairs_cpu(ParallelFor run, const LogitTile<T>& tile, const PairForms& positives,
-                           const T* listed_weights, const PairForms& excluded, const PairRules& rules,
+void contrastive_pairs_cpu(ParallelFor run, const LogitTile<T>& tile, const PairRelations<T>& relations,
                            const TilePairs<T>& pairs) {
   for_each_row(run, tile, [&](int64_t row) {
-    pairs_of_row(tile, row, positives, listed_weights, excluded, rules, pairs);
+    pairs_of_row(tile, row, relations, row_of(pairs, tile, row));
+    scale_row(tile.logits + row * tile.columns, tile.columns, relations.scale, bias_of(relations, tile));
   });
 }
 
-#define HPK_INSTANTIATE(T) \
-  template void contrastive_pairs_cpu<T>(ParallelFor, const LogitTile<T>&, const PairForms&, const T*, \
-                                         const PairForms&, const PairRules&, const TilePairs<T>&);
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void pairs_of_row<T>(const LogitTile<T>&, int64_t, const PairRelations<T>&, const RowPairs<T>&);               \
+  template void contrastive_pairs_cpu<T>(ParallelFor, const LogitTile<T>&, const PairRelations<T>&, const TilePairs<T>&);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(double)
 #undef HPK_INSTANTIATE

@@ -131,20 +131,6 @@ T weight_at(const T* weights, int64_t column) {
   return weights == nullptr ? T{1} : weights[column];
 }
 
-template <typename T>
-void statistics_of_row(const LogitTile<T>& tile, int64_t row, const TilePairs<T>& pairs, bool inside, T* statistics) {
-  const int64_t words = words_per_row(tile.columns);
-  const T* logits = tile.logits + row * tile.columns;
-  const T* weights = pairs.weights == nullptr ? nullptr : pairs.weights + row * tile.columns;
-  statistics[0] = log_add_exp(statistics[0], log_sum_exp(logits, pairs.denominator + row * words, tile.columns));
-  Pull<T> pull(inside);
-  for (int64_t word = 0; word < words; ++word) {
-    for_each_bit(pairs.positives[row * words + word], word,
-                 [&](int64_t column) { pull.add(logits[column], weight_at(weights, column)); });
-  }
-  pull.add_to(statistics);
-}
-
 constexpr int64_t kBand = 8;  // words whose columns are summed together
 
 // greatest[c] = max(greatest[c], logits[c]) where bit c is set, for the columns of one word.
@@ -239,9 +225,22 @@ void statistics_of_columns(const LogitTile<T>& tile, int64_t word, const TilePai
 }  // namespace
 
 template <typename T>
+void statistics_of_row(const T* logits, int64_t count, const RowPairs<T>& pairs, bool inside, T* statistics) {
+  statistics[0] = log_add_exp(statistics[0], log_sum_exp(logits, pairs.denominator, count));
+  Pull<T> pull(inside);
+  for (int64_t word = 0; word < words_per_row(count); ++word) {
+    for_each_bit(pairs.positives[word], word,
+                 [&](int64_t column) { pull.add(logits[column], weight_at(pairs.weights, column)); });
+  }
+  pull.add_to(statistics);
+}
+
+template <typename T>
 void contrastive_statistics_cpu(ParallelFor run, const LogitTile<T>& tile, const TilePairs<T>& pairs, bool inside,
                                 T* rows, T* columns) {
-  for_each_row(run, tile, [&](int64_t row) { statistics_of_row(tile, row, pairs, inside, rows + 4 * row); });
+  for_each_row(run, tile, [&](int64_t row) {
+    statistics_of_row(tile.logits + row * tile.columns, tile.columns, row_of(pairs, tile, row), inside, rows + 4 * row);
+  });
   if (columns == nullptr) return;
   const int64_t bands = (words_per_row(tile.columns) + kBand - 1) / kBand;
   parallel_for(run, bands, 1, [&](int64_t begin, int64_t end) {
@@ -249,7 +248,8 @@ void contrastive_statistics_cpu(ParallelFor run, const LogitTile<T>& tile, const
   });
 }
 
-#define HPK_INSTANTIATE(T) \
+#define HPK_INSTANTIATE(T)                                                                                            \
+  template void statistics_of_row<T>(const T*, int64_t, const RowPairs<T>&, bool, T*);                                \
   template void contrastive_statistics_cpu<T>(ParallelFor, const LogitTile<T>&, const TilePairs<T>&, bool, T*, T*);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(double)

@@ -28,8 +28,8 @@ void hidden_positives_between_cuda(const Rows<T>& features, const Rows<T>& keys,
   launch_hidden_positives_between<StripSm80<T, Geometry80, true>>({features, keys}, arguments, either, stream);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                  \
-  template void hidden_positives_cuda<T>(const Rows<T>&, const float*, bool, uint32_t*, cudaStream_t);       \
+#define HPK_INSTANTIATE(T)                                                                                      \
+  template void hidden_positives_cuda<T>(const Rows<T>&, const float*, bool, uint32_t*, cudaStream_t);          \
   template void hidden_positives_between_cuda<T>(const Rows<T>&, const Rows<T>&, const BetweenArguments&, bool, \
                                                 cudaStream_t);
 HPK_INSTANTIATE(float)

@@ -18,8 +18,8 @@ void hidden_positives_between_sm90(const Rows<T>& features, const Rows<T>& keys,
   launch_hidden_positives_between<WideSm90<T>>(WideSm90<T>::operands(features, keys), arguments, either, stream);
 }
 
-#define HPK_INSTANTIATE(T)                                                                                  \
-  template void hidden_positives_sm90<T>(const Rows<T>&, const float*, bool, uint32_t*, cudaStream_t);       \
+#define HPK_INSTANTIATE(T)                                                                                      \
+  template void hidden_positives_sm90<T>(const Rows<T>&, const float*, bool, uint32_t*, cudaStream_t);          \
   template void hidden_positives_between_sm90<T>(const Rows<T>&, const Rows<T>&, const BetweenArguments&, bool, \
                                                 cudaStream_t);
 HPK_INSTANTIATE(__half)

@@ -15,7 +15,10 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.backends import Availability
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Inputs, compile_ahead, recorded
+from hpkernels.ops.contrastive import chunked
+from hpkernels.ops.contrastive.problem import Problem
+from hpkernels.ops.contrastive.relations import Relation
+from hpkernels.testing.launches import Inputs, compile_ahead, pairs_of_each_form, recorded
 from hpkernels.testing.rows import row_errors
 
 
@@ -72,21 +75,31 @@ def problem(dtype: torch.dtype, sizes: Sizes, device: torch.device | None = None
     images, height, width, heads, head_dim = sizes.attention
     group = torch.arange(anchors, device=make.device) // (anchors // sizes.images)
     rows = {name: make.unit_rows(anchors, sizes.dim) for name in ("specific", "z", "z_mixed")}
-    return rows | {
-        "features": make.unit_rows(anchors, sizes.feature_dim),
-        "pool": make.unit_rows(sizes.pool_size, sizes.feature_dim),
-        "specific_pool": make.unit_rows(sizes.pool_size, sizes.dim),
-        "group": group,
-        "pool_group": make.integers(sizes.images, sizes.pool_size),
-        "grad_values": make.normal(anchors, 8).float(),
-        "weight": make.scalar(0.5),
-        # So large that float16 gradients, of a mean over all anchors, are normal numbers.
-        "grad_losses": torch.tensor([256.0, 128.0], device=make.device),
-        "seed": make.scalar(0, torch.int64),
-        "query": make.normal(images, heads, 1 + height * width, head_dim),
-        "key": make.normal(images, heads, 1 + height * width, head_dim),
-        "code": make.normal(images, sizes.dim, height, width),
+    relations = {
+        f"{form}.{field}": value
+        for form, relation in pairs_of_each_form(make, anchors, anchors).items()
+        for field, value in relation._asdict().items()
+        if value is not None
     }
+    return (
+        rows
+        | relations
+        | {
+            "features": make.unit_rows(anchors, sizes.feature_dim),
+            "pool": make.unit_rows(sizes.pool_size, sizes.feature_dim),
+            "specific_pool": make.unit_rows(sizes.pool_size, sizes.dim),
+            "group": group,
+            "pool_group": make.integers(sizes.images, sizes.pool_size),
+            "grad_values": make.normal(anchors, 8).float(),
+            "weight": make.scalar(0.5),
+            # So large that float16 gradients, of a mean over all anchors, are normal numbers.
+            "grad_losses": torch.tensor([256.0, 128.0], device=make.device),
+            "seed": make.scalar(0, torch.int64),
+            "query": make.normal(images, heads, 1 + height * width, head_dim),
+            "key": make.normal(images, heads, 1 + height * width, head_dim),
+            "code": make.normal(images, sizes.dim, height, width),
+        }
+    )
 
 
 def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
@@ -147,6 +160,8 @@ def results(backend: str, checked: str, given: dict[str, Tensor], sizes: Sizes) 
                 branches, *relations, *drawn, pairs, rows, group, 0.6, rate, found is bits,
             )  # fmt: skip
             yield from ((f"gradient {what}", gradient) for gradient in gradients)
+    if has("contrastive"):
+        yield from _contrastive_results(of("contrastive"), given)
     if has("local_propagation"):
         local, (_, height, width, *_) = of("local_propagation"), sizes.attention
         weights = local.weights_forward(given["query"], given["key"], height, width, 28.0, 0.1, 0.9, 3, 1)
@@ -166,6 +181,51 @@ def _rectangles(
     for either, of_keys in ((True, nearest), (False, torch.full_like(nearest, -torch.inf))):
         found = discovery.between(features[image], features, nearest[image], of_keys, either, image.start)
         yield f"hidden_positives, rows of an image{'' if either else ', not symmetric'}", found
+
+
+def _contrastive_results(kernels: Any, given: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Statistics and gradients of `contrastive` by each form of pairs, among the anchors and in both directions."""
+
+    def relation(form: str | None) -> Relation:
+        return Relation(**{field: given.get(f"{form}.{field}") for field in Relation._fields})
+
+    anchors, needs = kernels.vectors(given["z"]), chunked.Needs(True, True, True, True)
+    bias, scale = given["grad_values"][:, 0] / 8, given["weight"] * 0 + 10
+    for positives, excluded, own, both, inside in (
+        ("weighted lists", "mask", False, True, False),
+        ("lists", "labels", False, True, True),
+        ("mask", "labels", True, False, False),
+        ("labels", None, True, False, False),
+    ):
+        triangle = own and excluded is None
+        problem = Problem(
+            anchors,
+            None if own else kernels.vectors(given["z_mixed"]),
+            relation(positives),
+            relation(excluded),
+            bias.to(scale.dtype).contiguous() if both else None,
+            scale,
+            0 if own else -1,
+            triangle,
+            inside,
+            decoupled=excluded == "labels",
+            exclude_positives=not both,
+        )
+        what = f"contrastive, {positives}{f' without {excluded}' * (excluded is not None)}"
+        if own and not triangle:
+            rows, gradients = chunked.one_pass(kernels, problem, None, needs)
+            statistics = [rows]
+        else:
+            statistics = [each for each in chunked.statistics(kernels, problem, both) if each is not None]
+            numbers = [chunked.numbers_of(each, torch.ones_like(each[:, 0]), inside) for each in statistics]
+            gradients = chunked.two_pass(kernels, problem, numbers[0], numbers[1] if both else None, needs)
+        for of_each in statistics:
+            yield f"statistics of {what}", of_each[:, 0]
+            yield f"pull of {what}", of_each[:, 1]
+            yield f"pairs of {what}", of_each[:, 2:]
+        for name, gradient in gradients._asdict().items():
+            if gradient is not None:  # numbers of which each may be a difference of large ones are one row
+                yield f"gradient of {what}, {name}", gradient if gradient.dim() == 2 else gradient.reshape(1, -1)
 
 
 def wrong_rows(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> int:

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _triton
+from hpkernels.ops.contrastive import chunked
+from hpkernels.ops.contrastive.problem import Problem, Tile
+from hpkernels.ops.contrastive.relations import Relation
+from hpkernels.ops.hidden_positives.bits import words_per_row
 
 NEGATIVE_RATE, TEMPERATURE = 0.02, 0.6
 
@@ -188,6 +192,68 @@ class Inputs:
         return torch.full((), value, dtype=dtype, device=self.device)
 
 
+def pairs_of_each_form(make: Inputs, anchors: int, keys: int) -> dict[str, Relation]:
+    """Relations by label, of a hundred classes, by mask, by list and by weighted list, of a few pairs an anchor."""
+    ids = make.integers(100, anchors, 1)
+    listed = 4
+    offsets = torch.arange(0, listed * anchors + 1, listed, device=make.device)
+    indices, weights = make.integers(keys, listed * anchors), make.integers(8, listed * anchors).float() / 4
+    words = make.integers(2**31, anchors, words_per_row(keys))
+    return {
+        "labels": Relation(ids, ids if keys == anchors else make.integers(100, keys, 1)),
+        "mask": Relation(bits=words.int()),
+        "lists": Relation(offsets=offsets, indices=indices),
+        "weighted lists": Relation(offsets=offsets, indices=indices, weights=weights),
+    }
+
+
+def _contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
+    """Of one tile of the blocks that all anchors are cut into."""
+    vectors, none = make.unit_rows(sizes.anchors, sizes.dim), Relation()
+    of_form = pairs_of_each_form(make, sizes.anchors, sizes.anchors)
+    scale, bias = make.scalar(1 / TEMPERATURE), make.normal(sizes.anchors).float()
+
+    def call(
+        positives: str, excluded: str | None = None, own: bool = False, both: bool = False, triangle: bool = False,
+        inside: bool = False, decoupled: bool = False, exclude_positives: bool = True,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        problem = Problem(
+            vectors,
+            None if own else vectors,
+            of_form[positives],
+            none if excluded is None else of_form[excluded],
+            bias if both else None,
+            scale,
+            0 if own else -1,
+            triangle,
+            inside,
+            decoupled,
+            exclude_positives,
+        )
+        rows_of_block = chunked.rows_of_block(problem, kernels.pair_bytes(problem))
+        tile = Tile(slice(0, min(rows_of_block, sizes.anchors)), slice(0, sizes.anchors))
+        products = make.normal(*tile.shape).float()
+        pairs = kernels.pairs(products, tile, problem, kernels.prepare(problem))
+        statistics, numbers = [], []
+        for count in tile.shape if both or triangle else tile.shape[:1]:
+            statistics.append(chunked.empty_statistics(problem, count))
+        rows, columns = statistics if len(statistics) == 2 else (*statistics, None)
+        kernels.statistics(products, tile, problem, pairs, rows, columns)
+        for found in statistics:
+            numbers.append(chunked.numbers_of(found, torch.ones_like(found[:, 0]), inside))
+        rows, columns = numbers if len(numbers) == 2 else (*numbers, None)
+        return *statistics, kernels.gradient(products, tile, problem, pairs, rows, columns)
+
+    return {
+        "labels": partial(call, "labels"),
+        "labels among the anchors": partial(call, "labels", own=True, triangle=True),
+        "mask": partial(call, "mask", "labels", own=True, decoupled=True),
+        "lists, both directions": partial(call, "lists", "lists", both=True, inside=True, exclude_positives=False),
+        "lists among the anchors": partial(call, "lists", "mask", own=True, inside=True),
+        "weighted lists, both directions": partial(call, "weighted lists", "mask", own=True, both=True),
+    }
+
+
 def _masked_topk(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
     query, pool = make.unit_rows(sizes.anchors, sizes.feature_dim), make.unit_rows(sizes.pool_size, sizes.feature_dim)
     few = query[: sizes.group]
@@ -270,6 +336,7 @@ def _local_propagation(kernels: Any, make: Inputs, sizes: Sizes) -> Calls:
 
 
 _CALLS: dict[str, Callable[[Any, Inputs, Sizes], Calls]] = {
+    "contrastive": _contrastive,
     "hidden_positives": _hidden_positives,
     "local_propagation": _local_propagation,
     "masked_topk": _masked_topk,

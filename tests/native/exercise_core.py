@@ -35,7 +35,10 @@ def main(folder):
         for per_image in sorted({1, anchors}):
             negatives = core.draw_negatives(4, per_image, anchors, 0.2)
             for by_pairs in (True, False):
-                core.contrastive(rows, rows @ rows.T, bits, negatives, by_pairs)
+                core.contrastive(rows, rows @ rows.T, bits, negatives, by_pairs, 0)
+                if per_image < anchors:
+                    part = slice(anchors // 3, anchors // 3 + (anchors + 1) // 2)
+                    core.contrastive(rows, rows[part] @ rows.T, bits[part].copy(), negatives, by_pairs, part.start)
         for k in sorted({1, min(3, anchors), anchors}):
             topk(rows, rows, k)
     topk(normal(2, 33), normal(300, 33), 40)

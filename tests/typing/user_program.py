@@ -24,6 +24,9 @@ def check_ops(z: Tensor, pool: Tensor, backend: Backend, variant: Variant) -> No
     positives = hpkernels.hidden_positives(z.detach(), values[:, 0].detach(), backend=backend)
     assert_type(positives, PositiveMask)
     assert_type(positives | positives, PositiveMask)
+    between = hpkernels.hidden_positives(z.detach(), keys=pool, key_threshold=pool.new_zeros(len(pool)))
+    assert_type(between.T.keys, int | None)
+    assert_type(PositiveMask.from_dense(between.to_dense(), keys=True), PositiveMask)
     assert_type(positives.to("cpu").count(), Tensor)
     labels = torch.arange(len(z)) % 2
     for relation in (positives, labels):

@@ -32,7 +32,12 @@ _GREATEST_G = 2.0**14
 
 
 class Epilogue(Protocol):
-    """What a backend does with products. Statistics and numbers are those of ``reference.py``."""
+    """What a backend does with products. Statistics and numbers are those of ``reference.py``.
+
+    It may also have ``whole_rows(products, tile, problem, prepared, coefficients, rows) -> g``: all of it in one go for
+    rows that are complete and have no statistics yet, which fills `rows` (R, 4), for anchors whose losses count
+    `coefficients` (R,) each.
+    """
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Anchors or keys as they are multiplied: contiguous, of a dtype that products are exact enough in."""
@@ -108,12 +113,16 @@ def one_pass(kernels: Epilogue, problem: Problem, weight: Tensor | None, needs: 
     rows = empty_statistics(problem, len(problem.anchors))
     prepared, sums = kernels.prepare(problem), _Sums(kernels, problem, needs)
     coefficients = rows.new_ones(len(rows)) if weight is None else weight
-    greatest = coefficients.amax()
-    for tile, logits in _products(kernels, problem):
-        pairs = kernels.pairs(logits, tile, problem, prepared)
-        kernels.statistics(logits, tile, problem, pairs, rows[tile.rows], None)
+    whole_rows = getattr(kernels, "whole_rows", None)
+    for tile, products in _products(kernels, problem):
+        if whole_rows is not None:
+            g = whole_rows(products, tile, problem, prepared, coefficients[tile.rows], rows[tile.rows])
+            sums.add(tile, g)
+            continue
+        pairs = kernels.pairs(products, tile, problem, prepared)
+        kernels.statistics(products, tile, problem, pairs, rows[tile.rows], None)
         numbers = numbers_of(rows[tile.rows], coefficients[tile.rows], problem.inside)
-        sums.add(logits, tile, pairs, numbers, None, greatest)
+        sums.add(tile, sums.gradient(products, tile, pairs, numbers, None, coefficients.amax()))
     return rows, sums.gradients()
 
 
@@ -128,7 +137,7 @@ def two_pass(kernels: Epilogue, problem: Problem, rows: Tensor, columns: Tensor 
     for tile, logits in _products(kernels, problem):
         pairs = kernels.pairs(logits, tile, problem, prepared)
         mirrored = None if of_columns is None else of_columns[tile.columns]
-        sums.add(logits, tile, pairs, rows[tile.rows], mirrored, greatest)
+        sums.add(tile, sums.gradient(logits, tile, pairs, rows[tile.rows], mirrored, greatest))
     return sums.gradients()
 
 
@@ -162,7 +171,7 @@ def _products(kernels: Epilogue, problem: Problem) -> Iterator[tuple[Tile, Tenso
     for block in blocks(slice(0, len(anchors)), rows):
         tile = Tile(block, slice(block.start if problem.triangle else 0, count))
         products = buffer[: tile.shape[0] * tile.shape[1]].view(tile.shape)
-        _multiply(anchors[block], keys[tile.columns].T, products)
+        _set_product(products, anchors[block], keys[tile.columns].T)
         yield tile, products
 
 
@@ -182,29 +191,37 @@ class _Sums:
         by_keys = needs.keys and problem.keys is not None
         self._anchors = self._keys = self._bias = None
         if needs.anchors or (needs.temperature and not by_keys):
-            self._anchors = scale.new_zeros(problem.anchors.shape)
+            make = scale.new_zeros if problem.keys is None else scale.new_empty
+            self._anchors = make(problem.anchors.shape)
         if by_keys:
-            self._keys = scale.new_zeros(problem.all_keys.shape)
+            self._keys = scale.new_empty(problem.all_keys.shape)
         if needs.key_bias:
             self._bias = scale.new_zeros(len(problem.all_keys))
         self._factor: Tensor | None = None
 
-    def add(
+    def gradient(
         self, logits: Tensor, tile: Tile, pairs: Any, rows: Tensor, columns: Tensor | None, greatest: Tensor
-    ) -> None:
-        """Add the gradients of a block, from the numbers of its rows and columns; no |g| is above `greatest`."""
+    ) -> Tensor:
+        """g of a block, from the numbers of its rows and columns; no |g| is above `greatest`."""
         problem = self._problem
         if problem.anchors.dtype == torch.float16:
             self._factor = _GREATEST_G / greatest.where(greatest > 0, 1)
             of_g = torch.stack((torch.ones_like(self._factor), self._factor)).repeat(2)
             rows, columns = rows * of_g, None if columns is None else columns * of_g
-        g = self._kernels.gradient(logits, tile, problem, pairs, rows, columns)
-        if self._anchors is not None:
-            _add_product(self._anchors[tile.rows], g, problem.all_keys[tile.columns])
-            if problem.keys is None:
-                _add_product(self._anchors[tile.columns], g.T, problem.anchors[tile.rows])
+        return self._kernels.gradient(logits, tile, problem, pairs, rows, columns)
+
+    def add(self, tile: Tile, g: Tensor) -> None:
+        """Add the gradients of a block."""
+        problem = self._problem
+        of_rows, of_columns = problem.anchors[tile.rows], problem.all_keys[tile.columns]
+        if self._anchors is not None and problem.keys is not None:
+            _set_product(self._anchors[tile.rows], g, of_columns)
+        elif self._anchors is not None:
+            _add_product(self._anchors[tile.rows], g, of_columns)
+            _add_product(self._anchors[tile.columns], g.T, of_rows)
         if self._keys is not None:
-            _add_product(self._keys[tile.columns], g.T, problem.anchors[tile.rows])
+            add = _add_product if tile.rows.start else _set_product
+            add(self._keys[tile.columns], g.T, of_rows)
         if self._bias is not None:
             self._bias[tile.columns] += g.sum(dim=0, dtype=self._bias.dtype)
 
@@ -229,7 +246,7 @@ class _Sums:
         return Gradients(anchors, self._keys, temperature, self._bias)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif left.device.type == "cpu":  # whose products of half precision are of half precision
@@ -241,7 +258,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == out.dtype:
         out.addmm_(left, right)
-        return
-    product = torch.empty_like(out)
-    _multiply(left, right, product)
-    out += product
+    elif left.device.type == "cpu":
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from hpkernels.ops.contrastive.reference import vectors
 from hpkernels.ops.contrastive.relations import Relation
 from hpkernels.ops.hidden_positives.bits import words_per_row
 
-__all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors"]
+__all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors", "whole_rows"]
 
 
 class _TilePairs(NamedTuple):
@@ -40,24 +40,10 @@ def prepare(problem: Problem) -> tuple[Relation, Relation]:
 def pairs(products: Tensor, tile: Tile, problem: Problem, prepared: tuple[Relation, Relation]) -> _TilePairs:
     """Turn products into logits, and find the pairs."""
     rows, columns = products.shape
-    positives, excluded = prepared
     bits = torch.empty((2, rows, words_per_row(columns)), dtype=torch.int32)
-    weights = None if positives.weights is None else torch.empty_like(products)
+    weights = None if problem.positives.weights is None else torch.empty_like(products)
     torch.ops.hpkernels_cpu.contrastive_pairs(
-        products,
-        tile.rows.start,
-        tile.columns.start,
-        *positives,
-        *excluded[:-1],
-        len(problem.all_keys),
-        problem.own,
-        problem.triangle,
-        problem.decoupled,
-        problem.exclude_positives,
-        float(problem.scale),
-        problem.key_bias,
-        *bits,
-        weights,
+        products, tile.rows.start, tile.columns.start, *_relations(problem, prepared), *bits, weights
     )
     return _TilePairs(bits[0], bits[1], weights)
 
@@ -76,3 +62,25 @@ def gradient(
     by_number = None if columns is None else columns.T.contiguous()
     torch.ops.hpkernels_cpu.contrastive_gradient(logits, *pairs, problem.inside, rows, by_number)
     return logits
+
+
+def whole_rows(
+    products: Tensor,
+    tile: Tile,
+    problem: Problem,
+    prepared: tuple[Relation, Relation],
+    coefficients: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """The statistics of rows that are complete, and g in the place of the products, while a row is in the cache."""
+    torch.ops.hpkernels_cpu.contrastive_whole_rows(
+        products, tile.rows.start, *_relations(problem, prepared), problem.inside, coefficients, rows
+    )
+    return products
+
+
+def _relations(problem: Problem, prepared: tuple[Relation, Relation]) -> tuple[Any, ...]:
+    """What the kernels that find pairs take of the problem."""
+    positives, excluded = prepared
+    rules = (problem.own, problem.triangle, problem.decoupled, problem.exclude_positives)
+    return *positives, *excluded[:-1], len(problem.all_keys), *rules, float(problem.scale), problem.key_bias

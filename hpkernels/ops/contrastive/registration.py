@@ -210,14 +210,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     arguments = Arguments.of(inputs)
     _, rows, columns, found = output
     ctx.mark_non_differentiable(rows, columns, *found)
+    ctx.set_materialize_grads(False)  # of outputs as large as the gradients, which have none
     ctx.one_pass = arguments.one_pass
     ctx.dtypes = [None if value is None else value.dtype for value in _differentiable(arguments)]
     ctx.needs = arguments.needs
     if arguments.one_pass:
         ctx.found = len(found)
         # Of the inputs those that need gradients, for `contrastive_scaled`; a bank of keys may be written meanwhile.
-        inputs = zip(_differentiable(arguments), arguments.needs, strict=True)
-        ctx.save_for_backward(*found, *(value for value, needed in inputs if needed))
+        differentiable = zip(_differentiable(arguments), arguments.needs, strict=True)
+        ctx.save_for_backward(*found, *(value for value, needed in differentiable if needed))
         return
     tensors, ctx.settings = arguments.parts()
     ctx.save_for_backward(rows, columns, *tensors)
@@ -227,7 +228,9 @@ def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
     return arguments.anchors, arguments.keys, arguments.temperature, arguments.key_bias
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:  # statistics alone were used
+        return (None,) * len(ctx.needs_input_grad)
     if ctx.one_pass:
         found = contrastive_scaled(grad_loss, ctx.saved_tensors[: ctx.found], ctx.saved_tensors[ctx.found :])
     else:

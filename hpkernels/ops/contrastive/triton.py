@@ -16,14 +16,23 @@ from hpkernels.ops._triton import supports
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.relations import Relation
 from hpkernels.ops.contrastive.triton_pairs import tile_list_kernel
-from hpkernels.ops.contrastive.triton_tiles import tile_gradient_kernel, tile_parts_kernel, tile_statistics_kernel
+from hpkernels.ops.contrastive.triton_tiles import (
+    tile_columns_kernel,
+    tile_gradient_kernel,
+    tile_parts_kernel,
+    tile_rows_kernel,
+)
 from hpkernels.ops.hidden_positives.bits import words_of, words_per_row
 
 __all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors"]
 
 
 class Ids(NamedTuple):
-    """The labels of a relation, (C, N) and (C, K) contiguous, so that neighbours are read together; or None."""
+    """The labels of a relation, low and high halves (C, 2, N) and (C, 2, K) int32, or None.
+
+    Neighbours lie side by side, four to a load like the products, so that threads exchange none. Negative labels are -1
+    of anchors and -2 of keys: a pair takes no further comparison.
+    """
 
     anchors: Tensor | None
     keys: Tensor | None
@@ -78,28 +87,21 @@ def statistics(
     products: Tensor, tile: Tile, problem: Problem, pairs: Pairs, rows: Tensor, columns: Tensor | None
 ) -> None:
     """Add those of a tile to the statistics of its rows (R, 4) and columns (C, 4)."""
-    config = _triton.configuration(tile_statistics_kernel, products)
+    config = _triton.configuration(tile_rows_kernel, products)
     row_blocks = triton.cdiv(tile.shape[0], config["BLOCK_ROWS"])
-    splits = triton.cdiv(tile.shape[1], config["BLOCK_COLUMNS"] * config["STEPS"])
-    of_rows = products.new_empty((4, splits, tile.shape[0]))
-    of_columns = None if columns is None else products.new_empty((4, row_blocks, tile.shape[1]))
-    _triton.launch(
-        tile_statistics_kernel,
-        (row_blocks * splits,),
-        *_inputs(products, tile, problem, pairs),
-        *(of_rows, of_columns, splits, row_blocks),
-        **_constants(problem),
-        **config,
-    )
-    _add(of_rows, rows, problem.inside)
-    if of_columns is not None and columns is not None:
-        _add(of_columns, columns, problem.inside)
+    parts = triton.cdiv(tile.shape[1], config["BLOCK_COLUMNS"] * config["STEPS"])
+    _along(tile_rows_kernel, config, row_blocks * parts, parts, products, tile, problem, pairs, rows)
+    if columns is not None:
+        config = _triton.configuration(tile_columns_kernel, products)
+        column_blocks = triton.cdiv(tile.shape[1], config["BLOCK_COLUMNS"])
+        parts = triton.cdiv(tile.shape[0], config["BLOCK_ROWS"] * config["STEPS"])
+        _along(tile_columns_kernel, config, column_blocks * parts, parts, products, tile, problem, pairs, columns)
 
 
 def gradient(
     products: Tensor, tile: Tile, problem: Problem, pairs: Pairs, rows: Tensor, columns: Tensor | None
 ) -> Tensor:
-    """g (R, C) in the dtype of the vectors, from the numbers of rows (R, 4) and columns (C, 4); float32 in `products`."""
+    """g (R, C) in the dtype of the vectors, from the numbers of rows (R, 4) and columns (C, 4); float32 in place."""
     dtype = problem.anchors.dtype
     grad = products if dtype == products.dtype else torch.empty_like(products, dtype=dtype)
     config = _triton.configuration(tile_gradient_kernel, grad)
@@ -118,7 +120,12 @@ def gradient(
 def _ids(relation: Relation) -> Ids:
     if relation.anchor_ids is None or relation.key_ids is None:
         return Ids(None, None)
-    return Ids(relation.anchor_ids.T.contiguous(), relation.key_ids.T.contiguous())
+    return Ids(_halves(relation.anchor_ids, -1), _halves(relation.key_ids, -2))
+
+
+def _halves(ids: Tensor, none: int) -> Tensor:
+    """Labels (count, C) int64 as (C, 2, count) int32, the negative ones as `none`."""
+    return ids.where(ids >= 0, none).view(torch.int32).unflatten(1, (-1, 2)).permute(1, 2, 0).contiguous()
 
 
 def _words(relation: Relation, tile: Tile) -> Words:
@@ -149,12 +156,25 @@ def _listed(relation: Relation, tile: Tile, found: Tensor, weighted: bool) -> Te
     return found
 
 
-def _add(parts: Tensor, statistics: Tensor, inside: bool) -> None:
-    """Add parts (4, P, count) to statistics (count, 4), rows of contiguous ones."""
-    _, part_count, count = parts.shape
+def _along(
+    kernel: Any,
+    config: dict[str, int],
+    programs: int,
+    part_count: int,
+    products: Tensor,
+    tile: Tile,
+    problem: Problem,
+    pairs: Pairs,
+    statistics: Tensor,
+) -> None:
+    """Add what a kernel finds along rows or columns, in parts, to their statistics (length, 4)."""
+    length = len(statistics)
+    parts = products.new_empty((4, part_count, length))
+    inputs = _inputs(products, tile, problem, pairs)
+    _triton.launch(kernel, (programs,), *inputs, parts, part_count, **_constants(problem), **config)
     config = _triton.configuration(tile_parts_kernel, parts)
-    grid = (triton.cdiv(count, config["BLOCK_COUNT"]),)
-    _triton.launch(tile_parts_kernel, grid, parts, statistics, part_count, count, INSIDE=inside, **config)
+    grid = (triton.cdiv(length, config["BLOCK_LENGTH"]),)
+    _triton.launch(tile_parts_kernel, grid, parts, statistics, part_count, length, INSIDE=problem.inside, **config)
 
 
 def _inputs(products: Tensor, tile: Tile, problem: Problem, pairs: Pairs) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, words_from
+from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
 
 
 @triton.jit(do_not_specialize=["pairs", "first_row", "first_column", "columns", "words"])
@@ -36,19 +36,23 @@ def tile_list_kernel(
 
 @triton.jit
 def equal_labels(anchor_ids, key_ids, labels, anchor, key, are_anchors, are_keys, anchors, keys):
-    """Whether a label of an anchor, of (labels, N), is that of a key, of (labels, K); negative ones match nothing."""
-    found = tl.zeros((anchor.shape[0], key.shape[0]), tl.int1)
+    """Whether a label of an anchor, of halves (labels, 2, N), is that of a key, of (labels, 2, K)."""
     at_anchors, at_keys = anchor_ids + anchor, key_ids + key
-    for _ in range(labels):
-        of_anchors = tl.load(at_anchors, mask=are_anchors, other=-1)
-        of_keys = tl.load(at_keys, mask=are_keys, other=-1)
-        # Negative labels become two numbers that differ, so that a pair takes one comparison.
-        of_anchors = tl.where(of_anchors < 0, -1, of_anchors)
-        of_keys = tl.where(of_keys < 0, -2, of_keys)
-        found |= of_anchors[:, None] == of_keys[None, :]
-        at_anchors += anchors
-        at_keys += keys
+    found = one_label(at_anchors, at_keys, are_anchors, are_keys, anchors, keys)
+    for _ in range(1, labels):
+        at_anchors += 2 * anchors
+        at_keys += 2 * keys
+        found |= one_label(at_anchors, at_keys, are_anchors, are_keys, anchors, keys)
     return found
+
+
+@triton.jit
+def one_label(at_anchors, at_keys, are_anchors, are_keys, anchors, keys):
+    """Whether both halves of numbers are equal; those of anchors or keys that do not exist differ from all."""
+    low = tl.load(at_anchors, mask=are_anchors, other=-1)[:, None] ^ tl.load(at_keys, mask=are_keys, other=-2)[None, :]
+    of_anchors = tl.load(at_anchors + anchors, mask=are_anchors, other=-1)
+    high = of_anchors[:, None] ^ tl.load(at_keys + keys, mask=are_keys, other=-2)[None, :]
+    return (low | high) == 0
 
 
 @triton.jit
@@ -56,15 +60,17 @@ def related(
     anchor_ids, key_ids, labels, words, word_stride, first_word_row, first_word,
     row, column, start, rows, columns, first_row, first_column, anchors, keys,
 ):  # fmt: skip
-    """Whether the pairs of a tile are in a relation, by labels or bits; None if it has neither."""
-    found = None
+    """Whether the pairs of a tile are in a relation, by labels or bits; never beyond the end of the tile."""
+    found = tl.zeros((row.shape[0], column.shape[0]), tl.int1)
     if anchor_ids is not None:
         anchor, key = first_row + row, first_column + column
         found = equal_labels(anchor_ids, key_ids, labels, anchor, key, row < rows, column < columns, anchors, keys)
     if words is not None:
+        COUNT: tl.constexpr = column.shape[0] // 32
         of_rows = tl.where(row < rows, first_word_row + row, -1)
-        is_set = bits_of(words_from(words, of_rows, word_stride, 32 * first_word + start, column.shape[0] // 32))
-        found = is_set if found is None else found | is_set
+        word = words_from(words, of_rows, word_stride, 32 * first_word + start, COUNT)
+        word &= low_bits(columns - start - 32 * tl.arange(0, COUNT))[None, :]
+        found |= bits_of(word)
     return found
 
 
@@ -76,35 +82,34 @@ def pairs_of(
     row, column, start, rows, columns, first_row, first_column, anchors, keys, own,
     OWN: tl.constexpr, TRIANGLE: tl.constexpr, DECOUPLED: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
 ):  # fmt: skip
-    """W, float32, and Den of pairs of a tile, whose columns begin at `start`; none beyond its end."""
-    found = related(
+    """Of pairs of a tile, whose columns begin at `start`: which are positives, W, and Den.
+
+    There are no positives beyond the end of the tile, but Den may be so: the logits there are as good as -inf. No
+    condition that holds for all pairs is computed for each.
+    """
+    positive = related(
         anchor_ids, key_ids, labels, words, word_stride, first_word_row, first_word,
         row, column, start, rows, columns, first_row, first_column, anchors, keys,
     )  # fmt: skip
-    excluded = related(
-        excluded_anchor_ids, excluded_key_ids, excluded_labels,
-        excluded_words, excluded_word_stride, excluded_first_word_row, excluded_first_word,
-        row, column, start, rows, columns, first_row, first_column, anchors, keys,
-    )  # fmt: skip
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if found is None:
-        weight = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    else:
-        weight = tl.where(found, 1.0, 0.0)
+    weight = tl.where(positive, 1.0, 0.0)
     if weights is not None:
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
         listed = tl.load(weights + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
         weight = tl.maximum(weight, listed, propagate_nan=tl.PropagateNan.ALL)
-    taking_part = inside
+        positive = weight != 0
+    taking_part = tl.full((row.shape[0], column.shape[0]), True, tl.int1)
     if OWN:
         of_rows, of_columns = (first_row + row + own)[:, None], (first_column + column)[None, :]
-        taking_part &= of_columns > of_rows if TRIANGLE else of_columns != of_rows
-    if excluded is not None:
-        if EXCLUDE_POSITIVES:
-            taking_part &= excluded == 0
-        else:
-            taking_part &= (excluded == 0) | (weight > 0)
-    weight = tl.where(taking_part, weight, 0.0)
+        taking_part = of_columns > of_rows if TRIANGLE else of_columns != of_rows
+    if (excluded_anchor_ids is not None) or (excluded_words is not None):
+        excluded = related(
+            excluded_anchor_ids, excluded_key_ids, excluded_labels,
+            excluded_words, excluded_word_stride, excluded_first_word_row, excluded_first_word,
+            row, column, start, rows, columns, first_row, first_column, anchors, keys,
+        )  # fmt: skip
+        taking_part &= excluded == 0 if EXCLUDE_POSITIVES else (excluded == 0) | positive
+    positive &= taking_part
     denominator = taking_part
     if DECOUPLED:
-        denominator &= weight == 0
-    return weight, denominator
+        denominator &= positive == 0
+    return positive, tl.where(positive, weight, 0.0), denominator

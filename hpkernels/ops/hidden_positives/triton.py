@@ -119,6 +119,9 @@ def hidden_positives_between_fwd_kernel(
     products = comparable_products(
         features, rows, stride, step, anchors, keys, columns, key_stride, key_step, count, dim, PRECISION, BLOCK_D
     )
+    apart = first + (row - column) * BLOCK_N  # of the tile and the pairs of anchors with themselves
+    if (apart > -BLOCK_N) & (apart < BLOCK_N):
+        products = tl.where(first + rows[:, None] != columns[None, :], products, float("-inf"))
     # No product is greater than NaN, the threshold of the padding.
     of_rows = tl.load(threshold + rows, mask=rows < anchors, other=float("nan"))[:, None]
     of_columns = tl.load(key_threshold + columns, mask=columns < count, other=float("nan"))[None, :]
@@ -126,8 +129,7 @@ def hidden_positives_between_fwd_kernel(
         limit = tl.minimum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
     else:
         limit = tl.maximum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
-    above = (products > limit) & (first + rows[:, None] != columns[None, :])
-    found = _words(_sums(tl.where(above, 1.0, 0.0).to(tl.float16)))
+    found = _words(_sums(tl.where(products > limit, 1.0, 0.0).to(tl.float16)))
     _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), found, anchors, words)
 
 

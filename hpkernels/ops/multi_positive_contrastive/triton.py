@@ -93,6 +93,7 @@ def count_and_list(pairs: Pairs, counts: Tensor) -> None:
         HAS_SPECIFIC=pairs.specific is not None,
         SAMPLED=pairs.negatives is not None,
         LISTED=pairs.lists is not None,
+        **_part(pairs),
         **_triton.configuration(list_positives_kernel, counts),
     )
 
@@ -133,6 +134,7 @@ def blocks_forward(z: Tensor, pairs: Pairs, within: bool, scale: float, square: 
         *(z, *_masks(pairs), pairs.state, square, parts, scale, *_sizes(z), pairs.positives.shape[1], pairs.group),
         *(pairs.first, len(pairs.positives)),
         **_block_constants(z, pairs, within),
+        **_part(pairs),
         **config,
     )
 
@@ -218,6 +220,7 @@ def blocks_backward(
         *(pairs.first, len(pairs.positives)),
         SYMMETRIC=symmetric,
         **_block_constants(z, pairs, within),
+        **_part(pairs),
         **config,
     )
 
@@ -301,6 +304,11 @@ def _block_constants(z: Tensor, pairs: Pairs, within: bool) -> dict[str, Any]:
         "SAMPLED": pairs.negatives is not None,
         "PRECISION": _triton.precision(z),
     }
+
+
+def _part(pairs: Pairs) -> dict[str, bool]:
+    """PART for a part of the anchors: the kernels of all anchors are compiled without."""
+    return {"PART": True} if len(pairs.positives) < pairs.anchors else {}
 
 
 def _row_blocks(pairs: Pairs, rows: int, within: bool) -> int:

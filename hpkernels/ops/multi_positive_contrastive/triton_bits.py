@@ -174,11 +174,12 @@ def listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC: tl.
 def list_positives_kernel(
     positives, specific, negatives, counts, ranges, columns, state, anchors, words, group, first, capacity,
     HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, LISTED: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    PART: tl.constexpr = False,
 ):  # fmt: skip
     """counts (R, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
 
-    Rows are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are listed;
-    writes 4 a listed column. A round for each set bit of the word that has most.
+    Rows of a PART are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are
+    listed; writes 4 a listed column. A round for each set bit of the word that has most.
     """
     row = tl.program_id(0)
     agnostic_counted = tl.zeros((BLOCK_WORDS,), tl.int32)
@@ -197,7 +198,9 @@ def list_positives_kernel(
             found |= task
         if SAMPLED:
             drawn = tl.load(negatives + (row % group).to(tl.int64) * words + word, mask=word < words, other=0)
-            anchor = first + row
+            anchor = row
+            if PART:
+                anchor += first
             own = tl.where(word == anchor // 32, tl.full((), 1, tl.int32) << (anchor % 32), 0)
             denominator_counted += population_count((agnostic | drawn) & ~own)
         if LISTED:

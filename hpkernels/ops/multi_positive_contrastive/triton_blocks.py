@@ -27,11 +27,11 @@ def does_nothing(state, WITHIN: tl.constexpr):
 
 
 @triton.jit
-def scope_of(block, anchors, group, own_first, WITHIN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def scope_of(block, anchors, group, own_first, WITHIN: tl.constexpr, PART: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Where the rows of a block start, and the anchors [first, last) that it may hold: all, or of one image.
 
-    Blocks start at multiples of 32, for the sake of the bits, so an image may take one more than it has rows for. Those
-    of all pairs start with the anchor of the first row, `own_first`.
+    Blocks start at multiples of 32, for the sake of the bits, so an image may take one more than it has rows for, and
+    so may a PART of the anchors, from `own_first` on.
     """
     if WITHIN:
         blocks = tl.cdiv(group + 31, BLOCK_ROWS)
@@ -41,15 +41,20 @@ def scope_of(block, anchors, group, own_first, WITHIN: tl.constexpr, BLOCK_ROWS:
     else:
         first = 0
         last = anchors
-        start = own_first // 32 * 32 + block * BLOCK_ROWS
+        start = block * BLOCK_ROWS
+        if PART:
+            start += own_first // 32 * 32
     return start, first, last
 
 
 @triton.jit
-def own_rows(rows, own_first, own_count):
-    """Where rows of A and S have `rows`, anchors or -1: R rows, from anchor `own_first` on; -1 for others."""
-    own = rows - own_first
-    return tl.where((rows >= 0) & (own >= 0) & (own < own_count), own, -1)
+def own_rows(rows, own_first, own_count, PART: tl.constexpr):
+    """The rows of A and S that anchors `rows` have: the same, or of a PART those from `own_first` on; -1 for none."""
+    own = rows
+    if PART:
+        own -= own_first
+        own = tl.where((rows >= 0) & (own >= 0) & (own < own_count), own, -1)
+    return own
 
 
 @triton.jit
@@ -57,6 +62,16 @@ def anchors_from(start, first, last, COUNT: tl.constexpr):
     """COUNT anchors from `start` on; -1 outside of [first, last)."""
     found = start + tl.arange(0, COUNT)
     return tl.where((found >= first) & (found < last), found, -1)
+
+
+@triton.jit
+def words_to(bits, words, bits_t, words_t, columns, start, own_first, PART: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT words of the relations of `columns` to anchors from `start` on; of a PART only `bits_t` has them."""
+    if PART:
+        found = words_from(bits_t, columns, words_t, start - own_first // 32 * 32, COUNT)
+    else:
+        found = words_from(bits, columns, words, start, COUNT)
+    return found
 
 
 @triton.jit
@@ -116,7 +131,7 @@ def contrastive_blocks_fwd_kernel(
     z, positives, specific, negatives, state, square, parts, scale, anchors, dim, words, group, own_first, own_count,
     WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr, PART: tl.constexpr = False,
 ):  # fmt: skip
     """Of each row over its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l over A and S.
 
@@ -125,9 +140,9 @@ def contrastive_blocks_fwd_kernel(
     """
     if does_nothing(state, WITHIN):
         return
-    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, BLOCK_ROWS)
+    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, PART, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
-    of_rows = own_rows(rows, own_first, own_count)
+    of_rows = own_rows(rows, own_first, own_count, PART)
     features = tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
     split = tl.program_id(1)
@@ -157,10 +172,13 @@ def contrastive_blocks_fwd_kernel(
         agnostic_sum += tl.sum(tl.where(bits_of(agnostic), logits, 0.0), axis=1)
         if HAS_SPECIFIC:
             specific_sum += tl.sum(tl.where(bits_of(task), logits, 0.0), axis=1)
-    at = parts + split.to(tl.int64) * 3 * own_count + of_rows
+    count = anchors
+    if PART:
+        count = own_count
+    at = parts + split.to(tl.int64) * 3 * count + of_rows
     tl.store(at, log_sum_of(base, total), mask=of_rows >= 0)
-    tl.store(at + own_count, agnostic_sum, mask=of_rows >= 0)
-    tl.store(at + 2 * own_count, specific_sum, mask=of_rows >= 0)
+    tl.store(at + count, agnostic_sum, mask=of_rows >= 0)
+    tl.store(at + 2 * count, specific_sum, mask=of_rows >= 0)
 
 
 @triton.jit
@@ -185,7 +203,7 @@ def contrastive_blocks_bwd_kernel(
     anchors, dim, width, words, words_t, group, own_first, own_count,
     WITHIN: tl.constexpr, HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_GRAD: tl.constexpr, PART: tl.constexpr = False,
 ):  # fmt: skip
     """sums_i = sum over the pairs of (g_ij + g_ji) z_j, with the numbers of both anchors; of all pairs times `factor`.
 
@@ -194,9 +212,9 @@ def contrastive_blocks_bwd_kernel(
     """
     if does_nothing(state, WITHIN):
         return
-    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, BLOCK_ROWS)
+    row_start, first, last = scope_of(tl.program_id(0), anchors, group, own_first, WITHIN, PART, BLOCK_ROWS)
     rows = anchors_from(row_start, first, last, BLOCK_ROWS)
-    of_rows = own_rows(rows, own_first, own_count)
+    of_rows = own_rows(rows, own_first, own_count, PART)
     features = tl.program_id(1) * BLOCK_GRAD + tl.arange(0, BLOCK_GRAD)
     own = load_rows(z, rows, dim, features, 1, anchors, dim)
     base_i, push_i, pull_i, specific_i = load_numbers(numbers, rows)
@@ -212,13 +230,13 @@ def contrastive_blocks_bwd_kernel(
         in_i &= ~own_words(rows, start, COUNT)
         in_j = drawn_words(negatives, columns, group, words, row_start, SAMPLED, ROW_COUNT)
         if not SYMMETRIC:
-            to_i = words_from(positives_t, columns, words_t, row_start - own_first // 32 * 32, ROW_COUNT)
+            to_i = words_to(positives, words, positives_t, words_t, columns, row_start, own_first, PART, ROW_COUNT)
             in_j |= to_i
         in_j &= ~own_words(columns, row_start, ROW_COUNT)
         if HAS_SPECIFIC:
             task_j = words_from(specific, of_rows, words, start, COUNT) & inside
             if not SYMMETRIC:
-                task_i = words_from(specific_t, columns, words_t, row_start - own_first // 32 * 32, ROW_COUNT)
+                task_i = words_to(specific, words, specific_t, words_t, columns, row_start, own_first, PART, ROW_COUNT)
         base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
         logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         logits *= scale
