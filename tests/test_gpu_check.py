@@ -252,8 +252,8 @@ def imagined(call):
 def change(monkeypatch):
     """``change(op, function, by)``: the reference stands for the CUDA backend, with results of a function changed."""
 
-    def changed(correct, by, *arguments):
-        return by(correct(*arguments))
+    def changed(correct, by, *arguments, **options):
+        return by(correct(*arguments, **options))
 
     def enter(op=None, function=None, by=None):
         for of in backends.registered_ops():

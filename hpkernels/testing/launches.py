@@ -306,6 +306,22 @@ def _multi_positive_contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Cal
         settings = (sizes.group, TEMPERATURE, rate, symmetric)
         return losses, rows, *kernels.backward(grad_losses, [z], *relations, *drawn, pairs, rows, *settings)
 
+    def call_part(rate: float, symmetric: bool) -> tuple[Tensor, ...]:
+        """Of the anchors of half the images, as a rank of two devices computes them."""
+        first = sizes.images // 2 * sizes.group
+        relations = [discover(features, threshold)[first:] for features in (z, other)]
+        drawn, options, row_bytes = (None, seed), ("joint", True, False), sizes.dim * z.element_size()
+        weighting, part = (*options, symmetric, row_bytes), {"anchors": sizes.anchors, "first": first}
+        pairs = kernels.prepare(*relations, weight, *drawn, sizes.group, rate, *weighting, **part)
+        settings, images = (sizes.group, TEMPERATURE, 1.0, rate), kernels.images_of(pairs)
+        losses, rows = kernels.forward(
+            [z], *relations, weight, *drawn, pairs, *settings, *options, images=images, first=first
+        )
+        rows, settings = rows.new_zeros((1, sizes.anchors, 4)), (sizes.group, TEMPERATURE, rate, symmetric)
+        transposed = {} if symmetric else {"transposed": relations}
+        of_all = (grad_losses, [z], *relations, *drawn, pairs, rows, *settings)
+        return losses, rows, *kernels.backward(*of_all, first=first, **transposed)
+
     return {
         "sampled": partial(call, NEGATIVE_RATE, False),
         "sampled, specific": partial(call, NEGATIVE_RATE, True),
@@ -314,6 +330,8 @@ def _multi_positive_contrastive(kernels: Any, make: Inputs, sizes: Sizes) -> Cal
         "all, specific": partial(call, 1.0, True),
         "all, not symmetric": partial(call, 1.0, False, symmetric=False),
         "all, specific, not symmetric": partial(call, 1.0, True, symmetric=False),
+        "part, sampled, specific": partial(call_part, NEGATIVE_RATE, True),
+        "part, all, specific, not symmetric": partial(call_part, 1.0, False),
     }
 
 
