@@ -196,7 +196,8 @@ TINY = Sizes(images=2, grid=(2, 3), dim=7, feature_dim=5, pool_size=9, heads=1, 
 def test_exercise_runs_triton_kernels(monkeypatch):
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
     monkeypatch.setattr(gpu_check.backends, "registered_ops", lambda: ["hidden_positives"])
-    assert gpu_check.exercise("cpu", "triton") == 8  # two sizes of features, two dtypes, symmetric or not
+    # Two sizes of features, two dtypes, symmetric or not, and two relations between anchors and keys.
+    assert gpu_check.exercise("cpu", "triton") == 16
 
 
 class Called(TorchDispatchMode):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.backends import Availability
+from hpkernels.ops import _checks as check
 from hpkernels.ops import _triton
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.contrastive.problem import Problem
@@ -186,11 +187,14 @@ def _rectangles(
 def _contrastive_results(kernels: Any, given: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Statistics and gradients of `contrastive` by each form of pairs, among the anchors and in both directions."""
 
+    (accumulate,) = check.accumulation(given["z"].dtype)
+
     def relation(form: str | None) -> Relation:
-        return Relation(**{field: given.get(f"{form}.{field}") for field in Relation._fields})
+        found = Relation(**{field: given.get(f"{form}.{field}") for field in Relation._fields})
+        return found if found.weights is None else found._replace(weights=found.weights.to(accumulate))
 
     anchors, needs = kernels.vectors(given["z"]), chunked.Needs(True, True, True, True)
-    bias, scale = given["grad_values"][:, 0] / 8, given["weight"] * 0 + 10
+    bias, scale = given["grad_values"][:, 0] / 8, anchors.new_full((), 10, dtype=accumulate)
     for positives, excluded, own, both, inside in (
         ("weighted lists", "mask", False, True, False),
         ("lists", "labels", False, True, True),
