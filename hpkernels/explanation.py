@@ -178,6 +178,8 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
             ok, reason = ask(op, backend, on, dtype)
         else:
             ok, reason = _able_there(op, backend, on, dtype)
+        if op == "contrastive" and backend == "cuda" and not ok:
+            reason = "it takes problems of multi_positive_contrastive alone, see docs/contrastive.md"
         if taken:
             reasons[backend] = f"{taken} comes first" if ok else reason
         elif ok:

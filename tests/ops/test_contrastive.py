@@ -696,10 +696,18 @@ def test_forms_of_pairs(case):
     own = contrastive(anchors, positives=labels.to(case.device), backend=case.backend)
     square = PositiveMask.from_labels(labels.to(case.device))
     torch.testing.assert_close(contrastive(anchors, positives=square, backend=case.backend), own, rtol=1e-12, atol=0)
-    # Anchors that a mask ignores take no part.
+    # Anchors that a mask ignores take no part, whatever else names their pairs.
     ignoring = PositiveMask.from_labels(labels.to(case.device), ignore_index=1)
     without = contrastive(anchors[labels != 1], positives=labels[labels != 1].to(case.device), backend=case.backend)
-    torch.testing.assert_close(contrastive(anchors, positives=ignoring, backend=case.backend), without)
+    listed = moved(lists_of((labels[:, None] == labels).double().fill_diagonal_(0), weighted=False), case.device)
+    names = ignoring, (ignoring, labels.to(case.device)), (ignoring, listed), (ignoring, square)
+    for pairs in names:
+        torch.testing.assert_close(contrastive(anchors, positives=pairs, backend=case.backend), without)
+    for pairs in (*names, labels.to(case.device)):
+        nothing = PositiveMask.from_labels(torch.where(labels == 1, 9, torch.arange(6) + 10).to(case.device), 9)
+        run_own = partial(contrastive, anchors, positives=pairs, exclude=nothing, backend=case.backend)
+        for both in (True, False):
+            torch.testing.assert_close(run_own(exclude_positives=both), without)
 
 
 def test_lists_out_of_range_are_no_pairs_where_nothing_is_read():

@@ -12,7 +12,7 @@ from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.contrastive.chunked import Needs
 from hpkernels.ops.contrastive.registration import Arguments
-from hpkernels.ops.contrastive.relations import Checked, Pairs, Relation, Sizes, checked, without
+from hpkernels.ops.contrastive.relations import Checked, Pairs, Relation, Sizes, checked, without, without_ignored
 
 Aggregation = Literal["outside", "inside"]
 Denominator = Literal["all", "negatives"]
@@ -57,6 +57,7 @@ def arguments_of(
     for relation in (of_positives, excluded):
         if relation is not None and relation.ignored is not None:
             excluded = without(excluded, relation.ignored)
+            of_positives = of_positives._replace(relation=without_ignored(of_positives.relation, relation.ignored))
     scale = _temperature(op, temperature, anchors)
     if key_bias is not None:
         check.tensor(op, "key_bias", key_bias, (sizes.keys,))

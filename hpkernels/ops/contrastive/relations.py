@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import PositiveMask
-from hpkernels.ops.hidden_positives.bits import words_per_row
+from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
 
 _IDS = tuple(dtype for dtype in check.ANY_INTEGER if dtype != torch.uint64)
 
@@ -114,6 +114,20 @@ def without(excluded: Checked | None, ignored: Tensor) -> Checked:
     either, every = torch.where(ignored, 0, -1), torch.zeros_like(ignored, dtype=torch.int64)
     labels = Relation(torch.stack((either, every), dim=1), torch.stack((every, either), dim=1))
     return Checked(labels, True) if excluded is None else _both(excluded, Checked(labels, True))
+
+
+def without_ignored(positives: Relation, ignored: Tensor) -> Relation:
+    """`positives` of anchors that are each other's keys, but for those with `ignored` (N,) True."""
+    anchor_ids, key_ids, bits, offsets, indices, weights = positives
+    if anchor_ids is not None and key_ids is not None:
+        anchor_ids, key_ids = (ids.masked_fill(ignored[:, None], -1) for ids in (anchor_ids, key_ids))
+    if bits is not None:
+        bits = (bits & pack_bits(~ignored[None])).masked_fill_(ignored[:, None], 0)
+    if indices is not None:  # a key that there is not is no pair
+        of_rows = rows_of_pairs(positives).clamp(0, len(ignored) - 1)
+        of_keys = indices.clamp(0, len(ignored) - 1)
+        indices = indices.masked_fill(ignored[of_rows] | ignored[of_keys], -1)
+    return Relation(anchor_ids, key_ids, bits, offsets, indices, weights)
 
 
 def _both(first: Checked, second: Checked) -> Checked:
