@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import contrastive_of_pairs
@@ -664,6 +665,34 @@ def test_keys_without_a_gradient_may_be_written_before_backward(case):
     inputs["keys"].zero_()
     (gradient,) = torch.autograd.grad(loss, inputs["anchors"], batch.cotangent.to(loss))
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_exact_case
+@pytest.mark.parametrize("name", ["plain", "own", "both", "each"])
+def test_checkpoint_and_inference_tensors(case, name):
+    """Saved tensors are unpacked once, and relations may come from ``torch.inference_mode``."""
+    with torch.inference_mode():
+        batch = Batch(case, **OPTIONS[name])
+    same = Batch(case, **OPTIONS[name])
+    expected, inputs = same.result(), same.inputs()
+
+    def call(*values):
+        return batch.call(**dict(zip(inputs, values, strict=True)))
+
+    loss = torch.utils.checkpoint.checkpoint(call, *inputs.values(), use_reentrant=False)
+    gradients = torch.autograd.grad(loss, list(inputs.values()), same.cotangent.to(loss))
+    torch.testing.assert_close(
+        (loss.detach(), dict(zip(inputs, gradients, strict=True))), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_pairs_are_saved(tmp_path):
+    """And loaded without unpickling code."""
+    for pairs in (L, PairLists(OFFSETS, INDICES), PairLists(OFFSETS, INDICES, torch.ones(3))):
+        torch.save(pairs, tmp_path / "pairs.pt")
+        loaded = torch.load(tmp_path / "pairs.pt", weights_only=True)
+        assert type(loaded) is type(pairs)
+        torch.testing.assert_close(contrastive(A, K, positives=loaded), contrastive(A, K, positives=pairs))
 
 
 @each_exact_case

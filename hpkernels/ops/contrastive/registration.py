@@ -231,10 +231,11 @@ def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:  # statistics alone were used
         return (None,) * len(ctx.needs_input_grad)
+    saved = ctx.saved_tensors  # once: hooks such as checkpointing's refuse to give them again
     if ctx.one_pass:
-        found = contrastive_scaled(grad_loss, ctx.saved_tensors[: ctx.found], ctx.saved_tensors[ctx.found :])
+        found = contrastive_scaled(grad_loss, saved[: ctx.found], saved[ctx.found :])
     else:
-        rows, columns, *tensors = ctx.saved_tensors
+        rows, columns, *tensors = saved
         found = contrastive_backward(grad_loss, rows, columns, *tensors, *ctx.settings)
     left = iter(found)
     anchors, keys, temperature, key_bias = (

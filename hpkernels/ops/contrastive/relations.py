@@ -178,7 +178,7 @@ def _ids(op: str, name: str, ids: Tensor, count: int, columns: int | None, like:
         if columns not in (None, 1):
             raise ValueError(f"{op}: `{name}` must have {columns} columns as those of the anchors, got one")
     check.same(op, name, ids, "anchors", like, dtype=False)
-    return ids.long().reshape(count, -1).contiguous()
+    return _kept(ids.long().reshape(count, -1))
 
 
 def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes) -> Relation:
@@ -189,10 +189,7 @@ def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes)
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
     check.tensor(op, f"{name}.bits", mask.bits, (sizes.anchors, words_per_row(sizes.columns)), (torch.int32,))
     check.same(op, name, mask.bits, "anchors", like, dtype=False)
-    bits = mask.bits
-    if not torch.compiler.is_compiling() and bits.is_inference():
-        bits = bits.clone()  # backward cannot keep a tensor that was made under torch.inference_mode
-    return Relation(bits=bits.contiguous())
+    return Relation(bits=_kept(mask.bits))
 
 
 def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, weighted: bool) -> Relation:
@@ -216,8 +213,15 @@ def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, 
     if indices.shape[0] == 0:
         return Relation()
     (accumulate,) = check.accumulation(like.dtype)
-    kept = None if weights is None else weights.detach().to(accumulate).contiguous()
-    return Relation(offsets=offsets.contiguous(), indices=indices.contiguous(), weights=kept)
+    of_pairs = None if weights is None else _kept(weights.detach().to(accumulate))
+    return Relation(offsets=_kept(offsets), indices=_kept(indices), weights=of_pairs)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """`value`, contiguous, as backward can keep it: not as it is made under ``torch.inference_mode``."""
+    if not torch.compiler.is_compiling() and value.is_inference():
+        value = value.clone()
+    return value.contiguous()
 
 
 def _check_lists(op: str, name: str, lists: PairLists, sizes: Sizes) -> None:
@@ -270,3 +274,6 @@ def rows_of_pairs(lists: Relation) -> Tensor:
     assert lists.offsets is not None and lists.indices is not None
     places = torch.arange(len(lists.indices), device=lists.indices.device)
     return torch.searchsorted(lists.offsets, places, right=True) - 1
+
+
+torch.serialization.add_safe_globals([Labels, PairLists])
