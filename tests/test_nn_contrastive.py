@@ -173,6 +173,7 @@ def clip_on_a_rank(rank):
         loss = ClipLoss(**settings, rank=rank, world_size=2)(*model(*PAIRS[:, PARTS[rank]]))
         loss.backward()
         found.append((loss.detach(), {name: value.grad for name, value in model.module.named_parameters()}))
+    found.append(raised(ClipLoss(rank=rank, world_size=2), *images_and_texts(), -1.0 if rank else 7.0))
     found.append(raised(ClipLoss(rank=1 - rank, world_size=2), *images_and_texts(), 7.0))
     return found
 
@@ -183,12 +184,15 @@ def test_clip_on_several_ranks(tmp_path):
     images, texts, scale, _ = model(*PAIRS)
     loss = clip(images, texts, scale)
     loss.backward()
-    for rank, (*found, error) in enumerate(run_ranks(clip_on_a_rank, 2, tmp_path)):
+    for rank, (*found, wrong_scale, error) in enumerate(run_ranks(clip_on_a_rank, 2, tmp_path)):
         for of_rank, gradients in found:
             torch.testing.assert_close(of_rank, loss.detach(), rtol=1e-12, atol=0)
             for name, value in model.named_parameters():
                 expected = torch.zeros_like(value) if name == "bias" else value.grad
                 torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-14)
+        assert wrong_scale.startswith(
+            "ValueError: ClipLoss: `logit_scale`" if rank else "RuntimeError: ClipLoss: rank 1"
+        )
         assert error == (
             "ValueError: ClipLoss: `rank` and `world_size` must be those of the process group,"
             f" {rank} and 2, got {1 - rank} and 2"

@@ -56,11 +56,17 @@ def ranks_of(group: Group = None) -> int:
     """How many ranks a group has: 1 without an initialised torch.distributed.
 
     Raises:
-        ValueError: this process is not in the group.
+        TypeError, ValueError: `group` is something else, or this process is not in it.
     """
+    # A number is what those get that are in no group.
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup | int)):
+        raise TypeError(
+            "hpkernels.distributed: `group` must be a process group of torch.distributed or None, got"
+            f" {type(group).__name__}"
+        )
     if not dist.is_available() or not dist.is_initialized():
         return 1
-    size = dist.get_world_size(group)
+    size: int = dist.get_world_size(group)  # type: ignore[arg-type]
     if size < 1:
         raise ValueError("hpkernels.distributed: `group` must have this process in it, got a group of others")
     return size

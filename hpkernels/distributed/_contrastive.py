@@ -231,7 +231,7 @@ def _forward(share: Share) -> tuple[Tensor, Tensor, Tensor | None, Gradients | N
             losses = losses + vectors.detach().sum(dtype=losses.dtype) * 0
     if arguments.reduction == "none":
         with together(OP, group) if losses.device.type == "cpu" else nullcontext():
-            check_loss(OP, losses)
+            check_loss(arguments, OP, losses)
         return losses, rows, None, None
     sums = _sums(losses, rows, weight)
     if columns is not None:
@@ -239,7 +239,7 @@ def _forward(share: Share) -> tuple[Tensor, Tensor, Tensor | None, Gradients | N
     of_losses, masses = total(sums, group).to(rows.dtype).unbind(dim=-1)
     divisors = masses.where(masses > 0, 1) if arguments.reduction == "mean" else torch.ones_like(masses)
     loss = (of_losses / divisors).mean()
-    check_loss(OP, loss)
+    check_loss(arguments, OP, loss)
     factors = share.factor / divisors
     if found is not None:
         found = Gradients(*(None if part is None else part.mul_(factors) for part in found))

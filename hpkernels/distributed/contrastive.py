@@ -170,7 +170,7 @@ def contrastive(
             all_keys=sum(counts),
         )
         shared.update(_settings(arguments))
-        shared["temperature"] = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
+        shared["temperature"] = arguments.temperature.item()
     share = Share(arguments, counts, group, exchange == "ring", ranks if ddp else 1)
     loss, rows, columns = loss_of(share)
     return (loss, ContrastiveStatistics.of(rows, columns)) if return_statistics else loss

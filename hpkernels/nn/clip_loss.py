@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, overload
 
 import torch
@@ -124,12 +125,17 @@ class ClipLoss(nn.Module):
             TypeError, ValueError: an argument is not as described. Features that are not finite are named as
                 `hpkernels.contrastive` has them, `anchors` (images) and `keys` (texts).
         """
-        check.tensor(_OP, "image_features", image_features, ("N", "D"))
-        text_features = check.with_autocast(text_features, image_features)
-        check.tensor(_OP, "text_features", text_features, tuple(image_features.shape))
-        check.same(_OP, "text_features", text_features, "image_features", image_features)
-        check.flag(_OP, "output_dict", output_dict)
-        temperature = _temperature(logit_scale, image_features)
+        # Of several ranks one that fails its checks ends all.
+        with _together() if self.world_size > 1 else nullcontext():
+            self._check_ranks()
+            check.tensor(_OP, "image_features", image_features, ("N", "D"))
+            text_features = check.with_autocast(text_features, image_features)
+            check.tensor(_OP, "text_features", text_features, tuple(image_features.shape))
+            check.same(_OP, "text_features", text_features, "image_features", image_features)
+            check.flag(_OP, "output_dict", output_dict)
+            temperature = _temperature(logit_scale, image_features)
+            if logit_bias is not None:
+                logit_bias = _bias(logit_bias, image_features)
         pairs = torch.arange(image_features.shape[0], device=image_features.device)
         if self.world_size == 1:
             loss = contrastive(
@@ -142,23 +148,27 @@ class ClipLoss(nn.Module):
             )
         else:
             loss = self._of_all_ranks(image_features, text_features, pairs, temperature)
-        if isinstance(
-            logit_bias, Tensor
-        ):  # in the graph, so that it has the gradient that DistributedDataParallel awaits
-            loss = loss + _number("logit_bias", logit_bias, image_features).to(loss.dtype) * 0
-        elif logit_bias is not None:
-            check.real(_OP, "logit_bias", logit_bias)
+        if isinstance(logit_bias, Tensor):  # in the graph: it has the gradient that DistributedDataParallel awaits
+            loss = loss + logit_bias.to(loss.dtype) * 0
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _of_all_ranks(self, images: Tensor, texts: Tensor, pairs: Tensor, temperature: float | Tensor) -> Tensor:
-        from hpkernels import distributed  # only where there are ranks: PyTorch may be built without
-
+    def _check_ranks(self) -> None:
+        if self.world_size == 1:
+            return
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                f"{_OP}: `world_size` must be 1 where torch.distributed is not initialised, got {self.world_size}"
+            )
         here = (torch.distributed.get_rank(), torch.distributed.get_world_size())
         if here != (self.rank, self.world_size):
             raise ValueError(
                 f"{_OP}: `rank` and `world_size` must be those of the process group, {here[0]} and {here[1]}, got"
                 f" {self.rank} and {self.world_size}"
             )
+
+    def _of_all_ranks(self, images: Tensor, texts: Tensor, pairs: Tensor, temperature: float | Tensor) -> Tensor:
+        from hpkernels import distributed  # only where there are ranks: PyTorch may be built without
+
         return distributed.contrastive(
             images,
             texts,
@@ -171,6 +181,19 @@ class ClipLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         return text_of(settings_of(self, _SETTINGS))
+
+
+def _together() -> AbstractContextManager[object]:
+    from hpkernels.distributed._collectives import together
+
+    return together(_OP)
+
+
+def _bias(logit_bias: float | Tensor, features: Tensor) -> float | Tensor:
+    if not isinstance(logit_bias, Tensor):
+        return check.real(_OP, "logit_bias", logit_bias)
+    check.finite(_OP, "logit_bias", logit_bias)
+    return _number("logit_bias", logit_bias, features)
 
 
 def _temperature(logit_scale: float | Tensor, features: Tensor) -> float | Tensor:

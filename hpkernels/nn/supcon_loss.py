@@ -138,7 +138,8 @@ def _ids(labels: Tensor, features: Tensor) -> Tensor:
     # By sorting and not by torch.unique, whose result has a size that nobody knows ahead.
     ordered, order = values.sort()
     steps = torch.cat((order.new_zeros(1), (ordered[1:] != ordered[:-1]).long()))
-    return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
+    ids = torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
+    return ids.masked_fill(values.isnan(), -1) if values.is_floating_point() else ids  # NaN is equal to nothing
 
 
 def _tiled(mask: Tensor, features: Tensor, anchor_views: int, views: int) -> Tensor | PairLists:

@@ -434,6 +434,7 @@ def test_edge_cases(case):
 A, K = torch.eye(4, 3), torch.eye(5, 3)
 L = Labels(torch.arange(4), torch.arange(5))
 OFFSETS, INDICES = torch.tensor([0, 1, 1, 2, 3]), torch.tensor([4, 0, 1])
+LARGE = torch.full((5,), 1e300, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -544,6 +545,21 @@ OFFSETS, INDICES = torch.tensor([0, 1, 1, 2, 3]), torch.tensor([4, 0, 1])
         pytest.param(ValueError, "temperature", "(1,)", {"temperature": torch.ones(1)}, id="temperature-shape"),
         pytest.param(ValueError, "key_bias", "(4,)", {"key_bias": torch.ones(4)}, id="bias"),
         pytest.param(ValueError, "key_bias", "inf", {"key_bias": torch.ones(5) / 0}, id="bias-inf"),
+        pytest.param(ValueError, "key_bias", "inf", {"key_bias": LARGE[:5]}, id="bias-large"),
+        pytest.param(
+            ValueError,
+            "anchor_weight",
+            "inf",
+            {"anchor_weight": LARGE[:4]},
+            id="weight-large",
+        ),
+        pytest.param(
+            ValueError,
+            "positives.weights",
+            "inf",
+            {"positives": PairLists(OFFSETS, INDICES, LARGE[:3])},
+            id="weights-large",
+        ),
         pytest.param(ValueError, "anchor_weight", "(5,)", {"anchor_weight": torch.ones(5)}, id="weight"),
         pytest.param(ValueError, "anchor_weight", "-1", {"anchor_weight": -torch.ones(4)}, id="weight-negative"),
         pytest.param(

@@ -180,7 +180,7 @@ def contrastive(
         return fused.loss_of(op, arguments, temperature, by)
     arguments = arguments._replace(backend=backends.select(op, backend, anchors))
     loss, rows, columns, _ = registration.contrastive(*arguments.flat())
-    check_loss(op, loss)
+    check_loss(arguments, op, loss)
     if not return_statistics:
         return loss  # type: ignore[no-any-return]
     return loss, ContrastiveStatistics.of(rows, columns if both_directions else None)

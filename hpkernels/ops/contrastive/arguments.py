@@ -62,7 +62,7 @@ def arguments_of(
     if key_bias is not None:
         check.tensor(op, "key_bias", key_bias, (sizes.keys,))
         check.same(op, "key_bias", key_bias, "anchors", anchors, dtype=False)
-        check.finite(op, "key_bias", key_bias)
+        _check_finite_sum(op, "key_bias", key_bias, anchors)
     if anchor_weight is not None:
         anchor_weight = _weight(op, anchor_weight, anchors)
     check.finite(op, "anchors", anchors)
@@ -99,13 +99,21 @@ def checked_keys(op: str, anchors: Tensor, keys: Tensor | None) -> Tensor | None
     return keys
 
 
-def check_loss(op: str, loss: Tensor) -> None:
-    """Check that products of the inputs, which were checked themselves, have not made the loss infinite or NaN."""
-    if check.readable(loss.detach()) and not loss.isfinite().all():
-        raise ValueError(
-            f"{op}: `anchors` and `keys` must have inner products that are finite when divided by the temperature, in"
-            f" {str(loss.dtype).removeprefix('torch.')}, got a loss of {loss[~loss.isfinite()].flatten()[0].item()}"
-        )
+def check_loss(arguments: Arguments, op: str, loss: Tensor) -> None:
+    """Check that what the inputs, which were checked themselves, add up to has not made the loss infinite or NaN."""
+    if not check.readable(loss.detach()) or loss.isfinite().all():
+        return
+    others = {
+        "key_bias": arguments.key_bias,
+        "anchor_weight": arguments.anchor_weight,
+        "positives.weights": arguments.positives.weights,
+    }
+    names = ", ".join(f"`{name}`" for name, value in others.items() if value is not None)
+    raise ValueError(
+        f"{op}: `anchors` and `keys` must have inner products that are finite when divided by the temperature"
+        f"{f', and {names} sums with them that are' if names else ''}, in {str(loss.dtype).removeprefix('torch.')},"
+        f" got a loss of {loss[~loss.isfinite()].flatten()[0].item()}"
+    )
 
 
 def _is_symmetric(positives: Checked, excluded: Checked | None, key_bias: Tensor | None, both: bool) -> bool:
@@ -133,12 +141,19 @@ def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tenso
     return temperature.to(accumulate).where(temperature > 0, torch.nan)
 
 
+def _check_finite_sum(op: str, name: str, value: Tensor, anchors: Tensor) -> None:
+    """Check that `value` is finite in the dtype that it is added up in."""
+    (accumulate,) = check.accumulation(anchors.dtype)
+    check.finite(op, name, value)
+    check.finite(op, name, value.detach().to(accumulate))
+
+
 def _weight(op: str, weight: Any, anchors: Tensor) -> Tensor:
     (accumulate,) = check.accumulation(anchors.dtype)
     check.tensor(op, "anchor_weight", weight, (anchors.shape[0],))
     check.same(op, "anchor_weight", weight, "anchors", anchors, dtype=False)
     check.constant(op, "anchor_weight", weight)
-    check.finite(op, "anchor_weight", weight)
+    _check_finite_sum(op, "anchor_weight", weight, anchors)
     if check.readable(weight) and (weight < 0).any():
         raise ValueError(f"{op}: `anchor_weight` must be at least 0, got {weight.min().item():g}")
     weight = weight.detach().to(accumulate)

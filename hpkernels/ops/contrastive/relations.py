@@ -214,6 +214,8 @@ def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, 
         return Relation()
     (accumulate,) = check.accumulation(like.dtype)
     of_pairs = None if weights is None else _kept(weights.detach().to(accumulate))
+    if of_pairs is not None:
+        check.finite(op, f"{name}.weights", of_pairs)  # also in the dtype that they are added up in
     return Relation(offsets=_kept(offsets), indices=_kept(indices), weights=of_pairs)
 
 
