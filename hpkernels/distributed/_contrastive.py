@@ -227,8 +227,8 @@ def _forward(share: Share) -> tuple[Tensor, Tensor, Tensor | None, Gradients | N
     weight, inside = arguments.anchor_weight, arguments.inside
     losses = chunked.losses_of(rows, inside) if weight is None else chunked.losses_of(rows, inside) * weight
     for vectors in (arguments.anchors, arguments.keys, arguments.key_bias):
-        if vectors is not None:  # 0, or NaN if they are not finite
-            losses = losses + vectors.detach().sum(dtype=losses.dtype) * 0
+        if vectors is not None:
+            losses = losses + chunked.nothing_of(vectors).to(losses.dtype)
     if arguments.reduction == "none":
         with together(OP, group) if losses.device.type == "cpu" else nullcontext():
             check_loss(arguments, OP, losses)

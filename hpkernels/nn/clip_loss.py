@@ -29,8 +29,8 @@ class ClipLoss(nn.Module):
     ranks makes of them the gradient of that loss. Of open_clip's settings two do the same: ``gather_with_grad=True``,
     with or without `local_loss`, but that with `local_loss` the number that open_clip returns is of the rank's own rows
     alone. Without ``gather_with_grad`` open_clip's gradients are others: without `local_loss` those of the features are
-    divided by the number of ranks, and that of `logit_scale` is not; with `local_loss` features get none for their part
-    in the denominators of the other direction. Here both settings are accepted and change nothing: the gradient is
+    divided by the number of ranks, and that of `logit_scale` is not; with `local_loss` features get the gradient of
+    what they are as anchors, and none as keys. Here both settings are accepted and change nothing: the gradient is
     always exact.
 
     Args:

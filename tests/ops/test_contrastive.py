@@ -423,6 +423,12 @@ def test_edge_cases(case):
     expected = run(rows, keys[labels != 3], positives=Labels(labels, labels[labels != 3]))
     actual = run(rows, keys, positives=Labels(labels), exclude=Labels(torch.zeros_like(labels), ignored))
     torch.testing.assert_close(actual, expected)
+    # Numbers whose sum overflows, which no logit does: a key that is masked by its bias, long anchors and short keys.
+    bias = torch.zeros(37, device=case.device, dtype=values_dtype(case.dtype))
+    bias[5:9] = torch.finfo(bias.dtype).min
+    kept = torch.tensor([*range(5), *range(9, 37)], device=case.device)
+    masked = run(rows, keys, positives=Labels(labels, labels.where(bias == 0, -1)), key_bias=bias)
+    torch.testing.assert_close(masked, run(rows, keys[kept], positives=Labels(labels, labels[kept])))
     # Logits in the hundreds neither overflow nor lose the gradient.
     long = Batch(case, length=30.0)
     if case.dtype == torch.float64:  # whose oracle rounds as much
@@ -460,6 +466,7 @@ LARGE = torch.full((5,), 1e300, dtype=torch.float64)
         pytest.param(TypeError, "positives", "list", {"positives": [L]}, id="positives-list"),
         pytest.param(ValueError, "positives", "an empty tuple", {"positives": ()}, id="positives-empty"),
         pytest.param(TypeError, "positives", "a tensor of torch.float32", {"positives": A}, id="positives-float"),
+        pytest.param(TypeError, "positives", "(4, 5)", {"positives": torch.ones(4, 5).long()}, id="positives-int-mask"),
         pytest.param(TypeError, "positives[1]", "NoneType", {"positives": (L, None)}, id="positives-part"),
         pytest.param(ValueError, "positives.anchor_ids", "(3,)", {"positives": Labels(torch.arange(3))}, id="ids"),
         pytest.param(

@@ -141,6 +141,12 @@ def two_pass(kernels: Epilogue, problem: Problem, rows: Tensor, columns: Tensor 
     return sums.gradients()
 
 
+def nothing_of(vectors: Tensor) -> Tensor:
+    """0, or NaN if a number is not finite: without a sum, which may overflow where no product does."""
+    least, greatest = torch.aminmax(vectors.detach())
+    return (least - least) + (greatest - greatest)
+
+
 def kept(statistics: Tensor) -> Tensor:
     """Which anchors have positives and a denominator, (N,) bool; True for those whose logits are NaN."""
     return (statistics[:, 2] > 0) & (statistics[:, 0] != -torch.inf)

@@ -117,8 +117,8 @@ def contrastive(*flat: Any) -> Any:
     if columns is not None:
         loss = (loss + _loss(columns, None, arguments)) / 2
     for vectors in (problem.anchors, problem.keys, problem.key_bias):
-        if vectors is not None:  # 0, or NaN if they are not finite
-            loss = loss + vectors.sum(dtype=loss.dtype) * 0
+        if vectors is not None:
+            loss = loss + chunked.nothing_of(vectors).to(loss.dtype)
     return loss, rows, rows.new_empty(0) if columns is None else columns, found
 
 

@@ -144,6 +144,11 @@ def _of_part(op: str, name: str, part: Any, like: Tensor, sizes: Sizes, weighted
         check.tensor(op, name, part, (sizes.anchors, sizes.columns), check.BOOLEAN)
         part = PositiveMask.from_dense(part, keys=not sizes.square)
     elif isinstance(part, Tensor) and part.dtype in check.ANY_INTEGER:
+        if part.dim() == 2:
+            raise TypeError(
+                f"{op}: `{name}` must be Labels for labels in several columns, or a bool tensor for a mask, got an"
+                f" integer tensor of shape {tuple(part.shape)}"
+            )
         part = Labels(part)
     if isinstance(part, Labels):
         return Checked(_of_labels(op, name, part, like, sizes), sizes.own and part.key_ids is None)

@@ -81,7 +81,8 @@ def store_part(
     INSIDE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Put statistics to parts (4, part_count, length): log-denominator, pull, mass and count."""
-    log_denominator = shift_of(base) + log_of(total)
+    # Where nothing but what is beyond the end was added, nothing was.
+    log_denominator = tl.where(base <= -9e29, float("-inf"), shift_of(base) + log_of(total))
     if INSIDE:
         pull = shift_of(pull_base) + log_of(pull)
     plane = part_count.to(tl.int64) * length
