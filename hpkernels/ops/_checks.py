@@ -111,7 +111,10 @@ def finite(op: str, name: str, value: Tensor, infinity: bool = False, products: 
     if not readable(value):
         return
     (accumulate,) = accumulation(value.dtype)
-    # One read, where the rest takes several. No product of two rows is greater than the square of the norm of all.
+    # One read, where the rest takes several.
+    if not (infinity or products) and value.numel() and all(bound.isfinite() for bound in value.detach().aminmax()):
+        return
+    # No product of two rows is greater than the square of the norm of all.
     longest = math.sqrt(torch.finfo(accumulate).max)
     if torch.linalg.vector_norm(value.detach(), dtype=accumulate) <= longest:
         return

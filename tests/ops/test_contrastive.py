@@ -534,6 +534,16 @@ LARGE = torch.full((5,), 1e300, dtype=torch.float64)
             id="weights-grad",
         ),
         pytest.param(
+            TypeError, "positives.weights", "list", {"positives": PairLists(OFFSETS, INDICES, [1.0])}, id="list"
+        ),
+        pytest.param(
+            TypeError,
+            "positives.weights",
+            "int64 of shape (0,)",
+            {"positives": PairLists(torch.zeros(5).long(), INDICES[:0], INDICES[:0])},
+            id="weights-empty-int",
+        ),
+        pytest.param(
             ValueError,
             "exclude.weights",
             "a tensor",
@@ -856,12 +866,12 @@ def test_fused_by_choice(monkeypatch):
 
 
 def test_blocks():
-    """A block is what the workspace holds, but no fewer than 128 anchors; nothing of N x K is made."""
+    """A block is what the workspace holds; where that is few, more."""
     rows = ROWS_OF_BLOCK
     problem = SimpleNamespace(anchors=torch.empty(1), all_keys=range(65536))
-    assert rows(problem, 4) == 128 == chunked.CPU_WORKSPACE // (4 * 65536)
+    assert rows(problem, 4) == 256 and chunked.CPU_WORKSPACE // (4 * 65536) == 128
     assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(8192)), 4) == 1024
-    assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(10**6)), 4) == 128
+    assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(10**6)), 4) == 32
     assert rows(SimpleNamespace(anchors=torch.empty(1, device="meta"), all_keys=range(65536)), 6) == 2720
 
 

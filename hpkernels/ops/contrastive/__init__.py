@@ -143,10 +143,11 @@ def contrastive(
     Notes:
         Logits and sums are float32 (float64) whatever the dtype of `anchors`. Gradients reach `anchors`, `keys`,
         `temperature` and `key_bias`; double backward is refused. Deterministic. Under autocast keys of another
-        floating dtype are cast to that of the anchors. Memory: blocks of pairs in 32 MiB on the CPU and 1 GiB on a
-        GPU, but of at least 128 anchors with all keys. With "mean" or "sum" in one direction the gradients are found
-        forward, and kept in the accumulation's dtype; otherwise logits are computed again. Where the keys are the
-        anchors and the relations symmetric, pairs i < j alone are computed.
+        floating dtype are cast to that of the anchors. Memory: blocks of anchors with all keys in 32 MiB on the CPU
+        and 1 GiB on a GPU, in up to four times that where those hold fewer than 256 anchors, and of 32 at least. With
+        "mean" or "sum" in one direction the gradients are found forward, and kept in the accumulation's dtype;
+        otherwise logits are computed again. Where the keys are the anchors and the relations symmetric, pairs i < j
+        alone are computed.
 
     Example:
         >>> import torch, hpkernels

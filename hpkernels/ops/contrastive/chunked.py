@@ -25,8 +25,8 @@ from hpkernels.ops.contrastive.problem import Problem, Tile
 
 GPU_WORKSPACE = 2**30
 """Bytes of a block on a GPU: gradients of all keys are read and written once a block."""
-_LEAST_ROWS = 128
-"""Of a block, whatever it takes: products with fewer rows wait for memory."""
+_FEW_ROWS, _MORE = 256, 4
+"""Products with fewer rows wait for memory: they may have so many times the workspace."""
 _GREATEST_G = 2.0**14
 """What g may be, of the 65504 of float16, in which small coefficients would lose their digits."""
 
@@ -184,7 +184,8 @@ def _products(kernels: Epilogue, problem: Problem) -> Iterator[tuple[Tile, Tenso
 def rows_of_block(problem: Problem, pair_bytes: int) -> int:
     """How many anchors make a block, a multiple of 32."""
     workspace = CPU_WORKSPACE if problem.anchors.device.type == "cpu" else GPU_WORKSPACE
-    return max(_LEAST_ROWS, workspace // (pair_bytes * len(problem.all_keys)) // 32 * 32)
+    words, more_words = (size // (pair_bytes * len(problem.all_keys)) // 32 for size in (workspace, _MORE * workspace))
+    return 32 * max(1, words, min(more_words, _FEW_ROWS // 32))
 
 
 class _Sums:

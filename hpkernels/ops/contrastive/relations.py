@@ -200,14 +200,14 @@ def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes)
 def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, weighted: bool) -> Relation:
     offsets, indices, weights = lists.offsets, lists.indices, lists.weights
     check.tensor(op, f"{name}.offsets", offsets, (sizes.anchors + 1,), check.INTEGER)
-    if not (isinstance(indices, Tensor) and indices.shape == (0,)):
+    if not _is_empty(indices, check.INTEGER):
         check.tensor(op, f"{name}.indices", indices, ("P",), check.INTEGER)
     given = {"offsets": offsets, "indices": indices}
     if weights is not None:
         if not weighted:
             raise ValueError(f"{op}: `{name}.weights` must be None, as pairs take part or do not, got a tensor")
-        if weights.shape != (0,) or indices.shape != (0,):
-            check.tensor(op, f"{name}.weights", weights, (indices.shape[0],))
+        if not (_is_empty(weights, check.FLOATING) and indices.shape == (0,)):
+            check.tensor(op, f"{name}.weights", weights, (indices.shape[0] or "P",))
         check.constant(op, f"{name}.weights", weights)
         check.finite(op, f"{name}.weights", weights)
         given["weights"] = weights
@@ -229,6 +229,11 @@ def _kept(value: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and value.is_inference():
         value = value.clone()
     return value.contiguous()
+
+
+def _is_empty(value: Any, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a list has no pairs, as no other tensor may have."""
+    return isinstance(value, Tensor) and value.shape == (0,) and value.dtype in dtypes
 
 
 def _check_lists(op: str, name: str, lists: PairLists, sizes: Sizes) -> None:
