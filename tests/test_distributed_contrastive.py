@@ -331,7 +331,7 @@ def _check_settings(rank: int, ranks: int) -> None:
     labels, last = torch.arange(6) // 2, rank == ranks - 1
     others = "rank " + " and ".join(map(str, range(ranks - 1)))
     for given, name, *values in [
-        ({"temperature": 0.2 if last else 0.1}, "temperature", "0.1", "0.2"),
+        ({"temperature": 0.25 if last else torch.tensor(0.5)}, "temperature", "0.5", "0.25"),
         ({"reduction": "sum" if last else "mean"}, "reduction", "mean", "sum"),
         ({"exchange": "ring" if last else "gather"}, "exchange", "gather", "ring"),
         ({"keys": anchors if last else None}, "keys", "None", "given"),

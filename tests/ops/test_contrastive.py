@@ -802,7 +802,7 @@ FITTING = {"positives": Labels(ROWS), "temperature": 0.2}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "positives", [Labels(ROWS), PositiveMask.from_labels(ROWS), ROWS[:, None]], ids=["label", "mask", "tensor"]
+    "positives", [Labels(ROWS), PositiveMask.from_labels(ROWS), Labels(ROWS[:, None])], ids=["label", "mask", "column"]
 )
 def test_fused(dtype, positives):
     """What the kernels of `multi_positive_contrastive` can take is the same by them."""
@@ -811,7 +811,7 @@ def test_fused(dtype, positives):
     anchors = normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
     results = []
     for backend, kind in (("cuda", dtype), ("reference", torch.float32), ("reference", torch.float64)):
-        leaf = anchors.to(dtype).to(kind).requires_grad_()
+        leaf = anchors.to(dtype).to(kind, copy=True).requires_grad_()
         loss = contrastive(leaf, **{**FITTING, "positives": positives}, backend=backend)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
