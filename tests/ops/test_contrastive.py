@@ -150,6 +150,14 @@ class Batch:
             if value is not None
         }
 
+    def rounding_of_g(self, name):
+        """What sums over g may be off where it is rounded to half precision, as Triton's is."""
+        if self.case.backend != "triton" or self.case.dtype == torch.float32:
+            return 0.0
+        losses = len(self.anchors) if self.options.get("reduction") in ("sum", "none") else 1.5
+        longest = self.anchors.double().norm(dim=1).max().item() ** 2 / self.temperature.item() ** 2
+        return 2 * torch.finfo(self.case.dtype).eps * losses * (longest if name == "temperature" else 1.0)
+
     def call(self, backend=None, **inputs):
         return contrastive(**inputs, positives=self.positives, **self.options, backend=backend or self.case.backend)
 
@@ -188,7 +196,7 @@ def assert_close(batch, actual, gradients=True):
         assert gradient.dtype == getattr(batch, name).dtype
         # A temperature's or a bias's gradient is a sum of terms that cancel.
         scale = {"temperature": exact[0].abs().sum().item(), "key_bias": 1.0}.get(name)
-        eps = None if scale is None else 30 * torch.finfo(gradient.dtype).eps * scale
+        eps = None if scale is None else 30 * torch.finfo(gradient.dtype).eps * scale + batch.rounding_of_g(name)
         assert_rows_close(gradient, expected, of_plain, eps=eps)
 
 
