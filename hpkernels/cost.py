@@ -28,7 +28,9 @@ directions, and once more for the gradient, which also the column of a sampled n
 _FUSED_DIM, _FUSED_ANCHORS = 768, 92_000
 """Above this D a library's products with an epilogue take less time than fused kernels, by what others have measured on
 Hopper with other losses; above this N a mask of N² / 8 bytes takes more memory than their blocks. Not measured here."""
-_CHUNK_BYTES_ON_CPU, _CHUNK_BYTES_ON_GPU = 2**25, 2**30  # of `contrastive`: hpkernels/ops/contrastive/chunked.py
+CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU = 2**25, 2**30
+"""Of a block of `contrastive`. Caches of the CPU hold it; on a GPU gradients of all keys are read and written once a
+block."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -338,7 +340,7 @@ def _against_keys(
     passes = 2 if triangle or both else 1
     accumulated = max(size, 4)
     rows = (n if keys is None else n + k) * dim
-    workspace = _CHUNK_BYTES_ON_GPU if on_gpu else _CHUNK_BYTES_ON_CPU
+    workspace = CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES_ON_CPU
     chunked = _Work(
         matrix=2.0 * logits * dim * (passes + 2),
         apart=logits * ((2 * passes + 1) * accumulated + 3 * size),

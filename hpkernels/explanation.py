@@ -265,7 +265,7 @@ def _against_keys(
     backend: str, engine: Callable[[str, int], str], given: dict[str, Any], refused: dict[tuple[str, str], list[str]]
 ) -> Step:
     """The step of `contrastive`."""
-    products = {"cpu": "C++ epilogue", "triton": "Triton epilogue", "cuda": "Triton epilogue"}.get(backend, "PyTorch")
+    epilogue = {"cpu": "C++ epilogue", "triton": "Triton epilogue"}.get(backend, "PyTorch")
     if backend in ("cuda", "triton"):
         if _takes_fused(given):
             refused["route chunked", "rows are short enough for fused kernels (a prediction)"] = []
@@ -276,7 +276,7 @@ def _against_keys(
             else "it takes anchors that are their own keys, with symmetric positives, in one direction"
         )
         refused["route fused", reason] = []
-    return Step("contrastive", f"matrix products of PyTorch, {products}", "chunked")
+    return Step("contrastive", f"matrix products of PyTorch, {epilogue}", "chunked")
 
 
 def _takes_fused(given: dict[str, Any]) -> bool:

@@ -290,7 +290,7 @@ def test_blocks():
     """A block is what the workspace holds; where that is few, more."""
     rows = ROWS_OF_BLOCK
     problem = SimpleNamespace(anchors=torch.empty(1), all_keys=range(65536))
-    assert rows(problem, 4) == 256 and chunked.CPU_WORKSPACE // (4 * 65536) == 128
+    assert rows(problem, 4) == 256 and chunked.CHUNK_BYTES_ON_CPU // (4 * 65536) == 128
     assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(8192)), 4) == 1024
     assert rows(SimpleNamespace(anchors=torch.empty(1), all_keys=range(10**6)), 4) == 32
     assert rows(SimpleNamespace(anchors=torch.empty(1, device="meta"), all_keys=range(65536)), 6) == 2720

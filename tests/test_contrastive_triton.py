@@ -28,8 +28,8 @@ def kernels():
 @pytest.fixture(autouse=True)
 def blocks_of_32_rows(monkeypatch):
     """In the interpreter, of two columns of tiles or three, whose statistics come in two parts."""
-    monkeypatch.setattr(chunked, "CPU_WORKSPACE", 1)
-    monkeypatch.setattr(chunked, "GPU_WORKSPACE", 1)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES_ON_GPU", 1)
 
 
 def relation(forms, anchors, keys, seed):

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hpkernels.ops._blocks import CPU_WORKSPACE, blocks
+from hpkernels.cost import CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU
+from hpkernels.ops._blocks import blocks
 from hpkernels.ops.contrastive.problem import Problem, Tile
 
-GPU_WORKSPACE = 2**30
-"""Bytes of a block on a GPU: gradients of all keys are read and written once a block."""
 _FEW_ROWS, _MORE = 256, 4
 """Products with fewer rows wait for memory: they may have so many times the workspace."""
 _GREATEST_G = 2.0**14
@@ -49,7 +48,7 @@ class Epilogue(Protocol):
         """What is found of the relations once, for all tiles."""
 
     def pairs(self, products: Tensor, tile: Tile, problem: Problem, prepared: Any) -> Any:
-        """Turn products (R, C) into logits, and return what the other two need to know of the pairs of the tile."""
+        """What the other two need to know of the pairs of a tile. Products (R, C) become logits, or do so in them."""
 
     def statistics(
         self, logits: Tensor, tile: Tile, problem: Problem, pairs: Any, rows: Tensor, columns: Tensor | None
@@ -183,7 +182,7 @@ def _products(kernels: Epilogue, problem: Problem) -> Iterator[tuple[Tile, Tenso
 
 def rows_of_block(problem: Problem, pair_bytes: int) -> int:
     """How many anchors make a block, a multiple of 32."""
-    workspace = CPU_WORKSPACE if problem.anchors.device.type == "cpu" else GPU_WORKSPACE
+    workspace = CHUNK_BYTES_ON_CPU if problem.anchors.device.type == "cpu" else CHUNK_BYTES_ON_GPU
     words, more_words = (size // (pair_bytes * len(problem.all_keys)) // 32 for size in (workspace, _MORE * workspace))
     return 32 * max(1, words, min(more_words, _FEW_ROWS // 32))
 

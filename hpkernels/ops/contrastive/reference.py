@@ -96,9 +96,8 @@ def _reduced(losses: Tensor, kept: Tensor, weight: Tensor | None, reduction: str
     of_each = kept.to(losses.dtype) if weight is None else weight.to(losses.dtype) * kept
     if reduction == "none":
         return of_each * losses
-    total = (of_each * losses).sum()
-    mass = of_each.sum() if reduction == "mean" else None
-    return total if mass is None else total / mass.where(mass > 0, 1)
+    total, mass = (of_each * losses).sum(), of_each.sum()
+    return total if reduction == "sum" else total / mass.where(mass > 0, 1)
 
 
 def pair_bytes(problem: Problem) -> int:
