@@ -81,7 +81,7 @@ class Gathering:
         return [self._of_own(part, combine) for part in of_all]
 
     def _of_own(self, part: Tensor, combine: Combine) -> Tensor:
-        """What all ranks have for the keys of this rank, one rank after another to need no room for all of them."""
+        """What all ranks have for the keys of this rank, one rank after another, so that not all are in memory."""
         rank, size = rank_in(self._group), ranks_of(self._group)
         parts = torch.split(part.contiguous(), list(self._counts))
         own: Tensor = parts[rank]
@@ -131,7 +131,7 @@ class Ring:
         return sums
 
     def _next(self, held: Keys, owner: int) -> tuple[Keys, list[Any]]:
-        """Room for the keys of `owner`, which are on their way here, while those that are held go on."""
+        """Buffers for the keys of `owner`, which are on their way here, while those that are held go on."""
         incoming = _each(lambda part: part.new_empty((self._counts[owner], *part.shape[1:])), held)
         sent, received = ([part for part in keys if part is not None] for keys in (held, incoming))
         return incoming, self._pass_on(sent, received)
@@ -139,7 +139,7 @@ class Ring:
     def _sums_of(
         self, owner: int, found: Sequence[tuple[int, ...]], sent: list[Tensor]
     ) -> tuple[list[Tensor], list[Any]]:
-        """Room for what was found of the keys of `owner`, on its way here, while what was `sent` goes on."""
+        """Buffers for what was found of the keys of `owner`, on its way here, while what was `sent` goes on."""
         received = self._empty(owner, found)
         return received, self._pass_on(sent, received)
 
