@@ -180,9 +180,10 @@ def estimate(
     Args:
         op: "masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive" or
             "contrastive".
-        N: anchors; a multiple of `anchors_per_image` but for "contrastive". Default: `images` times that.
+        N: anchors; without `keys` and but for "contrastive" a multiple of `anchors_per_image`. Default: `images` times that.
         D: features of a projection.
-        keys: K of "contrastive"; None: the anchors are the keys, with symmetric positives if `symmetric`.
+        keys: K of "contrastive" and "hidden_positives"; None: the anchors are the keys, for "contrastive" with
+            symmetric positives if `symmetric`.
         both_directions: of "contrastive".
         features_dim: Df, features of the backbone; of the queries of "masked_topk" and "hidden_positives".
         M: pool rows.
@@ -216,7 +217,7 @@ def estimate(
     if N is None:
         N = (64 if images is None else images) * anchors_per_image
     sizes = {"N": N, "D": D, "features_dim": features_dim, "M": M, "k": k, "anchors_per_image": anchors_per_image}
-    if op == "contrastive":
+    if op == "contrastive" or (op == "hidden_positives" and keys is not None):
         sizes |= {"keys": N if keys is None else keys, "anchors_per_image": 1}
     for name, value in (sizes | {"heads_dim": heads_dim, "window": window, "branches": branches}).items():
         if value < 1:
@@ -228,7 +229,7 @@ def estimate(
     if op == "masked_topk":
         routes = {"product": _topk(N, M, features_dim, k, size)}
     elif op == "hidden_positives":
-        routes = {"symmetric": _discovery(N, features_dim, size)}
+        routes = {"symmetric" if keys is None else "between": _discovery(N, keys, features_dim, size)}
     elif op == "contrastive":
         routes = _against_keys(N, keys, D, both_directions, symmetric, size, rates.capability is not None)
     elif op == "local_propagation":
@@ -244,7 +245,7 @@ def estimate(
                 del routes["lists"]
         if op == "ghp_contrastive":
             sources = (features_dim, D) if specific else (features_dim,)
-            found = [_topk(N, M, dim, 1, size) + _discovery(N, dim, size) for dim in sources]
+            found = [_topk(N, M, dim, 1, size) + _discovery(N, None, dim, size) for dim in sources]
             routes = {name: sum(found, work * branches) for name, work in routes.items()}
     return Estimate(op, name, {route: work.on(rates, dtype) for route, work in routes.items()})
 
@@ -358,9 +359,11 @@ def _topk(n: int, m: int, dim: int, k: int, size: int) -> _Work:
     return _Work(ranking=2.0 * n * m * dim, bytes=(n + m) * dim * size + 12.0 * n * k)
 
 
-def _discovery(n: int, dim: int, size: int) -> _Work:
-    """Products are symmetric: half of them decide the relation, both halves are written."""
-    return _Work(ranking=1.0 * n * n * dim, bytes=n * dim * size + n * n / 8, workspace=n * n / 8)
+def _discovery(n: int, keys: int | None, dim: int, size: int) -> _Work:
+    """Among anchors (i, j) and (j, i) are decided by the same product. The mask is written."""
+    products, rows = (0.5 * n * n, n) if keys is None else (float(n * keys), n + keys)
+    mask = n * (keys or n) / 8
+    return _Work(ranking=2.0 * products * dim, bytes=rows * dim * size + mask, workspace=mask)
 
 
 def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, size: int) -> dict[str, _Work]:

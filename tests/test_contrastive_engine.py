@@ -17,9 +17,7 @@ import hpkernels
 from hpkernels import ContrastiveStatistics, Labels, PairLists, PositiveMask, backends, contrastive
 from hpkernels.ops.contrastive import chunked, fused
 from hpkernels.ops.contrastive.arguments import arguments_of
-from hpkernels.testing import (
-    assert_rows_close,
-)
+from hpkernels.testing import assert_rows_close
 from tests.ops.contrastive_batch import (
     CASES,
     INDICES,
@@ -138,6 +136,22 @@ def test_checkpoint_and_inference_tensors(case, name):
     torch.testing.assert_close(
         (loss.detach(), dict(zip(inputs, gradients, strict=True))), expected, rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"both_directions": True}, {"reduction": "none"}], ids=lambda s: [*s, "one"][0]
+)
+def test_bank_made_in_inference_mode(settings):
+    """Keys and a bias without gradients, which backward keeps where it computes the logits again."""
+    with torch.inference_mode():
+        bank, bias = K.clone(), torch.ones(len(K), dtype=K.dtype)
+
+    def gradient(keys, key_bias):
+        anchors = A.clone().requires_grad_()
+        contrastive(anchors, keys, positives=L, key_bias=key_bias, **settings).sum().backward()
+        return anchors.grad
+
+    torch.testing.assert_close(gradient(bank, bias), gradient(K, torch.ones_like(K[:, 0])))
 
 
 def test_pairs_are_saved(tmp_path):

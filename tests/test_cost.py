@@ -54,6 +54,13 @@ def test_discovery_is_counted(multiplied, monkeypatch):
     assert flops <= sum(multiplied) <= 1.05 * flops
 
 
+def test_discovery_between_anchors_and_keys_is_counted(multiplied):
+    thresholds = torch.rand(70), torch.rand(100)
+    discovery.between(torch.rand(70, 24), torch.rand(100, 24), *thresholds, either=False, first=None)
+    cost = estimate("hidden_positives", N=70, keys=100, features_dim=24).routes["between"]
+    assert sum(multiplied) == cost.flops
+
+
 def test_positives_that_are_not_symmetric_are_transposed():
     sizes = {"N": 960, "anchors_per_image": 96, "device": "CPU"}
     both, own = (estimate("multi_positive_contrastive", symmetric=way, **sizes).routes for way in (True, False))

@@ -220,7 +220,7 @@ def test_one_process(dtype):
 def _check_ranks(rank: int, ranks: int) -> None:
     check_all(rank, ranks, torch.float64, "reference")
     check_all(rank, ranks, torch.float32, "auto", ddp=True)
-    with patched(chunked, CPU_WORKSPACE=1):  # blocks of 32 anchors
+    with patched(chunked, CHUNK_BYTES_ON_CPU=1):  # blocks of 32 anchors
         check_all(rank, ranks, torch.bfloat16, "auto")
     if ranks == 2 and backends.availability("contrastive", "triton").ok:
         batch = Batch.drawn(ranks, True, torch.float32, (9, 24))

@@ -72,6 +72,13 @@ def constant(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: `{name}` must not require a gradient (pass `{name}.detach()`), got requires_grad=True")
 
 
+def saveable(value: Tensor) -> Tensor:
+    """`value` as backward can keep it: a copy of one that was made under ``torch.inference_mode``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not value.is_inference():
+        return value
+    return value.clone()
+
+
 def _no_transform(op: str, name: str, value: Tensor) -> None:
     """Refuse forward-mode derivatives and the transforms of torch.func, which pass custom ops by or end inside them.
 

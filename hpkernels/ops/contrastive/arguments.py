@@ -69,7 +69,7 @@ def arguments_of(
     if keys is not None:
         check.finite(op, "keys", keys)
     needs = Needs(*map(_needs_gradient, (anchors, keys, scale, key_bias)))
-    return Arguments(
+    arguments = Arguments(
         anchors,
         keys,
         of_positives.relation,
@@ -85,6 +85,13 @@ def arguments_of(
         reduction,
         needs,
         "" if backend is None else backends.select("contrastive", backend, anchors, op),
+    )
+    if not any(needs) or arguments.one_pass:
+        return arguments
+    return arguments._replace(
+        anchors=check.saveable(anchors),
+        keys=None if keys is None else check.saveable(keys),
+        key_bias=None if key_bias is None else check.saveable(key_bias),
     )
 
 

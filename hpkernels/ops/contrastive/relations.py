@@ -38,8 +38,8 @@ class PairLists:
     Attributes:
         offsets: (N + 1,) int64, ascending from 0 to P: anchor i has the pairs ``offsets[i]`` to ``offsets[i + 1] - 1``.
         indices: (P,) int64, the keys, in any order.
-        weights: (P,) floating-point, at least 0, how much each pair counts as a positive (soft positives); a pair of
-            weight 0 is none. None: 1 each.
+        weights: (P,) floating-point, at least 0, how much each pair counts as a positive (soft positives), in float32
+            unless the anchors are float64; a pair whose weight is 0 there is none. None: 1 each.
     """
 
     offsets: Tensor
@@ -183,7 +183,7 @@ def _ids(op: str, name: str, ids: Tensor, count: int, columns: int | None, like:
         if columns not in (None, 1):
             raise ValueError(f"{op}: `{name}` must have {columns} columns as those of the anchors, got one")
     check.same(op, name, ids, "anchors", like, dtype=False)
-    return _kept(ids.long().reshape(count, -1))
+    return check.saveable(ids.long().reshape(count, -1)).contiguous()
 
 
 def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes) -> Relation:
@@ -194,7 +194,7 @@ def _of_mask(op: str, name: str, mask: PositiveMask, like: Tensor, sizes: Sizes)
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
     check.tensor(op, f"{name}.bits", mask.bits, (sizes.anchors, words_per_row(sizes.columns)), (torch.int32,))
     check.same(op, name, mask.bits, "anchors", like, dtype=False)
-    return Relation(bits=_kept(mask.bits))
+    return Relation(bits=check.saveable(mask.bits).contiguous())
 
 
 def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, weighted: bool) -> Relation:
@@ -218,17 +218,12 @@ def _of_lists(op: str, name: str, lists: PairLists, like: Tensor, sizes: Sizes, 
     if indices.shape[0] == 0:
         return Relation()
     (accumulate,) = check.accumulation(like.dtype)
-    of_pairs = None if weights is None else _kept(weights.detach().to(accumulate))
+    of_pairs = None if weights is None else check.saveable(weights.detach().to(accumulate)).contiguous()
     if of_pairs is not None:
         check.finite(op, f"{name}.weights", of_pairs)  # also in the dtype that they are added up in
-    return Relation(offsets=_kept(offsets), indices=_kept(indices), weights=of_pairs)
-
-
-def _kept(value: Tensor) -> Tensor:
-    """`value`, contiguous, as backward can keep it: not as it is made under ``torch.inference_mode``."""
-    if not torch.compiler.is_compiling() and value.is_inference():
-        value = value.clone()
-    return value.contiguous()
+    return Relation(
+        offsets=check.saveable(offsets).contiguous(), indices=check.saveable(indices).contiguous(), weights=of_pairs
+    )
 
 
 def _is_empty(value: Any, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -196,7 +196,7 @@ def to_mask(op: str, name: str, mask: PositiveMask | Tensor, z: Tensor) -> Posit
     # Attributes can be changed after the constructor has checked them, and kernels trust the shape.
     check.tensor(op, f"{name}.bits", mask.bits, (mask.anchors, words_per_row(mask.anchors)), (torch.int32,))
     check.same(op, name, mask.bits, "z", z, dtype=False)
-    if not torch.compiler.is_compiling() and mask.bits.is_inference() and z.requires_grad:
-        # Backward cannot keep a tensor that was made under torch.inference_mode.
-        mask = PositiveMask(mask.bits.clone(), mask.anchors, symmetric=mask.symmetric, ignored=mask.ignored)
+    bits = check.saveable(mask.bits)
+    if z.requires_grad and bits is not mask.bits:
+        mask = PositiveMask(bits, mask.anchors, symmetric=mask.symmetric, ignored=mask.ignored)
     return mask
