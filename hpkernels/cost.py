@@ -180,7 +180,7 @@ def estimate(
     Args:
         op: "masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation", "ghp_contrastive" or
             "contrastive".
-        N: anchors; without `keys` and but for "contrastive" a multiple of `anchors_per_image`. Default: `images` times that.
+        N: anchors; a multiple of `anchors_per_image`, but with `keys` or for "contrastive". Default: `images` times it.
         D: features of a projection.
         keys: K of "contrastive" and "hidden_positives"; None: the anchors are the keys, for "contrastive" with
             symmetric positives if `symmetric`.
