@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,14 @@ def run_ranks(function: Callable[..., Any], ranks: int, folder: Path, *arguments
 
 
 def _run_rank(rank: int, function: Callable[..., Any], ranks: int, folder: Path, arguments: Any) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+    dist.barrier()  # before a rank leaves the others have what they wait for
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may outlive the interpreter, and abort the process while it ends
 
 
 def raised(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
