@@ -1,6 +1,6 @@
-"""The Triton epilogue of `contrastive`: products become statistics and g in one kernel each (see ``chunked.py``).
+"""The Triton epilogue of `contrastive`: a kernel each finds statistics of rows, of columns, and g (see ``chunked.py``).
 
-Products are not rewritten as logits: both kernels scale them, add the bias and find which pairs count while they read.
+Products are not rewritten as logits: the kernels scale them, add the bias and find which pairs count while they read.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _along(
 
 
 def _inputs(products: Tensor, tile: Tile, problem: Problem, pairs: Pairs) -> tuple[Any, ...]:
-    """What both kernels take first."""
+    """What the kernels that read products take first."""
     return (
         *(products, problem.scale, problem.key_bias, pairs.weights),
         *_relation(pairs.positive_ids, pairs.positive_words),
