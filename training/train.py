@@ -6,15 +6,12 @@ python -m training.train --config training/configs/camvid.yaml data.root=DIR out
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import hpkernels
 from training.backbones.timm_vit import TimmViT
@@ -24,6 +21,7 @@ from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
+from training.progress import Progress
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step
@@ -142,38 +140,31 @@ def positives_per_anchor(run: Run, images: Tensor) -> float:
 def train(run: Run) -> None:
     """Take the steps that are left, logging and saving as configured."""
     config, state = run.config, run.state
-    anchors = config.batch_size * run.train_bank.anchors_per_image
-    started = time.perf_counter() - state.seconds
     if state.step < run.steps:
         state.clusterings.forget()
-    with (
-        SummaryWriter(f"{config.output}/tensorboard", purge_step=state.step) as writer,
-        tqdm(
-            total=run.steps * anchors, initial=state.step * anchors, unit="anchor", unit_scale=True, desc="train"
-        ) as bar,
-    ):
+    with Progress(run) as progress:
         while state.step < run.steps:
             step, lam = state.step, current_lambda(run)
             images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
             terms = train_step(run, images)
-            bar.update(anchors)
-            if step % config.log_every == 0 or state.step == run.steps:
-                figures = {name: term.item() for name, term in terms.items()}
-                figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
-                figures |= {"lambda": lam, "positives_per_anchor": positives_per_anchor(run, images)}
-                for name, value in figures.items():
-                    writer.add_scalar(name, value, step)
-                bar.set_postfix(
-                    loss=f"{figures['loss']:.3f}", lam=f"{lam:.2f}", positives=f"{figures['positives_per_anchor']:.0f}"
-                )
-                state.history.append({"step": step} | figures)
-            due = state.step % config.checkpoint_every == 0 or state.step == run.steps
-            state.seconds = time.perf_counter() - started
+            progress.advance()
+            last = state.step == run.steps
+            if step % config.log_every == 0 or last:
+                progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
+            state.seconds = progress.seconds
             of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
-            if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or state.step == run.steps):
+            if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or last):
                 keep_best(run)
-            if due:
+            if state.step % config.checkpoint_every == 0 or last:
                 run.save()
+
+
+def figures_of_step(run: Run, images: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    """What is logged of a step: the terms of the loss, their sum that trains the head, and the positives."""
+    figures = {name: term.item() for name, term in terms.items()}
+    figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
+    figures["positives_per_anchor"] = positives_per_anchor(run, images)
+    return figures
 
 
 def keep_best(run: Run) -> None:
