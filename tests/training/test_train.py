@@ -204,7 +204,7 @@ def test_the_report_uses_the_backend_of_the_run(tiny_run, monkeypatch):
 
 def test_the_log_is_closed_when_training_stops(tiny_run, monkeypatch):
     closed = []
-    monkeypatch.setattr(loop.SummaryWriter, "close", lambda writer: closed.append(writer))
+    monkeypatch.setattr("training.progress.SummaryWriter.close", lambda writer: closed.append(writer))
 
     def interrupt(*_):
         raise KeyboardInterrupt
