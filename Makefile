@@ -39,8 +39,8 @@ test: install $(EMULATED)  ## Run the tests and the doctests, some at a time
 test-all: install $(EMULATED)  ## Run them for every target and dtype, with more examples and sanitizers
 	HPKERNELS_DEEP_TESTS=1 $(PYTEST) -m "not packaging"
 
-test-deep: install $(EMULATED)  ## Run what `make test` leaves to `make test-all`
-	$(PYTEST) -m deep
+test-deep: install $(EMULATED)  ## Run what `make test` leaves to `make test-all`, but for repetitions
+	$(PYTEST) -m "deep and not repeated"
 
 # Goes on without it where it cannot be configured, which is where CUDA's headers are missing; the tests say so as well.
 $(EMULATED): $(NATIVE) | install

@@ -87,10 +87,14 @@ from hpkernels.testing.cases import Case  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)  # before pytest takes out what `-m` does
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as deep what interprets or emulates kernels beyond one case of each kind."""
+    """Mark as deep what interprets or emulates kernels beyond one case of each kind, and what of that is repeated."""
     for item in items:
-        if hasattr(item, "callspec") and _is_deep(item.path.stem, item.originalname, item.callspec.params):
-            item.add_marker(pytest.mark.deep)
+        if hasattr(item, "callspec"):
+            of = item.path.stem, item.originalname, item.callspec.params
+            if _is_deep(*of):
+                item.add_marker(pytest.mark.deep)
+                if _is_repeated(*of):
+                    item.add_marker(pytest.mark.repeated)
 
 
 _WITH_PRODUCTS = ("test_masked_topk", "test_hidden_positives", "test_multi_positive_contrastive")
@@ -117,6 +121,19 @@ def _is_deep(module: str, test: str, parameters: dict[str, object]) -> bool:
         return True
     compared = module in _WITH_PRODUCTS and test in _IN_HALF_PRECISION
     return case.dtype == torch.bfloat16 or (case.dtype == torch.float16 and not compared)
+
+
+def _is_repeated(module: str, test: str, parameters: dict[str, object]) -> bool:
+    """Whether a deep test is left to `make test-all`, because other deep tests run the same code.
+
+    `ghp_contrastive` runs the kernels of the ops that it is made of. A simulated kernel is as deterministic, and looks
+    the same to a compiler, in every dtype.
+    """
+    if module == "test_ghp_contrastive" and (test == "test_deterministic" or parameters.get("name") in _LARGE_GOLDENS):
+        return True
+    case = parameters["case"]
+    assert isinstance(case, Case)
+    return test in ("test_deterministic", "test_opcheck") and case.dtype != torch.float32
 
 
 @pytest.fixture(scope="session")
