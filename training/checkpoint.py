@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
@@ -13,8 +14,11 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 FORMAT = "hpkernels training checkpoint 1"
+BACKBONE = "backbone.pt"
+"""The frozen weights, which the checkpoints beside it name by their SHA-256."""
 
 
 def save(path: str | Path, contents: dict[str, Any]) -> None:
@@ -65,6 +69,50 @@ def load(path: str | Path) -> dict[str, Any]:
     if contents.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} is not a checkpoint of this training loop (format {FORMAT!r})")
     return contents
+
+
+def write_backbone(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write the frozen weights to `folder` unless they are there; returns their SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    sha256 = _sha256(tensors)
+    try:
+        there = _sha256(load(folder / BACKBONE)["backbone"])
+    except (ValueError, KeyError):
+        there = None
+    if there != sha256:
+        save(folder / BACKBONE, {"backbone": tensors})
+    return sha256
+
+
+def read_backbone(path: str | Path, sha256: str) -> dict[str, Tensor]:
+    """The frozen weights of the checkpoint at `path`, from the file beside it.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or holds other weights.
+    """
+    beside = Path(path).with_name(BACKBONE)
+    if not beside.is_file():
+        raise ValueError(
+            f"checkpoint: {path} needs the {BACKBONE} that was written beside it, and there is none: copy it along"
+        )
+    tensors: dict[str, Tensor] = load(beside).get("backbone", {})
+    if _sha256(tensors) != sha256:
+        raise ValueError(
+            f"checkpoint: {beside} holds other weights than {path} was trained with: copy the {BACKBONE} of its run"
+        )
+    return tensors
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from training import checkpoint
 from training.config import Config
@@ -31,8 +38,66 @@ def prepare_folder(folder: Path, what: str) -> None:
         ) from error
 
 
+@contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """Keep the output folder for this process inside the ``with`` block; the lock of a process that died is none.
+
+    Raises:
+        ValueError: another process writes into the folder, or it cannot be one for a run.
+    """
+    check_place(config)
+    folder = Path(config.output)
+    made = not folder.exists()
+    prepare_folder(folder, "config: `output`")
+    file = folder / _LOCK
+    holder = file.read_text(errors="replace") if file.is_file() else ""  # before older versions of filelock empty it
+    if holder and not holder.startswith("process "):
+        raise ValueError(_not_ours(config, _LOCK))
+    try:
+        with FileLock(file, timeout=0):
+            now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
+            with suppress(OSError):  # on a full disk, of which `check_space` has more to say
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+            yield
+    except Timeout as error:
+        raise ValueError(f"{config.output} is being written by {holder or 'another process'}") from error
+    finally:
+        if made and not [path for path in folder.iterdir() if path != file]:  # a run that has not begun leaves nothing
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_place(config: Config) -> None:
+    """Refuse an output folder in which a run would mix with photographs.
+
+    Raises:
+        ValueError: it is such.
+    """
+    output = real(config.output)
+    if config.data.root is not None and config.data.name == "folder":
+        root = real(config.data.root)
+        if output == root or any(output.is_relative_to(root / kind) for kind in ("imgs", "labels")):
+            raise ValueError(f"config: `output` must be another folder than `data.root`, got {config.output}")
+
+
+def check_space(output: Path, sizes: dict[str, int]) -> None:
+    """Refuse a disk that has no place for files of these sizes, in bytes; those that are there give theirs free.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    there = {name: (output / name).stat().st_size for name in sizes if (output / name).is_file()}
+    needed = sum(max(0, size - there.get(name, 0)) for name, size in sizes.items())
+    needed += sizes["checkpoint.pt"]  # each is written beside the one it replaces
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise ValueError(
+            f"config: `output` {display_name(output)} is on a disk with {free / 2**20:,.1f} MiB left, and the run needs"
+            f" about {needed / 2**20:,.1f} MiB"
+        )
+
+
 def check_output(config: Config, fresh: bool) -> None:
-    """Refuse an output folder in which a run would mix with photographs, or overwrite what no run has written.
+    """Refuse an output folder that `check_place` refuses, or in which a run would overwrite what none has written.
 
     Args:
         config: of the run.
@@ -41,18 +106,18 @@ def check_output(config: Config, fresh: bool) -> None:
     Raises:
         ValueError: the folder is such.
     """
+    check_place(config)
     output = real(config.output)
-    if config.data.root is not None and config.data.name == "folder":
-        root = real(config.data.root)
-        if output == root or any(output.is_relative_to(root / kind) for kind in ("imgs", "labels")):
-            raise ValueError(f"config: `output` must be another folder than `data.root`, got {config.output}")
     for name, is_ours in _OURS.items():
         asked = fresh or name != "checkpoint.pt"  # which is loaded without --fresh, and that says what is wrong with it
         if asked and (output / name).exists() and not is_ours(output / name):
-            raise ValueError(
-                f"config: `output` {config.output} holds a {name} that no run has written: choose another, or remove"
-                " the file"
-            )
+            raise ValueError(_not_ours(config, name))
+
+
+def _not_ours(config: Config, name: str) -> str:
+    return (
+        f"config: `output` {config.output} holds a {name} that no run has written: choose another, or remove the file"
+    )
 
 
 def _is_checkpoint(file: Path) -> bool:
@@ -77,18 +142,27 @@ def _is_report(file: Path) -> bool:
         return False
 
 
+_LOCK = "run.lock"  # held while a run writes; it stays, and says which process wrote last
 # What a run writes into its output folder, and whether a file of that name is such.
 _OURS = {
     "checkpoint.pt": _is_checkpoint,
     "best.pt": _is_checkpoint,
+    checkpoint.BACKBONE: _is_checkpoint,
     "metrics.json": _is_metrics,
     "report.html": _is_report,
 }
 
 
+def remove_partial(output: Path) -> None:
+    """Remove what a run that was killed had not finished writing."""
+    for name in _OURS:
+        (output / f"{name}.partial").unlink(missing_ok=True)
+
+
 def remove_run(output: Path) -> None:
     """Remove what an older run left in its output folder, and nothing else."""
-    for name in (*_OURS, "checkpoint.pt.partial"):
+    for name in _OURS:
         (output / name).unlink(missing_ok=True)
+    remove_partial(output)
     for log in (output / "tensorboard").glob("events.out.tfevents.*"):
         log.unlink()

@@ -39,6 +39,12 @@ class ProceduralData:
         """A file name without extension."""
         return f"mosaic_{index:04d}"
 
+    def file(self, index: int) -> None:
+        """None: no file holds the image."""
+
+    def label_file(self, index: int) -> None:
+        """None, likewise."""
+
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
         return self._images[index]

@@ -16,6 +16,7 @@ import torch
 
 from hpkernels import BackendUnavailableError
 from training.config_file import key_table, known_keys
+from training.stopping import Stopped
 
 TRACEBACK_VARIABLE = "HPKERNELS_TRACEBACK"
 """Set it to see where an error came from."""
@@ -91,6 +92,9 @@ def one_sentence(program: str) -> Iterator[None]:
     """
     try:
         yield
+    except Stopped as stopped:
+        print(f"\n{program}: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -46,6 +46,10 @@ class Progress:
         """One step is done."""
         self.bar.update(self.anchors)
 
+    def flush(self) -> None:
+        """Write what is logged so far to the disk."""
+        self.writer.flush()
+
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Show the figures of a step, and keep them for the curves of the report."""
         for name, value in figures.items():

@@ -43,7 +43,7 @@ def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
         the path of the report, and what ``metrics.json`` holds.
     """
     if run.config.quirks.select_on_labels and run.best_path.is_file():
-        run.state.load_modules(checkpoint.load(run.best_path)["state"])
+        run.state.take_best(checkpoint.load(run.best_path)["state"])
     run.state.clusterings.fit(run.train_bank, run.state.head, run.config.seed)
     scored, scores = score(run.config, run.state, run.train_bank, run.val_bank)
     run.save()

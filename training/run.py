@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +26,11 @@ from training.data import SegmentationData, image_size, open_data, steps_per_epo
 from training.features import FeatureBank
 from training.inference import Windows
 from training.objectives import check_objective
-from training.output import check_output, prepare_folder, remove_run
+from training.output import check_output, check_space, prepare_folder, remove_partial, remove_run
+from training.resuming import check_images, check_same, identity
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
-# Keys that may differ between a run and its resumption: where and how it is computed, not what.
-_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -48,6 +46,9 @@ class Run:
     state: TrainingState
     steps: int
     steps_per_epoch: int
+    planned_steps: int  # of the run that goes on, which may have been fewer or more
+    images: dict[str, Any]  # `identity` of the training images
+    backbone_sha256: str
     cluster_centres: Tensor | None = None  # (C, Df), of `loss.objective=clusters`, once they were needed
     nearest_images: Tensor | None = None  # (n, K) int64, of `loss.objective=stego`, likewise
 
@@ -65,9 +66,9 @@ class Run:
         """Write everything that resume, evaluation and prediction need, atomically."""
         contents = {
             "config": self.config.model_dump(),
-            "backbone": self.backbone.state_dict(),
+            "backbone_sha256": self.backbone_sha256,
             "state": self.state.state_dict(),
-            "images": _identity(self.train_bank.data),
+            "images": self.images,
         }
         checkpoint.save(path or self.checkpoint_path, contents)
 
@@ -85,25 +86,37 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         fresh: start anew even if the output folder holds a run.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or the data does not fit.
+        ValueError: the folder holds a run of another configuration or on other images, or has done more steps; the
+            data does not fit; the disk is too small.
     """
-    where = checkpoint_path(config)
+    where, output = checkpoint_path(config), Path(config.output)
     check_output(config, fresh)
     saved = load_run(where) if where.exists() and not fresh else None
     if saved is not None:
-        _check_same(config, saved["config"])
+        check_same(config, saved["config"])
     device = resolve_device(config.device)
     check_backend(config.backend, device)
     train_data, val_data = open_data(config, "train"), open_data(config, "val")
+    images = identity(train_data)
     if saved is not None:
-        _check_images(config, train_data, saved)
+        check_images(config, images, saved)
     every = steps_per_epoch(len(train_data), config.batch_size)
-    steps = config.steps or config.epochs * every
+    steps = planned = config.steps or config.epochs * every
+    if saved is not None:
+        with _restoring(where):
+            planned = saved["config"]["steps"] or saved["config"]["epochs"] * every
+            done = saved["state"]["step"]
+        if steps < done:
+            key = "epochs" if config.steps is None else "steps"
+            raise ValueError(
+                f"config: `{key}` gives {steps} steps, and the run in {config.output} has done {done}: give at least as"
+                " many, or start anew with --fresh"
+            )
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
     number = clusters(train_data, config)
     check_objective(config, len(train_data), number)
-    prepare_folder(Path(config.output), "config: `output`")
+    prepare_folder(output, "config: `output`")
 
     backbone = build_backbone(_own_weights(config, saved), config.seed, device, config.local)
     height, width = backbone.grid(config.data.size)
@@ -114,7 +127,6 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     else:
         with _restoring(where):
             backbone.load_state_dict(saved["backbone"])
-    train_bank = open_bank(config, backbone, train_data, device, views=config.backbone.views)
     torch.manual_seed(config.seed)
     classes = len(train_data.classes) or number
     if saved is not None:  # older checkpoints have as many classes as clusters
@@ -124,23 +136,50 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is not None:
         with _restoring(where):
             state.load_state_dict(saved["state"])
+        if state.step < steps and state.clusterings.fitted and (output / "best.pt").is_file():
+            raise ValueError(
+                f"{config.output} holds a finished run of an older version, which kept its best state and not its last,"
+                " so it cannot go on; choose another `output`, or start anew with --fresh"
+            )
+    weights = backbone.state_dict() if saved is None else saved["backbone"]
+    check_space(output, expected_sizes(config, state, weights, images, steps))
+    train_bank = open_bank(config, backbone, train_data, device, views=config.backbone.views)
     if not state.pools.agnostic.vectors.any():  # a new run, or one imported from the published code
         state.pools.fill_agnostic(train_bank, seed_step(config.seed, -1))
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device, scored=True)
-    if fresh:
-        remove_run(Path(config.output))
-    return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
+    if saved is None:
+        remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
+    remove_partial(output)
+    sha256 = checkpoint.write_backbone(output, weights)
+    return Run(config, device, backbone, train_bank, val_bank, state, steps, every, planned, images, sha256)
+
+
+def expected_sizes(
+    config: Config, state: TrainingState, weights: dict[str, Tensor], images: dict[str, Any], steps: int
+) -> dict[str, int]:
+    """About how many bytes each file in the output folder will have."""
+    logged = steps // config.log_every
+    contents = state.nbytes + images["files"].nbytes + 300 * logged
+    return {
+        checkpoint.BACKBONE: sum(tensor.nbytes for tensor in weights.values()),
+        "checkpoint.pt": contents * (2 if config.quirks.select_on_labels else 1),
+        "best.pt": contents if config.quirks.select_on_labels else 0,
+        "report.html": 5 << 20,
+        "tensorboard": 2000 * logged,  # and log.jsonl
+    }
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """What `Run.save` wrote.
+    """What `Run.save` wrote, with the weights of the backbone, which the file itself may hold.
 
     Raises:
         ValueError: it cannot be read, a part is missing, or a weight is not finite.
     """
     saved = checkpoint.load(path)
+    if "backbone_sha256" in saved:
+        saved["backbone"] = checkpoint.read_backbone(path, saved["backbone_sha256"])
     with _restoring(path):
         modules = {"backbone": saved["backbone"]} | saved["state"]["modules"]
         for name, module in modules.items():
@@ -329,39 +368,6 @@ def check_backend(name: str, device: torch.device) -> None:
             select(op, name, torch.empty(0, device=device))
         except BackendUnavailableError as error:
             raise ValueError(f"config: `backend` {name!r} cannot be used on {device}: {error}") from error
-
-
-def _identity(data: SegmentationData) -> dict[str, Any]:
-    """What tells the images of a data set from others, wherever they are."""
-    names = "\n".join(data.name(index) for index in range(len(data)))
-    return {"number": len(data), "names": hashlib.sha256(names.encode()).hexdigest()}
-
-
-def _check_images(config: Config, data: SegmentationData, saved: dict[str, Any]) -> None:
-    """Refuse to go on with other images: the batches and pools of a step are indices into them."""
-    before = saved.get("images", _identity(data))  # older checkpoints do not say
-    if before != _identity(data):
-        raise ValueError(
-            f"{config.output} holds a run on {before['number']} training images, and the {len(data)} of now are not the"
-            " same; choose another `output`, or start anew with --fresh"
-        )
-
-
-def _check_same(config: Config, saved: dict[str, Any]) -> None:
-    own = _flat(config.model_dump())
-    differing = [key for key, value in _flat(saved).items() if key not in _PLACE and own.get(key) != value]
-    if differing:
-        raise ValueError(
-            f"{config.output} holds a run that differs in {', '.join(differing)}; choose another `output`, or start"
-            " anew with --fresh"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _images(data: SegmentationData, seed: int) -> Iterator[Tensor]:

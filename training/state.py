@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class TrainingState:
         history: the figures of each logged step, for the curves of the report.
         seconds: time spent in training steps so far.
         best_score: the best sum of validation scores so far, where the checkpoint is chosen by labels.
+        last: what the modules were at the last step, where they now are the best ones; training goes on from it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class TrainingState:
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.best_score = 0.0
+        self.last: dict[str, dict[str, Any]] | None = None
         frozen = config.loss.objective == "none"
         dim = features_dim if frozen else head.dim
         self.head = FrozenHead() if frozen else SegmentationHead(features_dim, dim, head.dropout)
@@ -92,6 +95,19 @@ class TrainingState:
             "clusterings": self.clusterings,
         }
 
+    @property
+    def nbytes(self) -> int:
+        """Of the modules, and of the two moments that an optimizer will keep of each of its parameters."""
+        kept = [tensor for module in self.modules.values() for tensor in module.state_dict().values()]
+        for optimizer in self.optimizers.values():
+            kept += [parameter for group in optimizer.param_groups for parameter in group["params"]] * 2
+        return sum(tensor.nbytes for tensor in kept)
+
+    def take_best(self, best: dict[str, Any]) -> None:
+        """Take the modules of an earlier `state_dict`; `last` keeps what they are now."""
+        self.last = copy.deepcopy({name: module.state_dict() for name, module in self.modules.items()})
+        self.load_modules(best)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with ``weights_only=True``."""
         return {
@@ -103,13 +119,13 @@ class TrainingState:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
-        }
+        } | ({} if self.last is None else {"last": self.last})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
         for name in ("step", "history", "seconds"):
             setattr(self, name, state[name])
-        self.load_modules(state)
+        self.load_modules(state | {"modules": state.get("last", state["modules"])})
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])

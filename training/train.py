@@ -20,11 +20,13 @@ from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
+from training.output import locked
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.progress import Progress
 from training.results import write_results
 from training.run import Run, open_run
-from training.schedule import renewal_due, seed_step
+from training.schedule import renewal_due, seed_step, specific_weight
+from training.stopping import Stopped, Stopping
 
 
 class Views(NamedTuple):
@@ -138,11 +140,15 @@ def positives_per_anchor(run: Run, images: Tensor) -> float:
 
 
 def train(run: Run) -> None:
-    """Take the steps that are left, logging and saving as configured."""
+    """Take the steps that are left, logging and saving as configured.
+
+    Raises:
+        Stopped: SIGTERM or Ctrl-C asked to; the state is saved.
+    """
     config, state = run.config, run.state
     if state.step < run.steps:
         state.clusterings.forget()
-    with Progress(run) as progress:
+    with Progress(run) as progress, Stopping() as stopping:
         while state.step < run.steps:
             step, lam = state.step, current_lambda(run)
             images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
@@ -155,8 +161,15 @@ def train(run: Run) -> None:
             of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
             if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or last):
                 keep_best(run)
-            if state.step % config.checkpoint_every == 0 or last:
+            stop = stopping.requested()
+            if state.step % config.checkpoint_every == 0 or last or stop:
+                progress.flush()  # a step that the state has is never logged again
                 run.save()
+            if stop:
+                raise Stopped(
+                    f"stopped after step {state.step} of {run.steps}, which is saved: the same command goes on",
+                    stopping.number,
+                )
 
 
 def figures_of_step(run: Run, images: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -194,10 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
     options = parse_with_overrides(parser, arguments)
     with one_sentence("train"):
-        run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
-        announce(run)
-        train(run)
-        report, metrics = write_results(run)
+        config = load_config(options.config, options.overrides)
+        with locked(config):
+            run = open_run(config, fresh=options.fresh)
+            announce(run)
+            train(run)
+            report, metrics = write_results(run)
     print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
 
 
@@ -207,6 +222,10 @@ def announce(run: Run) -> None:
     begin = f"resuming at step {state.step} of" if state.step else "training for"
     if state.step == run.steps:
         begin = "scoring a run that is finished:"
+    elif state.step and run.planned_steps != run.steps:
+        was = specific_weight(state.step - 1, run.config.warmup, run.planned_steps)
+        now = specific_weight(state.step, run.config.warmup, run.steps)
+        print(f"{run.steps} steps instead of {run.planned_steps}: lambda was {was:.2f} and goes on from {now:.2f}")
     backbone = run.config.backbone
     if isinstance(run.backbone, TimmViT) and not (backbone.pretrained or backbone.weights):
         print(

@@ -37,6 +37,15 @@ def test_folder_without_labels(photo_folder):
     assert data.label(0) is None
 
 
+def test_files_are_those_of_image_and_label(photo_folder):
+    root = photo_folder()
+    data = FolderData(root, "train", (24, 32), CLASSES)
+    assert data.file(2) == root / "imgs" / "train" / "mosaic_0002.png"
+    assert data.label_file(2) == root / "labels" / "train" / "mosaic_0002.png"
+    assert FolderData(photo_folder(labels=False, name="bare"), "val", (24, 32), ()).label_file(2) is None
+    assert ProceduralData(1, (24, 32), 0).file(0) is ProceduralData(1, (24, 32), 0).label_file(0) is None
+
+
 def test_folder_limit(photo_folder):
     assert len(FolderData(photo_folder(), "train", (24, 32), CLASSES, limit=2)) == 2
 

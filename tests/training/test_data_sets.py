@@ -97,6 +97,7 @@ def test_labels_are_those_of_their_images(name, layout, tmp_path, set_config):
     if name == "potsdam3":
         config = set_config(name, tmp_path, "data.size=50")[1]
     data = open_data(config, "train")
+    assert data.file(0).is_file() and data.label_file(0).is_file()
     pixels, regions = trees.picture(1 if (name, layout) == ("coco27", "stego") else 0, data.size)
     classes = {
         "coco27": [9, 22, 23, 21, 24, -1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -18,6 +19,12 @@ class SegmentationData(Protocol):
 
     def name(self, index: int) -> str:
         """The file name without extension."""
+
+    def file(self, index: int) -> Path | None:
+        """The file of the image, or None for an image that is made on the spot."""
+
+    def label_file(self, index: int) -> Path | None:
+        """The file of its label, or None where there is none."""
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""

@@ -69,6 +69,14 @@ class FolderData:
         """The file name without extension."""
         return display_name(self._names[index])
 
+    def file(self, index: int) -> Path:
+        """The file of the image."""
+        return self._files[index]
+
+    def label_file(self, index: int) -> Path | None:
+        """The file of its label, or None for a set without labels."""
+        return None if self._labels is None else self._labels[index]
+
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
         return self._frame.image(read_rgb(self._files[index]))

@@ -89,6 +89,14 @@ class PairedData:
         """The file name without extension."""
         return display_name(self.pairs[index].name)
 
+    def file(self, index: int) -> Path:
+        """The file of the image."""
+        return self.pairs[index].image
+
+    def label_file(self, index: int) -> Path:
+        """The file of its label."""
+        return self.pairs[index].label
+
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
         return self._frame.image(read_pixels(self.data, self.pairs[index]))

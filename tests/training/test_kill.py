@@ -1,0 +1,149 @@
+"""A run that is killed at any moment, and started again until it is done, is the run that was not killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_values
+
+from training import checkpoint, train
+from training.backbones.patch_dictionary import PatchDictionary
+
+# A server that has imported all forks the processes: real ones, which start in no time.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training.train"])
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number, function, instead=die):
+    """`function`, in the place of whose call of this number is another."""
+    calls = iter(range(1, 10**6))
+    return lambda *a, **k: (instead if next(calls) == number else function)(*a, **k)
+
+
+def half(contents, file):
+    file.write(b"half a checkpoint")
+    file.flush()
+    die()
+
+
+MOMENTS = {
+    "features": lambda: setattr(PatchDictionary, "forward", at_call(2, PatchDictionary.forward)),
+    "step": lambda: setattr(train, "train_step", at_call(4, train.train_step)),
+    "half a checkpoint": lambda: setattr(torch, "save", at_call(3, torch.save, half)),
+    "before a checkpoint is there": lambda: setattr(os, "replace", at_call(3, os.replace)),
+    "results": lambda: setattr(train, "write_results", die),
+}
+
+
+def program(arguments, output, moment):
+    """The program, which dies at a moment, in a process of its own whose output goes to a file."""
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if moment is not None:
+        MOMENTS[moment]()
+    train.main(arguments)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the program on a tiny run of a name."""
+
+    def start(name, moment=None, **top):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tiny_values(tmp_path / name, **top)))
+        process = CONTEXT.Process(target=program, args=(["--config", str(file)], tmp_path / f"{name}.txt", moment))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """Run it to its end, or to its death; returns the exit status."""
+
+    def run(name, moment=None, seconds=None, **top):
+        process = start(name, moment, **top)
+        process.join(seconds)
+        process.kill()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            print((tmp_path / f"{name}.txt").read_text())
+        return process.exitcode
+
+    return run
+
+
+def scalars(folder):
+    """What TensorBoard shows, by name: steps and values."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def leaves(values, path=""):
+    """What is in nested values, by its path; tensors as bytes."""
+    if isinstance(values, dict | list | tuple):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from leaves(value, f"{path}.{key}")
+    else:
+        yield path, values.numpy().tobytes() if isinstance(values, torch.Tensor) else values
+
+
+def assert_same(one, other):
+    """Two finished runs are the same, bit by bit, but for times and names."""
+    first, second = (checkpoint.load(run / "checkpoint.pt") for run in (one, other))
+    for contents in (first, second):
+        del contents["state"]["seconds"], contents["config"]["output"]
+    assert dict(leaves(first)) == dict(leaves(second))
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, other))
+    for metrics in (first, second):
+        del metrics["run"], metrics["config"]["output"]
+    assert first == second
+    shown = scalars(one)
+    assert [step for step, _ in shown["loss"]] == list(range(6)), "each step once"
+    assert scalars(other) == shown
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}, "and nothing is left"
+
+
+def test_killed_at_chosen_moments(run, tmp_path):
+    assert run("whole") == 0
+    for moment in MOMENTS:
+        assert run("killed", moment) == -signal.SIGKILL, moment
+    assert run("killed") == 0
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def kill_at_random(run, tmp_path, repetitions):
+    begin = time.monotonic()
+    assert run("whole") == 0
+    duration = time.monotonic() - begin
+    for repetition in range(repetitions):
+        moments = []
+        while True:
+            moments.append(round(random.uniform(0, 1.2 * duration), 3))
+            status = run(f"killed{repetition}", seconds=moments[-1] if len(moments) < 6 else None)
+            assert status in (0, -signal.SIGKILL), f"after {moments} s"
+            if status == 0:
+                break
+        print(f"killed after {moments[:-1]} s of {duration:.3f}")
+        assert_same(tmp_path / "whole", tmp_path / f"killed{repetition}")
+
+
+def test_killed_at_random(run, tmp_path):
+    kill_at_random(run, tmp_path, 1)
+
+
+@pytest.mark.deep
+def test_killed_at_random_many_times(run, tmp_path):
+    kill_at_random(run, tmp_path, 20)
