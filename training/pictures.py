@@ -140,7 +140,7 @@ class Writer:
             OSError: one cannot be written.
         """
         classes, confidence = found.classes.numpy(), found.confidence.numpy()
-        indexed = _indexed(classes, len(self.names))
+        indexed = class_picture(classes, len(self.names))
         counts = dict(zip(self.names, indexed.histogram(), strict=False))
         about: dict[str, Any] = {
             "width": photograph.width,
@@ -182,7 +182,7 @@ def _write(path: Path, picture: Image.Image) -> None:
             picture.save(file, "PNG", pnginfo=text)
 
 
-def _indexed(classes: np.ndarray, count: int) -> Image.Image:
+def class_picture(classes: np.ndarray, count: int) -> Image.Image:
     """A class map (h, w) uint8 with the colours of `count` classes as its palette."""
     picture = Image.fromarray(classes)
     picture.putpalette(class_palette(count).flatten().tolist())

@@ -30,7 +30,7 @@ from training.photographs import LARGEST, allow_pixels, display_name, read_rgb
 from training.pictures import OUTPUTS, Writer, outputs, write_names
 from training.prediction import Prediction, predict, predict_together, windows_of
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.pseudo_labels import IGNORED, class_ids, read_ids, write_panoptic
+from training.pseudo_labels import IGNORED, check_panoptic, class_ids, read_ids, write_panoptic
 from training.run import open_trained
 from training.segment import SEGMENTATIONS, check_usable, is_matched, map_names
 from training.state import TrainingState
@@ -125,22 +125,23 @@ def run(options: argparse.Namespace) -> None:
     writer = Writer(names, legend=options.legend, ids=ids, things=options.things, least=options.min_confidence)
     planned = outputs(options.images, out, options.write)
     prepare_folder(out, "--out")
+    if "coco" in ids:
+        check_panoptic(out)
     write_names(out, names)
     top = options.images.absolute().parent if options.images.is_file() else options.images.absolute()
     images = {file: display_name(file.relative_to(top).as_posix()) for file in planned}
     manifest = Manifest(out, _settings(options, config, names, ids), _about(options, state), list(images.values()))
     todo = [file for file, paths in planned.items() if not manifest.done(images[file], file, paths)]
-    if any(path.name.startswith(file.name) for file, paths in planned.items() for path in paths.values()):
+    if any(path.stem.startswith(file.name) for file, paths in planned.items() for path in paths.values()):
         print("photographs that differ in their extension alone keep it in the names of their predictions")
     bad = []
     with tqdm(total=len(planned), initial=len(planned) - len(todo), desc="predict", unit="image") as bar:
         for some in read_ahead(todo, together):
             good = [pair for pair in some if isinstance(pair[1], Image.Image)]
-            bad += [str(error) for _, error in some if isinstance(error, ValueError)]
+            bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
+            pictures = [picture for _, picture in good]
             try:
-                found = predict_together(
-                    config, backbone, state, [picture for _, picture in good], kind, options.scale, options.batch
-                )
+                found = predict_together(config, backbone, state, pictures, kind, options.scale, options.batch)
             except ValueError as error:
                 bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
                 found, good = [], []
@@ -163,6 +164,11 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(planned) - len(bad)} images, {len(names)} classes, in {display_name(out)}{before}")
     if bad:
         raise ValueError("; ".join([f"{len(bad)} of {len(planned)} images are left out", *bad]))
+
+
+def _why(error: ValueError) -> str:
+    large = isinstance(error.__cause__, Image.DecompressionBombError)
+    return f"{error}{' (--max-megapixels allows more)' if large else ''}"
 
 
 def _ids(options: argparse.Namespace, classes: list[str]) -> dict[str, dict[str, int | None]]:

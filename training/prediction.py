@@ -82,6 +82,8 @@ def predict_together(
     batch: int,
 ) -> list[Prediction]:
     """Segment RGB photographs together; more than one only where there are no windows, so that all get one size."""
+    if not photographs:
+        return []
     how, device = config.evaluation, state.device
     windows = windows_of(config, backbone, scale)
     full = [(photograph.height, photograph.width) for photograph in photographs]

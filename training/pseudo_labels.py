@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ def panoptic(labels: np.ndarray, things: Iterable[int]) -> tuple[Image.Image, li
         info.append({"id": number, "category_id": category, "area": area, "bbox": box, "iscrowd": 0})
     bytes_ = segments.astype("<u4").view(np.uint8).reshape(*segments.shape, 4)
     return Image.fromarray(np.ascontiguousarray(bytes_[..., :3])), info  # id = R + 256 G + 65536 B
+
+
+def check_panoptic(out: Path) -> None:
+    """Refuse a folder with a ``panoptic.json`` of something else.
+
+    Raises:
+        ValueError: there is one.
+    """
+    file = out / PANOPTIC
+    if os.path.lexists(file) and not (file.is_file() and MARK.encode() in file.read_bytes()[:100]):
+        raise ValueError(f"{display_name(file)} is there already and is not of predictions: choose another --out")
 
 
 def write_panoptic(

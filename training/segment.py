@@ -183,7 +183,8 @@ def _interpolated(
             yield band, wide[:, :, upper].lerp(wide[:, :, lower], share[band].to(wide))
         done = ready
         if done < height:
-            held, first = held[:, :, int(above[done]) - first :], int(above[done])
+            passed = min(int(above[done]) - first, held.shape[2])
+            held, first = held[:, :, passed:], first + passed
 
 
 def why_unusable(state: TrainingState, name: str) -> str | None:
