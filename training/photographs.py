@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,15 @@ MARK = "hpkernels training.predict"
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice the size is an error, and enough
 
+LARGEST = 2 * Image.MAX_IMAGE_PIXELS
+"""Pixels that a photograph may have, unless `allow_pixels` says otherwise."""
+
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
+
+
+def allow_pixels(number: int) -> None:
+    """Read photographs of up to `number` pixels, in this process."""
+    Image.MAX_IMAGE_PIXELS = number // 2  # Pillow warns from there on, and refuses from twice as many on
 
 
 def display_name(path: str | Path) -> str:
@@ -30,6 +39,11 @@ def display_name(path: str | Path) -> str:
 def real(path: str | Path) -> Path:
     """`path` without links; ``Path.resolve`` raises where they lead in a circle."""
     return Path(os.path.realpath(path))
+
+
+def natural(path: Path) -> list[str | int]:
+    """The key that sorts ``frame_2`` before ``frame_10``."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Segment photographs with a trained run: a class map and a coloured overlay of each.
+"""Segment photographs with a trained run: class maps, overlays, confidence, and pseudo-labels for other programs.
 
 python -m training.predict --checkpoint runs/camvid/checkpoint.pt --images DIR --out DIR
 """
@@ -7,157 +7,99 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
-import os
-from collections import Counter
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import PIL
+import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 from tqdm import tqdm
 
-from training.backbones import Backbone
+import hpkernels
 from training.config import Config
-from training.crf import refined
-from training.data import class_names, image_size, resized
+from training.data import class_names
 from training.evaluate import HEADLINE
-from training.figures import class_palette
-from training.inference import features_of, fitted_size
+from training.manifest import Manifest, sha256
 from training.output import prepare_folder
-from training.photographs import MARK, display_name, is_prediction, list_images, read_rgb, real, visible_files
+from training.photographs import LARGEST, allow_pixels, display_name, read_rgb
+from training.pictures import OUTPUTS, Writer, outputs, write_names
+from training.prediction import Prediction, predict, predict_together, windows_of
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.run import open_trained, scoring_windows
-from training.segment import (
-    SEGMENTATIONS,
-    check_usable,
-    greatest,
-    log_probabilities,
-    map_names,
-    segment,
-    to_classes,
-)
+from training.pseudo_labels import IGNORED, check_panoptic, class_ids, read_ids, write_panoptic
+from training.run import open_trained
+from training.segment import SEGMENTATIONS, check_usable, is_matched, map_names
 from training.state import TrainingState
+
+__all__ = ["Prediction", "main", "predict", "run"]
 
 # Keys that a checkpoint does not settle.
 _EDITABLE = ("data.size", *(f"evaluation.{key}" for key in ("size", "flip", "window", "stride", "crf")), "backend")
-_NAMES = "classes.json"
 
 
-def predict(config: Config, backbone: Backbone, state: TrainingState, file: Path, kind: str) -> Tensor:
-    """The class map (h, w) int64, on the CPU, of one photograph at its own size."""
-    device, how = state.device, config.evaluation
-    windows = scoring_windows(config, backbone)
-    photograph = read_rgb(file)
-    full = photograph.height, photograph.width
-    size = fitted_size(full, image_size(config, "val"), windows, backbone.patch_size)
-    image = resized(photograph, size)[None].to(device)
+def read_ahead(files: Sequence[Path], number: int) -> Iterator[list[tuple[Path, Image.Image | ValueError]]]:
+    """The photographs in `files`, `number` at a time, or why one cannot be read; the next are decoded meanwhile."""
 
-    def tokens(pixels: Tensor) -> Tensor:
-        return features_of(backbone, pixels, weights=False, windows=windows).tokens
+    def read(file: Path) -> tuple[Path, Image.Image | ValueError]:
+        try:
+            return file, read_rgb(file)
+        except ValueError as error:
+            return file, error
 
-    pixels, grid = image.float() / 255, backbone.grid(size)
-    features, mirrored = tokens(pixels), tokens(pixels.flip(3)) if how.flip else None
-    if how.crf == "none":
-        maps = segment(state, features, grid, full, [kind], mirrored)
-    else:  # at the size that the backbone saw: at that of the photograph it would take all memory
-        logs = log_probabilities(state, features, grid, size, kind, mirrored)
-        maps = {kind: greatest(refined(how.crf, image, {kind: logs})[kind], full)}
-    return to_classes(state, maps)[kind][0].cpu()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for at in range(0, len(files), number):
+            following = pool.submit(lambda some: list(map(read, some)), files[at : at + number])
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
 
 
-def write_prediction(file: Path, classes: Tensor, count: int, class_map: Path, overlay: Path) -> None:
-    """Write the class map (class indices with a palette) and the coloured overlay of the photograph `file`."""
-    class_map.parent.mkdir(parents=True, exist_ok=True)
-    indexed = Image.fromarray(classes.numpy().astype(np.uint8))
-    indexed.putpalette(class_palette(count).astype(np.uint8).flatten().tolist())
-    text = PngInfo()
-    text.add_text("Software", MARK)
-    indexed.save(class_map, pnginfo=text)
-    Image.blend(read_rgb(file), indexed.convert("RGB"), 0.5).save(overlay, comment=MARK)
+def _number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
+    """A type of argparse: a number above or at `least`, up to `most`."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be {'an integer' if kind is int else 'a number'} of {least} to {most}, got {text}"
+        )
+
+    return parse
 
 
-def outputs(images: Path, out: Path) -> dict[Path, tuple[Path, Path]]:
-    """The class map and the overlay that each photograph of `images`, a folder or one file, gets in `out`.
-
-    They are ``<stem>.png`` and ``<stem>_overlay.jpg`` in the folders that the photographs are in; photographs that
-    differ in their extension alone keep it.
-
-    Raises:
-        ValueError: there are no photographs, or something would be overwritten that is not an earlier prediction.
-    """
-    images = images.absolute()
-    whole = images.parent if images.is_file() else images
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {display_name(out)}")
-    if real(out) == real(images):
-        raise ValueError(f"--out must be another folder than --images, got {display_name(out)}")
-    files = [images] if images.is_file() else list_images(images)
-    folded = _folded if _folds_case(out) else str
-    names = [file.relative_to(whole) for file in files]
-    stems = Counter(folded(name.with_suffix("")) for name in names)
-
-    def short(name: Path) -> Path:
-        return name.with_suffix("") if stems[folded(name.with_suffix(""))] == 1 else name
-
-    # A name with its extension may be the stem of another photograph (a.jpg, a.png and a.jpg.jpg): then all keep it.
-    plain = max(Counter(folded(short(name)) for name in names).values()) == 1
-    planned = {}
-    source: dict[str, Path] = {}
-    for file, name in zip(files, names, strict=True):
-        stem = short(name) if plain else name
-        planned[file] = out / f"{stem}.png", out / f"{stem}_overlay.jpg"
-        for path in planned[file]:
-            other = source.setdefault(folded(path), file)
-            if other != file:
-                raise ValueError(
-                    f"{display_name(other)} and {display_name(file)} would both be written to {display_name(path)}"
-                )
-    photographs = {real(file) for file in files}
-    for path in (path for pair in planned.values() for path in pair):
-        if real(path) in photographs or (os.path.lexists(path) and not is_prediction(path)):
-            raise ValueError(f"{display_name(path)} is there already and is no prediction: choose another --out")
-    return planned
-
-
-def _folded(name: Path) -> str:
-    """`name` as file systems see it that do not tell upper from lower case."""
-    return str(name).casefold()
-
-
-def _folds_case(folder: Path) -> bool:
-    """Whether the file system of `folder`, or of the folder it will be made in, does not tell upper from lower case."""
-    for parent in (real(folder), *real(folder).parents):
-        other = parent.with_name(parent.name.swapcase()) if parent.name else parent
-        if parent.exists() and other != parent:
-            return other.exists() and other.samefile(parent)
-    return False
-
-
-def write_names(out: Path, names: list[str]) -> None:
-    """Write what each value of the class maps is.
-
-    Raises:
-        ValueError: a file of that name is there, says something else, and lies beside no prediction.
-    """
-    file, text = out / _NAMES, json.dumps(dict(enumerate(names)), indent=2, ensure_ascii=False)
-    if os.path.lexists(file):
-        same = file.is_file() and file.read_bytes() == text.encode()
-        if not same and not (file.is_file() and any(is_prediction(path) for path in visible_files(out))):
-            raise ValueError(f"{display_name(file)} is there already and is not of predictions: choose another --out")
-    file.write_text(text, encoding="utf-8")
+def _kinds(text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",")]
+    unknown = [kind for kind in kinds if kind not in OUTPUTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"must list some of {', '.join(OUTPUTS)}, got {unknown[0] or 'nothing'}")
+    return [kind for kind in OUTPUTS if kind in kinds]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser("predict", __doc__)
-    parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
-    parser.add_argument("--images", required=True, type=expanded, help="a folder of photographs, or one photograph")
-    parser.add_argument("--out", required=True, type=expanded, help="the folder to write to")
-    parser.add_argument("--segmentation", default=HEADLINE, choices=SEGMENTATIONS, help=f"which one ({HEADLINE})")
-    parser.add_argument("--device", default="auto")
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=expanded, help="written by training.train")
+    add("--images", required=True, type=expanded, help="a folder of photographs, or one photograph")
+    add("--out", required=True, type=expanded, help="the folder to write to")
+    add("--segmentation", default=HEADLINE, choices=SEGMENTATIONS, help=f"which one ({HEADLINE})")
+    add("--write", default="classes,overlay", type=_kinds, help=f"a list of {', '.join(OUTPUTS)} (classes,overlay)")
+    add("--legend", action="store_true", help="name the colours below each overlay")
+    add("--scale", type=_number(0.01, 16), help="segment at so many times the photograph's size, by windows")
+    add("--min-confidence", type=_number(0, 1), default=0.0, help="pseudo-labels leave out pixels below it (0)")
+    add("--ids", type=expanded, help="YAML or JSON: the id of each class in pseudo-labels, or null")
+    add("--things", type=lambda text: text.split(","), default=[], help="coco: classes whose parts are segments each")
+    add("--batch", type=_number(1, 4096, int), default=8, help="images or windows through the backbone at a time (8)")
+    add("--max-megapixels", type=_number(1, 10**6), help=f"refuse larger photographs ({LARGEST // 10**6})")
+    add("--device", default="auto")
     add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. evaluation.flip=true", keys=False)
     options = parse_with_overrides(parser, arguments)
     with one_sentence("predict"):
@@ -165,39 +107,114 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Segment what the command line asks for; the bad files are told at the end.
+    """Segment what the command line asks for and what was not done before; the bad files are told at the end.
 
     Raises:
         ValueError: nothing can be done, or some photographs could not be read.
     """
-    out = options.out
+    out, kind = options.out, options.segmentation
+    if options.max_megapixels is not None:
+        allow_pixels(int(options.max_megapixels * 10**6))
     config, backbone, state = open_trained(options.checkpoint, options.device, options.overrides, _EDITABLE)
-    check_usable(state, options.segmentation)
-    names = map_names(state, options.segmentation, class_names(config.data))
+    check_usable(state, kind)
+    together = options.batch if windows_of(config, backbone, options.scale) is None else 1
+    names = map_names(state, kind, class_names(config.data))
     if len(names) > 256:
         raise ValueError(f"a class map has one byte a pixel, enough for 256 clusters, got {len(names)}")
-    planned = outputs(options.images, out)
+    ids = _ids(options, names[: state.classes] if is_matched(state, kind) else names)
+    writer = Writer(names, legend=options.legend, ids=ids, things=options.things, least=options.min_confidence)
+    planned = outputs(options.images, out, options.write)
     prepare_folder(out, "--out")
+    if "coco" in ids:
+        check_panoptic(out)
     write_names(out, names)
-    if any(paths[0].name == f"{file.name}.png" for file, paths in planned.items()):
+    top = options.images.absolute().parent if options.images.is_file() else options.images.absolute()
+    images = {file: display_name(file.relative_to(top).as_posix()) for file in planned}
+    manifest = Manifest(out, _settings(options, config, names, ids), _about(options, state), list(images.values()))
+    todo = [file for file, paths in planned.items() if not manifest.done(images[file], file, paths)]
+    if any(path.stem.startswith(file.name) for file, paths in planned.items() for path in paths.values()):
         print("photographs that differ in their extension alone keep it in the names of their predictions")
     bad = []
-    for file, paths in tqdm(planned.items(), desc="predict", unit="image"):
-        try:
-            classes = predict(config, backbone, state, file, options.segmentation)
-            write_prediction(file, classes, len(names), *paths)
-        except ValueError as error:
-            bad.append(str(error))
-        except OSError as error:
-            for path in paths:  # half a result
-                with suppress(OSError):
-                    path.unlink()
-            if error.errno == errno.ENOSPC:
-                raise
-            bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
-    print(f"{len(planned) - len(bad)} images, {len(names)} classes, in {display_name(out)}")
+    with tqdm(total=len(planned), initial=len(planned) - len(todo), desc="predict", unit="image") as bar:
+        for some in read_ahead(todo, together):
+            good = [pair for pair in some if isinstance(pair[1], Image.Image)]
+            bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
+            pictures = [picture for _, picture in good]
+            try:
+                found = predict_together(config, backbone, state, pictures, kind, options.scale, options.batch)
+            except ValueError as error:
+                bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
+                found, good = [], []
+            for (file, photograph), prediction in zip(good, found, strict=True):
+                try:
+                    about = writer.write(photograph, prediction, planned[file])
+                    manifest.add(images[file], file, planned[file], about)
+                except OSError as error:
+                    for path in planned[file].values():  # some may be of an earlier run
+                        with suppress(OSError):
+                            path.unlink()
+                    if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
+                        raise
+                    bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
+            bar.update(len(some))
+    manifest.write()
+    if "coco" in ids:
+        write_panoptic(out, manifest.entries(), ids["coco"], options.things)
+    before = f" ({len(planned) - len(todo)} of them were done before)" if len(todo) < len(planned) else ""
+    print(f"{len(planned) - len(bad)} images, {len(names)} classes, in {display_name(out)}{before}")
     if bad:
         raise ValueError("; ".join([f"{len(bad)} of {len(planned)} images are left out", *bad]))
+
+
+def _why(error: ValueError) -> str:
+    large = isinstance(error.__cause__, Image.DecompressionBombError)
+    return f"{error}{' (--max-megapixels allows more)' if large else ''}"
+
+
+def _ids(options: argparse.Namespace, classes: list[str]) -> dict[str, dict[str, int | None]]:
+    """The ids of `classes` in each kind of pseudo-labels that is asked for.
+
+    Raises:
+        ValueError: there are none for them, or an option has no use.
+    """
+    kinds = [kind for kind in options.write if kind in IGNORED]
+    for name, needed in (("min_confidence", "labels, cityscapes or coco"), ("ids", "the same"), ("things", "coco")):
+        if getattr(options, name) and not ("coco" in kinds if name == "things" else kinds):
+            raise ValueError(f"--{name.replace('_', '-')} needs {needed} in --write, got {','.join(options.write)}")
+    if options.legend and "overlay" not in options.write:
+        raise ValueError(f"--legend needs overlay in --write, got {','.join(options.write)}")
+    unknown = [name for name in options.things if name not in classes]
+    if unknown:
+        raise ValueError(f"--things must be some of {', '.join(classes)}, got {unknown[0]}")
+    own = None if options.ids is None else read_ids(options.ids)
+    return {kind: class_ids(kind, classes, own) for kind in kinds}
+
+
+def _settings(
+    options: argparse.Namespace, config: Config, names: list[str], ids: dict[str, dict[str, int | None]]
+) -> dict[str, Any]:
+    """All that predictions depend on besides the photograph."""
+    chosen = ("segmentation", "write", "legend", "scale", "min_confidence", "things")
+    return {
+        "checkpoint": sha256(options.checkpoint),
+        **{name: getattr(options, name) for name in chosen},
+        "data.size": config.data.size,
+        "evaluation": config.evaluation.model_dump(include={"size", "flip", "window", "stride", "crf"}),
+        "classes": names,
+        "ids": ids,
+    }
+
+
+def _about(options: argparse.Namespace, state: TrainingState) -> dict[str, Any]:
+    """Where predictions came from, for the reader of a manifest."""
+    versions = {"hpkernels": hpkernels.__version__, "PyTorch": torch.__version__, "Pillow": PIL.__version__}
+    return {
+        "checkpoint": display_name(options.checkpoint.absolute()),
+        "step": state.step,
+        "images": display_name(options.images.absolute()),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "versions": versions,
+    }
 
 
 if __name__ == "__main__":
