@@ -22,15 +22,7 @@ from training.model import patch_classes
 from training.precision import Found, discovered
 from training.run import Run
 from training.schedule import seed_step
-from training.segment import SEGMENTATIONS, map_names, segment, to_classes, why_unusable
-
-TITLES = {
-    "baseline": "Baseline",
-    "kmeans": "Codes, k-means",
-    "cluster_probe": "Codes, cluster probe",
-    "linear": "Codes, linear probe",
-}
-"""What a report calls the segmentations."""
+from training.segment import SEGMENTATIONS, TITLES, map_names, segment, to_classes, why_unusable
 
 _SEARCHED_PATCHES = 8192  # among the images of so many patches the batch is chosen
 _PATCHES = 4096  # of the batch at most
@@ -150,22 +142,22 @@ def _telling(found: Mapping[str, Found], labels: Tensor | None, patches: int) ->
     image = torch.arange(len(agnostic)) // patches
     elsewhere = image[:, None] != image
     same = elsewhere if labels is None else elsewhere & (labels[:, None] == labels) & (labels >= 0)
-    of_class = "" if labels is None else " of its class"
+    right = "" if labels is None else "right "
 
     def in_images(pairs: Tensor) -> Tensor:  # in how many images, and to break ties how many
         counts = pairs.unflatten(1, (-1, patches)).sum(dim=2)
         return (counts > 0).sum(dim=1).double() + counts.sum(dim=1) / pairs.shape[1]
 
     scores = {
-        f"positives{of_class} in many images": in_images(agnostic & same),
-        f"task-specific positives{of_class} that f does not find": in_images(specific & same & ~agnostic),
+        f"{right}in many images": in_images(agnostic & same),
+        f"{right}by codes alone": in_images(specific & same & ~agnostic),
     }
     if labels is not None:
         known = (labels[:, None] >= 0) & (labels >= 0)
-        scores["positives of another class"] = in_images(agnostic & known & (labels[:, None] != labels))
+        scores["wrong in many images"] = in_images(agnostic & known & (labels[:, None] != labels))
     anchors = [(int(score.argmax()), title) for title, score in scores.items() if score.any()]
     count = (agnostic | specific).sum(dim=1)
-    return [*anchors, (int(count.argsort(stable=True)[len(count) // 2]), "as many positives as the median anchor")]
+    return [*anchors, (int(count.argsort(stable=True)[len(count) // 2]), "median number")]
 
 
 def explored(run: Run) -> tuple[Tensor, dict[str, Any]] | None:
@@ -235,8 +227,8 @@ def _rounded(features: Tensor) -> tuple[np.ndarray, float, float]:
     """Unit rows (N, D) in few bytes: their principal components, each rounded to a multiple of one step.
 
     Returns:
-        the multiples, zigzag coded, as planes of low and of high bytes (2, d, N), component by component, which compress
-        well; the step; the greatest error of an inner product of two rows.
+        the multiples, zigzag coded, as planes of low and of high bytes (2, d, N), component by component, for the sake
+        of compression; the step; the greatest error of an inner product of two rows.
     """
     axes = torch.linalg.eigh((features.mT @ features).double()).eigenvectors.flip(1).float()
     turned, step = features @ axes, 0.008

@@ -82,9 +82,7 @@ def discovered(run: Run, images: Tensor) -> dict[str, Found]:
     for kind, features in rows.items():
         unit = F.normalize(features.float(), dim=-1).flatten(0, 1)
         threshold = hpkernels.masked_topk(unit, pools[kind], backend=config.backend).values[:, 0]
-        positives = hpkernels.hidden_positives(
-            unit, threshold, symmetric=config.loss.symmetric, backend=config.backend
-        )
+        positives = hpkernels.hidden_positives(unit, threshold, symmetric=config.loss.symmetric, backend=config.backend)
         found[kind] = Found(positives, threshold, unit)
     return found
 
