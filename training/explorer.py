@@ -149,7 +149,7 @@ def _telling(found: Mapping[str, Found], labels: Tensor | None, patches: int) ->
         return (counts > 0).sum(dim=1).double() + counts.sum(dim=1) / pairs.shape[1]
 
     scores = {
-        f"{right}in many images": in_images(agnostic & same),
+        f"{right}in many images": torch.minimum(in_images(agnostic & same), in_images(specific & same)),
         f"{right}by codes alone": in_images(specific & same & ~agnostic),
     }
     if labels is not None:
@@ -165,9 +165,10 @@ def explored(run: Run) -> tuple[Tensor, dict[str, Any]] | None:
     most = _IMAGES
     while (explorer := explore(run, most)) is not None:
         data = packed(explorer)
-        if len(data["data"]) <= _BYTES * 4 / 3 or len(explorer.images) == 1:
+        number, size = len(explorer.images), len(data["data"]) * 3 / 4
+        if size <= _BYTES or number == 1:
             return explorer.images, data
-        most = len(explorer.images) - 1
+        most = max(1, min(number - 1, int(number * _BYTES / size)))
     return None
 
 
