@@ -88,7 +88,7 @@ def explore(run: Run, most_images: int = _IMAGES) -> Explorer | None:
         labels,
         map_names(state, "linear", bank.data.classes),
         {TITLES[name]: (of.flatten().cpu(), _meanings(run, name)) for name, of in clusters.items()},
-        _telling(found, labels, bank.anchors_per_image),
+        telling_anchors(found, labels, bank.anchors_per_image),
     )
 
 
@@ -136,7 +136,7 @@ def _meanings(run: Run, name: str) -> list[str]:
     return [names[value] for value in to_classes(state, {name: values})[name].tolist()]
 
 
-def _telling(found: Mapping[str, Found], labels: Tensor | None, patches: int) -> list[tuple[int, str]]:
+def telling_anchors(found: Mapping[str, Found], labels: Tensor | None, patches: int) -> list[tuple[int, str]]:
     """Anchors that show what the method is about, what it gets wrong, and a typical one."""
     agnostic, specific = (found[kind].positives.to_dense().cpu() for kind in ("agnostic", "specific"))
     image = torch.arange(len(agnostic)) // patches
@@ -148,8 +148,9 @@ def _telling(found: Mapping[str, Found], labels: Tensor | None, patches: int) ->
         counts = pairs.unflatten(1, (-1, patches)).sum(dim=2)
         return (counts > 0).sum(dim=1).double() + counts.sum(dim=1) / pairs.shape[1]
 
+    by_both = torch.minimum(in_images(agnostic & same), in_images(specific & same))
     scores = {
-        f"{right}in many images": torch.minimum(in_images(agnostic & same), in_images(specific & same)),
+        f"{right}in many images": by_both if by_both.any() else in_images(agnostic & same),
         f"{right}by codes alone": in_images(specific & same & ~agnostic),
     }
     if labels is not None:

@@ -83,7 +83,7 @@ def _commit() -> str | None:
 @torch.no_grad()
 def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) -> Report:
     """The report of a run whose clusters have been matched."""
-    about = metrics["run"]
+    about, data = metrics["run"], run.config.data
     images = _spread(len(run.val_bank), _EXAMPLES)
     # Without a labelled pixel nothing was matched, and no class has an IoU.
     matched = scores is not None and bool(run.state.clusterings.matched.all())
@@ -108,13 +108,13 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
         examples=examples(run, images),
         explorer=None if batch is None else batch[1],
         explorer_images=[] if batch is None else _photographs(run, batch[0]),
-        explorer_note=_objective_note(run),
+        explorer_note=_objective_note(run) if batch else "One image has too many patches to explore them here.",
         class_iou={title: score["class_iou"] for title, score in scored.items()},
         confusion={title: score["confusion"] for title, score in scored.items() if "confusion" in score},
         assignments=_assignments(run),
         facts=[" · ".join(filter(None, line)) for line in facts],
         command=about["command"],
-        provenance={"seed": run.config.seed} | _of_data(run) | about,
+        provenance={"seed": run.config.seed, "data": ": ".join(filter(None, (data.name, data.root)))} | about,
         settings=settings_of(run.config),
     )
 
@@ -122,11 +122,6 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
 def _photographs(run: Run, images: Tensor) -> list[tuple[str, Tensor]]:
     data = run.train_bank.data
     return [(data.name(index), data.image(index)) for index in images.tolist()]
-
-
-def _of_data(run: Run) -> dict[str, str]:
-    data = run.config.data
-    return {"data": data.name if data.root is None else f"{data.name}: {data.root}"}
 
 
 def _objective_note(run: Run) -> str:
@@ -157,19 +152,13 @@ def examples(run: Run, images: Tensor) -> list[Example]:
     bank, state = run.val_bank, run.state
     usable = [name for name in TITLES if why_unusable(state, name) is None]
     maps = to_classes(state, segment(state, bank.get(images).tokens, bank.grid, bank.data.size, only=usable))
+    matched = {name for row, name in enumerate(CLUSTERED) if state.clusterings.matched[row]}
     shown = []
     for row, index in enumerate(images.tolist()):
         label = bank.data.label(index)
         own = {name: of_classes[row].cpu() for name, of_classes in maps.items()}
-        miou = (
-            {}
-            if label is None
-            else {
-                TITLES[name]: _miou(of_classes, label, state.classes)
-                for name, of_classes in own.items()
-                if name == "linear" or state.clusterings.matched[CLUSTERED.index(name)]
-            }
-        )
+        scored = () if label is None else [name for name in own if name == "linear" or name in matched]
+        miou = {TITLES[name]: _miou(own[name], label, state.classes) for name in scored}
         labelled = {} if label is None else {"Label": label}
         titled = labelled | {TITLES[name]: of_classes for name, of_classes in own.items()}
         shown.append(Example(bank.data.name(index), bank.data.image(index), titled, miou))
