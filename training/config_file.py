@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -95,6 +95,17 @@ def key_table() -> str:
     return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}{row[3]}" for row in rows)
 
 
+def settings_of(config: Config) -> list[Setting]:
+    """Every key of a configuration with its value and default, as YAML would have them, and its meaning."""
+    values: Any = config.model_dump(mode="json")
+    found = []
+    for key, schema in _keys().items():
+        section, _, name = key.rpartition(".")
+        value = values[section][name] if section else values[name]
+        found.append(Setting(key, _shown(value), _shown(schema["default"]), schema["description"]))
+    return found
+
+
 def known_keys() -> list[str]:
     """Every key, with its section in front."""
     return list(_keys())
@@ -111,6 +122,15 @@ def overview() -> str:
     for name, section in _sections().items():
         lines.append(f"  {name:14}{(section.__doc__ or '').partition(chr(10))[0]}")
     return "\n".join(lines)
+
+
+class Setting(NamedTuple):
+    """A key of a configuration; values as text."""
+
+    key: str
+    value: str
+    default: str
+    meaning: str
 
 
 class _Loader(yaml.BaseLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from training.schedule import seed_step
 
 _BATCHES = 4
 _KINDS = ("agnostic", "specific")
+
+
+class Found(NamedTuple):
+    """Positives of one kind among N anchors, and what they were found by."""
+
+    positives: PositiveMask
+    threshold: Tensor  # (N,)
+    features: Tensor  # (N, D) unit rows
 
 
 @torch.no_grad()
@@ -40,7 +49,7 @@ def positive_precision(run: Run) -> dict[str, dict[str, dict[str, float]]]:
         if classes is not None:
             known = torch.where(classes.flatten() >= 0, 0, -1)
             relevant = [PositiveMask.from_labels(known), PositiveMask.from_labels(classes.flatten())]
-        for kind, positives in discovered(run, images).items():
+        for kind, (positives, *_) in discovered(run, images).items():
             within = positives & same_image
             counts[kind]["within"][0] += _count(within)
             counts[kind]["across"][0] += _count(positives) - _count(within)
@@ -61,7 +70,7 @@ def positive_precision(run: Run) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def discovered(run: Run, images: Tensor) -> dict[str, PositiveMask]:
+def discovered(run: Run, images: Tensor) -> dict[str, Found]:
     """The task-agnostic and task-specific positives of the images (B,), with the dropout that the loss sees."""
     config, state = run.config, run.state
     quirk, rate = config.quirks.dropout_on_frozen, config.head.dropout
@@ -73,9 +82,8 @@ def discovered(run: Run, images: Tensor) -> dict[str, PositiveMask]:
     for kind, features in rows.items():
         unit = F.normalize(features.float(), dim=-1).flatten(0, 1)
         threshold = hpkernels.masked_topk(unit, pools[kind], backend=config.backend).values[:, 0]
-        found[kind] = hpkernels.hidden_positives(
-            unit, threshold, symmetric=config.loss.symmetric, backend=config.backend
-        )
+        positives = hpkernels.hidden_positives(unit, threshold, symmetric=config.loss.symmetric, backend=config.backend)
+        found[kind] = Found(positives, threshold, unit)
     return found
 
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
 from training import figures
 from training.checkpoint import written_whole
+from training.config_file import Setting
 
 _METHODS = {
     ("baseline", "unsupervised"): "Baseline: k-means of the frozen features",
@@ -38,6 +40,7 @@ _CURVES = {
     "lambda": "λ, weight of task-specific positives",
     "positives_per_anchor": "Hidden positives per anchor",
 }
+_POINTS = 500  # of a curve at most
 
 
 @dataclass
@@ -47,24 +50,7 @@ class Example:
     name: str
     image: Tensor  # (3, h, w) uint8
     maps: Mapping[str, Tensor]
-
-
-@dataclass
-class AnchorPositives:
-    """The hidden positives of one anchor."""
-
-    images: Tensor  # (n, 3, h, w) uint8; the anchor is in the first
-    anchor: tuple[int, int]  # its row and column of patches
-    positives: Tensor  # (n, H, W) bool
-
-
-@dataclass
-class PropagationWeights:
-    """The weights of local propagation on one image, and an anchor whose window is shown in figures."""
-
-    image: Tensor  # (3, h, w) uint8
-    weights: Tensor  # (window², H, W), of hpkernels.local_propagation_weights
-    anchor: tuple[int, int]
+    miou: Mapping[str, float] = field(default_factory=dict)  # of this image, in percent, by title
 
 
 @dataclass
@@ -76,20 +62,25 @@ class Report:
     class_names: Sequence[str] = ()
     history: Sequence[Mapping[str, float]] = ()  # figures of the logged steps, each with "step"
     examples: Sequence[Example] = ()
-    positives: Sequence[AnchorPositives] = ()
-    propagation: Sequence[PropagationWeights] = ()
+    explorer: Mapping[str, Any] | None = None  # of training.explorer.packed
+    explorer_images: Sequence[tuple[str, Tensor]] = ()  # name and (3, h, w) uint8 of each image of the explorer
+    explorer_note: str = ""
     class_iou: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of each class in percent, by column title
     # By title: pixels by segmented (row) and labelled class; a row after that of the last class is of no class.
     confusion: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    assignments: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what each cluster is, by column title
     facts: Sequence[str] = ()  # lines below the title
     command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # what else to know to reproduce the run
+    settings: Sequence[Setting] = ()
 
 
 class Picture(NamedTuple):
     """An image with a description for those who do not see it."""
 
-    image: Image.Image
+    uri: str
+    width: int
+    height: int
     alt: str
     caption: str = ""
     pixelated: bool = False
@@ -105,28 +96,43 @@ class Table(NamedTuple):
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the report to one HTML file that needs no other file, no network and no script."""
+    """Write the report to one HTML file that needs no other file and no network; what moves needs JavaScript."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"data_uri": figures.data_uri, "percent": percent}
+    environment.filters["percent"] = percent
     examples, legend = _segmentations(report.examples, report.class_names)
     html = environment.get_template("report.html.j2").render(
         report=report,
         scores=_scores(report.metrics),
         cards=_cards(report.metrics),
-        curves=list(_curves(report.history)),
         examples=examples,
         legend=legend,
+        photographs=[_photograph(image, name) for name, image in report.explorer_images],
         precision=_precision(report.metrics.get("positives")),
-        positives=[_positives(sample) for sample in report.positives],
-        propagation=[_propagation(sample) for sample in report.propagation],
         class_iou=_class_iou(report.class_iou, report.class_names),
         confusion={title: _confusion(pixels, report.class_names) for title, pixels in report.confusion.items()},
+        provenance=list(_flat(report.provenance)),
         configuration=_yaml(report.metrics.get("config")),
+        assignments=list(zip(*report.assignments.values(), strict=True)),
+        data={
+            "explorer": report.explorer,
+            "curves": list(_curves(report.history)),
+            "legend": legend,
+            "titles": ["Photograph", *(report.examples[0].maps if report.examples else ())],
+            "miou": [
+                dict(filter(lambda score: _is_number(score[1]), example.miou.items())) for example in report.examples
+            ],
+        },
+        style=Markup(_beside("report.css")),
+        script=Markup(_beside("explorer.js") + _beside("report.js")),
     )
     with written_whole(path) as file:
         file.write(html.encode())
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -200,21 +206,21 @@ def _figures(values: Mapping[str, Any], title: str = "") -> Iterator[tuple[str, 
             yield from _figures(value, f"{title} {name.replace('_', ' ')}".strip())
 
 
-def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Picture]]:
+def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
+    """Title and points of every figure that was logged; of long curves every k-th point, and the last."""
     logged = {name for entry in history for name in entry} - {"step"}
     for name in [*_CURVES, *sorted(logged - _CURVES.keys())]:
-        points = [(entry["step"], entry[name]) for entry in history if _is_number(entry.get(name))]
+        points = [(entry["step"], float(f"{entry[name]:.5g}")) for entry in history if _is_number(entry.get(name))]
+        every = -(-len(points) // _POINTS)
         if points and not (name == "loss" and "contrastive" in logged):  # the sum of others that are shown
-            steps, values = zip(*points, strict=True)
-            title = _CURVES.get(name, name.replace("_", " "))
-            alt = f"{title}: {values[0]:.4g} at step {steps[0]}, {values[-1]:.4g} at step {steps[-1]}"
-            yield title, Picture(figures.curve(steps, values), alt)
+            shown = points[:-1:every] + points[-1:]
+            yield {"title": _CURVES.get(name, name.replace("_", " ")), "points": shown, "every": every}
 
 
 def _segmentations(
     examples: Sequence[Example], class_names: Sequence[str]
-) -> tuple[list[list[Picture]], list[tuple[str, Sequence[int]]]]:
-    """A row of pictures for each example, and the names of the colours."""
+) -> tuple[list[tuple[Example, list[Picture]]], list[tuple[str, Sequence[int]]]]:
+    """Each example with its pictures, and the names of the colours."""
     maps = [of_classes for example in examples for of_classes in example.maps.values()]
     classes = max([len(class_names), *(1 + int(of_classes.max()) for of_classes in maps)])
     names, palette = _names(class_names, classes), figures.class_palette(classes)
@@ -223,45 +229,19 @@ def _segmentations(
         legend.append(("ignored", figures.IGNORED))
     rows = []
     for example in examples:
-        row = [Picture(figures.photograph(example.image), f"{example.name}: photograph", example.name)]
+        row = [_photograph(example.image, example.name)]
         for title, of_classes in example.maps.items():
+            picture = figures.shrunk(figures.colour_map(of_classes, palette), Image.Resampling.NEAREST)
             alt = f"{example.name}, {title}: {_shares(of_classes, names)}"
-            row.append(Picture(figures.colour_map(of_classes, palette), alt, title, pixelated=True))
-        rows.append(row)
+            caption = f"{title}, mIoU {percent(example.miou[title])} %" if title in example.miou else title
+            row.append(Picture(figures.png_uri(picture), *picture.size, alt, caption, pixelated=True))
+        rows.append((example, row))
     return rows, legend
 
 
-def _positives(sample: AnchorPositives) -> list[Picture]:
-    pictures = []
-    for image, chosen in zip(sample.images, sample.positives, strict=True):
-        anchor = None if pictures else sample.anchor
-        count = int(chosen.sum())
-        caption = f"{'own' if anchor else 'other'} image: {count} positive{'' if count == 1 else 's'}"
-        where = f"; anchor at row {anchor[0]}, column {anchor[1]}" if anchor else ""
-        picture = figures.patches_overlay(image, chosen, anchor)
-        pictures.append(Picture(picture, f"Photograph, {caption}{where}", caption))
-    return pictures
-
-
-def _propagation(sample: PropagationWeights) -> dict[str, Any]:
-    window, grid = math.isqrt(len(sample.weights)), sample.weights.shape[1:]
-    row, column = sample.anchor
-    photograph = figures.anchor_overlay(sample.image, grid, sample.anchor, window)
-    kept = 100 * figures.kept_fraction(sample.weights)
-    low, high = kept.min().item(), kept.max().item()
-    heat = figures.heat_map((kept - low) / max(high - low, 1e-9), (photograph.height, photograph.width))
-    where, mean = f"anchor at row {row}, column {column}", f"{kept.mean():.0f} % on average"
-    cells, offsets = sample.weights[:, row, column].tolist(), range(-(window // 2), window // 2 + 1)
-    inside = [0 <= row + dy < grid[0] and 0 <= column + dx < grid[1] for dy in offsets for dx in offsets]
-    return {
-        "photograph": Picture(photograph, f"Photograph with an {where}", where),
-        "heat": Picture(
-            heat, f"Heat map of the share kept: {mean}", f"{low:.0f} to {high:.0f} % of the window kept; {mean}", True
-        ),
-        "cells": [weight if within else None for weight, within in zip(cells, inside, strict=True)],
-        "window": window,
-        "peak": max(*cells, 1e-9),
-    }
+def _photograph(image: Tensor, name: str) -> Picture:
+    picture = figures.shrunk(figures.photograph(image), Image.Resampling.BICUBIC)
+    return Picture(figures.jpeg_uri(picture), *picture.size, f"{name}: photograph", name)
 
 
 def _class_iou(columns: Mapping[str, Sequence[float]], class_names: Sequence[str]) -> Table | None:
@@ -273,13 +253,24 @@ def _class_iou(columns: Mapping[str, Sequence[float]], class_names: Sequence[str
     return Table(("Class", *columns), rows, caption)
 
 
-def _confusion(pixels: Sequence[Sequence[int]], class_names: Sequence[str]) -> Table:
-    """Each labelled class's shares in percent of what it is segmented as."""
+def _confusion(pixels: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[tuple[str, list[tuple]]]:
+    """Name of each row, and of each of its cells the pixels and the share in percent of their labelled class."""
     counts = torch.tensor(pixels, dtype=torch.float64)
     shares = (100 * counts / counts.sum(dim=0)).tolist()  # NaN for a class that is not labelled
     names = _names(class_names, counts.shape[1])
     rows = [*names, *["no class"] * (len(counts) - len(names))]
-    return Table(names, list(zip(rows, shares, strict=True)))
+    cells = [list(zip(*row, strict=True)) for row in zip(pixels, shares, strict=True)]
+    return list(zip(rows, cells, strict=True))
+
+
+def _flat(values: Mapping[str, Any], title: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested mappings, each with the way to it."""
+    for name, value in values.items():
+        path = f"{title} {name.replace('_', ' ')}".strip()
+        if isinstance(value, Mapping):
+            yield from _flat(value, path)
+        elif value is not None:
+            yield path, f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _yaml(config: Any) -> str:

@@ -13,27 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import hpkernels
 from training import checkpoint
+from training.config_file import settings_of
 from training.evaluate import HEADLINE, score
-from training.figures import kept_fraction
-from training.metrics import to_json
+from training.explorer import explored
+from training.metrics import class_iou, confusion_matrix, to_json
 from training.precision import positive_precision
-from training.report import AnchorPositives, Example, PropagationWeights, Report, duration, write_report
+from training.report import Example, Report, duration, write_report
 from training.run import Run
-from training.segment import map_names, segment, to_classes, why_unusable
+from training.segment import CLUSTERED, TITLES, map_names, segment, to_classes, why_unusable
 
-_EXAMPLES = 6  # images segmented in the report
-_ANCHORS = 4  # how many anchors are shown with their positives
-_SEARCHED = 256  # images among which the positives of an anchor are searched
-_TITLES = {
-    "baseline": "Baseline",
-    HEADLINE: "Codes, k-means",
-    "cluster_probe": "Codes, cluster probe",
-    "linear": "Codes, linear probe",
-}
+_EXAMPLES = 8  # images segmented in the report
 
 
 def write_results(run: Run) -> tuple[Path, dict[str, Any]]:
@@ -91,11 +83,12 @@ def _commit() -> str | None:
 @torch.no_grad()
 def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) -> Report:
     """The report of a run whose clusters have been matched."""
-    about = metrics["run"]
+    about, data = metrics["run"], run.config.data
     images = _spread(len(run.val_bank), _EXAMPLES)
     # Without a labelled pixel nothing was matched, and no class has an IoU.
     matched = scores is not None and bool(run.state.clusterings.matched.all())
-    scored = {title: scores[name] for name, title in _TITLES.items() if matched and name in scores}
+    scored = {title: scores[name] for name, title in TITLES.items() if matched and name in scores}
+    batch = explored(run)
     commit = f"commit {about['commit']}" if about["commit"] else ""
     facts = [
         (about["finished"], about["device"], f"{duration(about['training_seconds'])} for {about['steps']} steps"),
@@ -113,74 +106,69 @@ def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) 
         class_names=map_names(run.state, HEADLINE, run.val_bank.data.classes),
         history=run.state.history,
         examples=examples(run, images),
-        positives=anchor_positives(run, images[:_ANCHORS]),
-        propagation=propagation_weights(run, images[:3]),
+        explorer=None if batch is None else batch[1],
+        explorer_images=[] if batch is None else _photographs(run, batch[0]),
+        explorer_note=_objective_note(run) if batch else "One image has too many patches to explore them here.",
         class_iou={title: score["class_iou"] for title, score in scored.items()},
         confusion={title: score["confusion"] for title, score in scored.items() if "confusion" in score},
+        assignments=_assignments(run),
         facts=[" · ".join(filter(None, line)) for line in facts],
         command=about["command"],
-        versions=about["versions"],
+        provenance={"seed": run.config.seed, "data": ": ".join(filter(None, (data.name, data.root)))} | about,
+        settings=settings_of(run.config),
     )
+
+
+def _photographs(run: Run, images: Tensor) -> list[tuple[str, Tensor]]:
+    data = run.train_bank.data
+    return [(data.name(index), data.image(index)) for index in images.tolist()]
+
+
+def _objective_note(run: Run) -> str:
+    """What a reader must know where the loss did not use all of these positives."""
+    loss = run.config.loss
+    if loss.objective != "hp":
+        return f"This run did not learn from them: its loss.objective is {loss.objective}."
+    unused = [kind for kind in ("agnostic", "specific") if not getattr(loss, kind)]
+    return f"The loss of this run left out the task-{unused[0]} ones." if unused else ""
+
+
+def _assignments(run: Run) -> dict[str, list[str]]:
+    """The class that each cluster was matched to, of each clustering that was matched."""
+    names = run.val_bank.data.classes
+    clusterings = run.state.clusterings
+    return {
+        TITLES[name]: [
+            "none" if chosen < 0 else map_names(run.state, name, names)[chosen]
+            for chosen in clusterings.assignments[row].tolist()
+        ]
+        for row, name in enumerate(CLUSTERED)
+        if clusterings.matched[row]
+    }
 
 
 def examples(run: Run, images: Tensor) -> list[Example]:
     """Validation images beside their label and each segmentation that the run can give."""
     bank, state = run.val_bank, run.state
-    usable = [name for name in _TITLES if why_unusable(state, name) is None]
+    usable = [name for name in TITLES if why_unusable(state, name) is None]
     maps = to_classes(state, segment(state, bank.get(images).tokens, bank.grid, bank.data.size, only=usable))
+    matched = {name for row, name in enumerate(CLUSTERED) if state.clusterings.matched[row]}
     shown = []
     for row, index in enumerate(images.tolist()):
         label = bank.data.label(index)
+        own = {name: of_classes[row].cpu() for name, of_classes in maps.items()}
+        scored = () if label is None else [name for name in own if name == "linear" or name in matched]
+        miou = {TITLES[name]: _miou(own[name], label, state.classes) for name in scored}
         labelled = {} if label is None else {"Label": label}
-        own = {_TITLES[name]: of_classes[row].cpu() for name, of_classes in maps.items()}
-        shown.append(Example(bank.data.name(index), bank.data.image(index), labelled | own))
+        titled = labelled | {TITLES[name]: of_classes for name, of_classes in own.items()}
+        shown.append(Example(bank.data.name(index), bank.data.image(index), titled, miou))
     return shown
 
 
-def anchor_positives(run: Run, images: Tensor) -> list[AnchorPositives]:
-    """The task-agnostic positives of one anchor of each image: in its own, and in those that have the most of them.
-
-    Anchors are of those that have positives in other images: from few in the first image to many in the last, because
-    the median of every image may be the same sky.
-    """
-    bank, pool, symmetric = run.val_bank, run.state.pools.agnostic(), run.config.loss.symmetric
-    height, width = bank.grid
-
-    def features(of: Tensor) -> tuple[Tensor, Tensor]:
-        rows = F.normalize(bank.get(of).tokens, dim=-1).flatten(0, 1)
-        return rows, hpkernels.masked_topk(rows, pool, backend=run.config.backend).values[:, 0]
-
-    def positives(anchors: Tensor, limits: Tensor, of: Tensor) -> Tensor:  # (anchors, images, G)
-        keys, key_limits = features(of)
-        limits = torch.minimum(limits[:, None], key_limits) if symmetric else limits[:, None]
-        return (anchors @ keys.T > limits).unflatten(1, (len(of), -1))
-
-    searched = _spread(len(bank), _SEARCHED)
-    shown = []
-    for row, index in enumerate(images.tolist()):
-        anchors, limits = features(torch.tensor([index]))
-        counts = torch.cat([positives(anchors, limits, some).sum(dim=2) for some in searched.split(8)], dim=1).cpu()
-        counts[:, searched == index] = 0
-        elsewhere = counts.sum(dim=1)
-        order = elsewhere.argsort(stable=True)[int((elsewhere == 0).sum()) :]
-        anchor = int(order[len(order) * (2 * row + 1) // (2 * len(images))]) if len(order) else len(elsewhere) // 2
-        nearest = counts[anchor].argsort(descending=True, stable=True)[: min(3, int((counts[anchor] > 0).sum()))]
-        of = torch.cat([torch.tensor([index]), searched[nearest]])
-        chosen = positives(anchors[anchor, None], limits[anchor, None], of)[0].cpu()
-        chosen[0, anchor] = False
-        pictures = torch.stack([bank.data.image(image) for image in of.tolist()])
-        shown.append(AnchorPositives(pictures, divmod(anchor, width), chosen.unflatten(1, (height, width))))
-    return shown
-
-
-def propagation_weights(run: Run, images: Tensor) -> list[PropagationWeights]:
-    """The local-propagation weights of images, and the patch that keeps the least of its window."""
-    bank = run.val_bank
-    shown = []
-    for index, weights in zip(images.tolist(), bank.get(images).weights.cpu(), strict=True):
-        anchor = divmod(int(kept_fraction(weights).argmin()), bank.grid[1])
-        shown.append(PropagationWeights(bank.data.image(index), weights, anchor))
-    return shown
+def _miou(of_classes: Tensor, label: Tensor, classes: int) -> float:
+    """The mIoU in percent of one image over the classes that it or its segmentation has; NaN without labels."""
+    values = max(classes, int(of_classes.max()) + 1)  # those from `classes` on are clusters of no class
+    return 100 * class_iou(confusion_matrix(of_classes, label, classes, values)).nanmean().item()
 
 
 def _spread(count: int, chosen: int) -> Tensor:

@@ -72,7 +72,7 @@ def test_precision_counts_the_pairs_that_the_loss_sees(tiny_config, preset, symm
         masks = discovered(run, images)
         classes = patch_classes(run.train_bank.labels(images), run.train_bank.grid, 6).flatten()
         of_image = torch.arange(4).repeat_interleave(len(classes) // 4)
-        for kind, mask in masks.items():
+        for kind, (mask, *_) in masks.items():
             for i, j in mask.to_dense().nonzero().tolist():
                 count = counts[kind]["within" if of_image[i] == of_image[j] else "across"]
                 count[0] += 1
@@ -94,7 +94,7 @@ def test_positives_without_dropout_are_those_of_the_frozen_features(tiny_config)
     tokens = run.train_bank.get(images).tokens
     rows = {"agnostic": tokens, "specific": run.state.ema_head.eval()(tokens)}
     pools = {"agnostic": run.state.pools.agnostic(), "specific": run.state.pools.specific()}
-    for kind, mask in discovered(run, images).items():
+    for kind, (mask, *_) in discovered(run, images).items():
         unit = F.normalize(rows[kind], dim=-1).flatten(0, 1)
         threshold = hpkernels.masked_topk(unit, pools[kind]).values[:, 0]
         assert mask == hpkernels.hidden_positives(unit, threshold), kind
