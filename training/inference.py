@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from training.backbones.base import Backbone
+from training.backbones.base import Backbone, PatchFeatures
 
 
 class Features(NamedTuple):
@@ -16,6 +16,13 @@ class Features(NamedTuple):
 
     tokens: Tensor  # (B, G, Df) float32
     weights: Tensor  # (B, 9, H, W) float32, for local propagation; empty where they were not asked for
+
+
+def precision_of(name: str, device: torch.device) -> torch.dtype:
+    """What ``backbone.precision`` is on a device."""
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 class Windows(NamedTuple):
@@ -44,11 +51,17 @@ def fitted_size(
 
 @torch.no_grad()
 def features_of(
-    backbone: Backbone, pixels: Tensor, *, weights: bool = True, windows: Windows | None = None, backend: str = "auto"
+    backbone: Backbone,
+    pixels: Tensor,
+    *,
+    weights: bool = True,
+    windows: Windows | None = None,
+    backend: str = "auto",
+    precision: torch.dtype = torch.float32,
 ) -> Features:
     """Features of images (B, 3, h, w) in [0, 1]; where windows overlap, the mean of theirs."""
     if windows is None or max(pixels.shape[2:]) <= windows.side:
-        return _whole(backbone, pixels, weights, backend)
+        return _whole(backbone, pixels, weights, backend, precision)
     patch = backbone.patch_size
     height, width = backbone.grid(tuple(pixels.shape[2:]))
     total: dict[str, Tensor] = {}
@@ -56,7 +69,7 @@ def features_of(
     for top in _starts(pixels.shape[2], windows):
         for left in _starts(pixels.shape[3], windows):
             cut = pixels[:, :, top : top + windows.side, left : left + windows.side]
-            found = _whole(backbone, cut, weights, backend)
+            found = _whole(backbone, cut, weights, backend, precision)
             grid = backbone.grid(tuple(cut.shape[2:]))
             inside = (slice(top // patch, top // patch + grid[0]), slice(left // patch, left // patch + grid[1]))
             count[inside] += 1
@@ -75,10 +88,17 @@ def _starts(length: int, windows: Windows) -> list[int]:
     return [*range(0, last, windows.stride), last]
 
 
-def _whole(backbone: Backbone, pixels: Tensor, weights: bool, backend: str) -> Features:
-    tokens, query, key = backbone(backbone.normalize(pixels))
+def patch_features(backbone: Backbone, normalised: Tensor, precision: torch.dtype) -> PatchFeatures:
+    """What the backbone says about normalised images (B, 3, h, w), computed in a precision; tokens float32."""
+    with torch.autocast(normalised.device.type, precision, enabled=precision != torch.float32):
+        found = backbone(normalised)
+    return found._replace(tokens=found.tokens.float())
+
+
+def _whole(backbone: Backbone, pixels: Tensor, weights: bool, backend: str, precision: torch.dtype) -> Features:
+    tokens, query, key = patch_features(backbone, backbone.normalize(pixels), precision)
     if not weights:
-        return Features(tokens.float(), tokens.new_empty(0))
+        return Features(tokens, tokens.new_empty(0))
     grid = backbone.grid(tuple(pixels.shape[2:]))
     local = hpkernels.local_propagation_weights(query, key, grid, prefix_tokens=backbone.prefix_tokens, backend=backend)
-    return Features(tokens.float(), local.float())
+    return Features(tokens, local.float())

@@ -77,12 +77,21 @@ def _is_report(file: Path) -> bool:
         return False
 
 
+def _is_log(file: Path) -> bool:
+    try:
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        return not first or {"step", "loss", "images_per_second"} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 # What a run writes into its output folder, and whether a file of that name is such.
 _OURS = {
     "checkpoint.pt": _is_checkpoint,
     "best.pt": _is_checkpoint,
     "metrics.json": _is_metrics,
     "report.html": _is_report,
+    "log.jsonl": _is_log,
 }
 
 

@@ -24,15 +24,22 @@ from training.config import BackboneConfig, Config
 from training.config_file import config_from_dict, edited
 from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
+from training.feature_cache import default_folder
 from training.features import FeatureBank
-from training.inference import Windows
+from training.inference import Windows, precision_of
+from training.loading import default_workers
 from training.objectives import check_objective
 from training.output import check_output, prepare_folder, remove_run
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
 # Keys that may differ between a run and its resumption: where and how it is computed, not what.
-_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
+_PLACE = (
+    *("output", "device", "backend", "log_every", "checkpoint_every"),
+    *("data.root", "data.workers", "backbone.cache_dir"),
+)
+# Keys that decide, with the weights, what a backbone gives.
+_BACKBONE = {"name", "layer", "class_token", "patch_size", "features_dim"}
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -246,7 +253,11 @@ def open_bank(
         seed=config.seed,
         device=device,
         backend=config.backend,
+        precision=precision_of(config.backbone.precision, device),
+        workers=default_workers(device) if config.data.workers is None else config.data.workers,
         windows=scoring_windows(config, backbone) if scored else None,
+        cache_dir=Path(config.backbone.cache_dir) if config.backbone.cache_dir else default_folder(),
+        identity=config.backbone.model_dump(include=_BACKBONE) | {"local": config.local.model_dump()},
     )
 
 
@@ -349,6 +360,8 @@ def _check_images(config: Config, data: SegmentationData, saved: dict[str, Any])
 
 def _check_same(config: Config, saved: dict[str, Any]) -> None:
     own = _flat(config.model_dump())
+    if isinstance(saved.get("backbone", {}).get("cache"), bool):  # older checkpoints
+        saved = saved | {"backbone": saved["backbone"] | {"cache": "memory" if saved["backbone"]["cache"] else "none"}}
     differing = [key for key, value in _flat(saved).items() if key not in _PLACE and own.get(key) != value]
     if differing:
         raise ValueError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
 from training.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
 
@@ -68,6 +70,11 @@ class FolderData:
     def name(self, index: int) -> str:
         """The file name without extension."""
         return display_name(self._names[index])
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the pixels of its images from others, wherever they lie."""
+        files = ((str(name), file) for name, file in zip(self._names, self._files, strict=True))
+        return {"frame": self._frame._asdict(), "files": hash_of_files(files)}
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
