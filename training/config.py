@@ -18,6 +18,14 @@ Size = Annotated[
 ]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
 Count = Annotated[int, Field(le=2**31 - 1)]  # an integer without another upper bound
+_CACHES = {  # what `backbone.cache` was: on or off
+    **dict.fromkeys((True, "true", "on", "yes", "1"), "memory"),
+    **dict.fromkeys((False, "false", "off", "no", "0"), "none"),
+}
+Cache = Annotated[
+    Literal["none", "memory", "disk"],
+    BeforeValidator(lambda cache: _CACHES.get(cache, cache) if isinstance(cache, str | bool) else cache),
+]
 
 
 def _different(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -65,6 +73,12 @@ class DataConfig(Section):
         None, ge=1, le=10**7, description="how many to use (procedural: to make); null: all there are"
     )
     val_images: int | None = Field(None, ge=1, le=10**7, description="likewise")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="processes that decode images ahead; null: up to 8 for a GPU, 0 for a CPU, which is busy itself",
+    )
 
 
 class BackboneConfig(Section):
@@ -82,9 +96,17 @@ class BackboneConfig(Section):
     class_token: bool = Field(True, description="timm: SelfPatch weights come without one")
     patch_size: int = Field(8, ge=4, le=16384, description="patch_dictionary: pixels a side of one patch")
     features_dim: Count = Field(192, ge=1, description="patch_dictionary: Df")
-    cache: bool = Field(False, description="keep the features of the un-augmented view in memory")
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="what it computes in; auto: float16 on a GPU, float32 on a CPU"
+    )
+    cache: Cache = Field(
+        "none", description="keep the features of the un-augmented view: in memory, or on disk, rounded to float16"
+    )
+    cache_dir: UserPath | None = Field(
+        None, description="disk: the folder of caches, shared by runs; null: hpkernels/features in the user's cache"
+    )
     views: int = Field(
-        0, ge=0, le=1000, description="photometric views of each image to keep in memory; 0: a new one every time"
+        0, ge=0, le=1000, description="photometric views of each image to keep likewise; 0: a new one every time"
     )
 
 

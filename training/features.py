@@ -1,4 +1,4 @@
-"""Frozen features of a data set: computed once and kept in memory, or computed each time they are asked for.
+"""Frozen features of a data set: kept in memory or on disk, or computed each time they are asked for.
 
 The un-augmented view of an image never changes, and neither do its local-propagation weights, which depend on the
 frozen backbone only. So both can be kept; pool renewal then needs the head alone.
@@ -6,20 +6,46 @@ frozen backbone only. So both can be kept; pool renewal then needs the head alon
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from training.backbones.base import Backbone
+from training.clock import Clock
 from training.data import SegmentationData
-from training.inference import Features, Windows, features_of
-from training.views import photometric
+from training.feature_cache import CHUNK, hash_of, open_cache
+from training.inference import Features, Windows, features_of, patch_features
+from training.loading import Ahead, Decoded, decode
+from training.views import Photometric, photometric, photometric_parameters
 
-_CHUNK = 32  # images that go through the backbone at a time
-_LOADER_THREADS = 8  # decoding releases the interpreter lock
+_HELD_LABELS = 2**30  # bytes of decoded labels that stay in memory, where features do not need the images
+
+
+@dataclass
+class _Recent:
+    """What is known of a batch of images that was asked for."""
+
+    images: Tensor  # (B,)
+    pixels: Tensor | None = None  # (B, 3, h, w) uint8
+    labels: Tensor | None = None  # (B, h, w) int16
+    features: Features | None = None
+    decoded: set[str] = field(default_factory=set)  # "pixels", and "labels" even if there are none
+
+    def add(self, found: Decoded, pixels: bool, labels: bool) -> None:
+        """Take what was decoded."""
+        if pixels:
+            self.pixels = found.pixels
+            self.decoded.add("pixels")
+        if labels:
+            self.labels = found.labels
+            self.decoded.add("labels")
 
 
 class FeatureBank:
@@ -29,12 +55,20 @@ class FeatureBank:
         data: the images.
         backbone: frozen; its features are moved to `device` float32.
         size: height and width of the images in pixels.
-        cache: keep the features of the un-augmented view in memory.
-        views: how many photometric views of each image to keep in memory; 0: make a new one each time.
+        cache: where the features of the un-augmented view are kept: "none", in "memory", or on "disk", float16.
+        views: how many photometric views of each image to keep in the same place, or in memory; 0: make a new one each
+            time.
         jitter_after_normalization: apply the photometric jitter to normalised images, as the published code does.
         seed: of the kept views.
         backend: of the local-propagation weights.
+        precision: that the backbone computes in.
+        workers: processes that decode images ahead of their use.
         windows: for images larger than these; None: in one piece.
+        cache_dir: the folder of caches on disk.
+        identity: what makes the backbone, besides its weights, for the cache on disk.
+
+    Attributes:
+        clock: times the parts of a step.
     """
 
     def __init__(
@@ -43,13 +77,17 @@ class FeatureBank:
         backbone: Backbone,
         size: tuple[int, int],
         *,
-        cache: bool,
+        cache: str,
         views: int,
         jitter_after_normalization: bool,
         seed: int,
         device: torch.device,
         backend: str,
+        precision: torch.dtype = torch.float32,
+        workers: int = 0,
         windows: Windows | None = None,
+        cache_dir: Path | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.data = data
         self.backbone = backbone
@@ -57,9 +95,23 @@ class FeatureBank:
         self.jitter_after_normalization = jitter_after_normalization
         self.device = device
         self.backend = backend
+        self.precision = precision
+        self.workers = workers
         self.windows = windows
-        self._cached = self._compute_all() if cache else None
-        self._views = [self._compute_views(torch.Generator().manual_seed(seed + view)) for view in range(views)]
+        self.clock = Clock(device)
+        self._is_finite = precision == torch.float32  # half precision may overflow, which shows in the first batch
+        self._coming: Ahead | None = None
+        self._recent: deque[_Recent] = deque(maxlen=2)  # STEGO's loss asks for other images in between
+        where = cache_dir if cache == "disk" else None
+        about = None if where is None else self._identity(identity or {})
+        self._kept: Features | None = None
+        self._views: list[Tensor] = []
+        if cache != "none":
+            self._kept = self._keep_features(where, about)
+        self._views = [self._keep_view(view, seed, where, about) for view in range(views)]
+        hold = cache != "none" and 2 * len(data) * data.size[0] * data.size[1] <= _HELD_LABELS
+        self._labels = torch.empty(len(data), *data.size, dtype=torch.int16) if hold else None
+        self._has_label = torch.zeros(len(data), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,70 +121,195 @@ class FeatureBank:
         """G = H * W."""
         return self.grid[0] * self.grid[1]
 
+    def batches(self, size: int = CHUNK) -> Iterator[Tensor]:
+        """The indices of all images, `size` at a time, decoded ahead."""
+        batches = torch.arange(len(self.data)).split(size)
+        with self.ahead(batches, views=False):
+            yield from batches
+
+    @contextmanager
+    def ahead(self, batches: Iterable[Tensor], *, views: bool, labels: bool = True) -> Iterator[None]:
+        """Decode batches of images ahead of their use inside the block, by the workers if there are any.
+
+        Whatever is asked for inside the block, its result is the same.
+
+        Args:
+            batches: the indices (B,) of the images that will be asked for, in this order.
+            views: photometric views of them will be.
+            labels: their labels will be.
+        """
+        before = self._coming
+        pixels = self._kept is None or (views and not self._views)
+        labels = labels and self._labels is None
+        pin = self.device.type == "cuda"
+        if self.workers and (pixels or labels):
+            self._coming = Ahead(self.data, batches, self.workers, pixels=pixels, labels=labels, pin=pin)
+        mine = self._coming
+        try:
+            yield
+        finally:
+            if mine is not None and mine is not before:
+                mine.close()
+            self._coming = before
+
     def labels(self, images: Tensor) -> Tensor | None:
         """Labels (B, h, w) int64 of the images with these indices, -1 where unknown; None for a set without labels."""
-        labels = [self.data.label(index) for index in images.tolist()]
-        return None if labels[0] is None else torch.stack(labels).to(self.device)
-
-    def batches(self, size: int = _CHUNK) -> Iterator[Tensor]:
-        """The indices of all images, `size` at a time."""
-        yield from torch.arange(len(self.data)).split(size)
+        with self.clock.part("data"):
+            if self._labels is None:
+                labels = self._decoded(images, labels=True).labels
+            else:
+                images = images.cpu()
+                new = images[~self._has_label[images]].unique()
+                if len(new):
+                    found = decode(self.data, new, pixels=False, labels=True).labels
+                    if found is None:
+                        return None
+                    self._labels[new] = found
+                    self._has_label[new] = True
+                labels = self._labels[images]
+            return None if labels is None else labels.to(self.device, non_blocking=True).long()
 
     def get(self, images: Tensor) -> Features:
         """Features of the un-augmented view of the images with these indices (B,)."""
-        if self._cached is not None:
-            tokens, weights = self._cached
-            images = images.to(tokens.device)
-            return Features(tokens[images], weights[images])
-        return self._compute(self._load(images))
+        if self._kept is not None:
+            with self.clock.part("data"):
+                return Features(*(self._of(kept, images) for kept in self._kept))
+        pixels = self._pixels(images)
+        batch = self._recall(images)
+        if batch.features is None:
+            batch.features = self._compute(pixels)
+        return batch.features
 
     def mirrored_tokens(self, images: Tensor) -> Tensor:
         """Tokens (B, G, Df) of the images with these indices (B,), mirrored left to right."""
-        return self._compute(self._load(images).flip(3), weights=False).tokens
+        return self._compute(self._pixels(images).flip(3), weights=False).tokens
 
-    def photometric_tokens(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Tokens (B, G, Df) of a photometric view of the images with these indices (B,)."""
+    def photometric_tokens(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        rows: slice = slice(None),  # noqa: B008
+    ) -> Tensor:
+        """Tokens (B, G, Df) of a photometric view of the images with these indices.
+
+        Args:
+            images: of the whole batch: what happens to an image depends on its place in it.
+            generator: on the CPU.
+            rows: those of the batch whose tokens are returned.
+        """
         if self._views:
             chosen = torch.randint(len(self._views), (), generator=generator)
-            tokens = self._views[chosen]
-            return tokens[images.to(tokens.device)]
-        return self._tokens_of_view(images, generator)
+            with self.clock.part("data"):
+                return self._of(self._views[chosen], images[rows])
+        with self.clock.part("views"):
+            parameters = photometric_parameters(len(images), generator)
+        return self._tokens_of_view(images[rows], parameters[rows])
 
     def patches(self, images: Tensor, positions: Tensor) -> Tensor:
         """The token (M, Df) at one patch position (M,) of each of the images (M,), which may repeat."""
-        if self._cached is not None:
-            tokens = self._cached.tokens
-            return tokens[images.to(tokens.device), positions.to(tokens.device)]
-        chunks = zip(images.split(_CHUNK), positions.split(_CHUNK), strict=True)
-        return torch.cat([self._patches_of_chunk(some, at) for some, at in chunks])
+        if self._kept is not None:
+            tokens = self._kept.tokens
+            found = tokens[images.to(tokens.device), positions.to(tokens.device)]
+            return found.to(self.device, torch.float32)
+        found = []
+        chunks = images.split(CHUNK)
+        with self.ahead(chunks, views=False, labels=False):
+            for some, at in zip(chunks, positions.split(CHUNK), strict=True):
+                tokens = self._compute(self._pixels(some), weights=False).tokens
+                found.append(tokens[torch.arange(len(some), device=tokens.device), at.to(tokens.device)])
+        return torch.cat(found)
 
-    def _patches_of_chunk(self, images: Tensor, positions: Tensor) -> Tensor:
-        tokens = self._compute(self._load(images), weights=False).tokens
-        return tokens[torch.arange(len(images), device=tokens.device), positions.to(tokens.device)]
+    def _of(self, kept: Tensor, images: Tensor) -> Tensor:
+        return kept[images.to(kept.device)].to(self.device, torch.float32)
 
-    def _load(self, images: Tensor) -> Tensor:
-        with ThreadPoolExecutor(_LOADER_THREADS) as pool:
-            pixels = torch.stack(list(pool.map(self.data.image, images.tolist())))
-        return pixels.to(self.device).float() / 255
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1]."""
+        with self.clock.part("data"):
+            return self._decoded(images, pixels=True).pixels.to(self.device, non_blocking=True).float() / 255
+
+    def _decoded(self, images: Tensor, *, pixels: bool = False, labels: bool = False) -> _Recent:
+        """A batch with what is asked for, and with what was decoded along with it."""
+        batch = self._recall(images)
+        wanted = {name for name, asked in (("pixels", pixels), ("labels", labels)) if asked}
+        if self._coming is not None and wanted - batch.decoded:
+            found = self._coming.take(images)
+            if found is not None:
+                batch.add(found, self._coming.pixels, self._coming.labels)
+        wanted -= batch.decoded
+        if wanted:
+            pixels, labels = "pixels" in wanted, "labels" in wanted
+            batch.add(decode(self.data, images, pixels=pixels, labels=labels), pixels, labels)
+        return batch
+
+    def _recall(self, images: Tensor) -> _Recent:
+        for batch in self._recent:
+            if torch.equal(batch.images, images):
+                return batch
+        self._recent.append(_Recent(images))
+        return self._recent[-1]
 
     def _compute(self, images: Tensor, weights: bool = True) -> Features:
-        return features_of(self.backbone, images, weights=weights, windows=self.windows, backend=self.backend)
+        with self.clock.part("backbone"):
+            found = features_of(
+                self.backbone,
+                images,
+                weights=weights,
+                windows=self.windows,
+                backend=self.backend,
+                precision=self.precision,
+            )
+        if not (self._is_finite or found.tokens.isfinite().all()):
+            raise ValueError(
+                "config: `backbone.precision` must be bfloat16 or float32, as features are beyond float16 or not finite"
+            )
+        self._is_finite = True
+        return found
 
     @torch.no_grad()
-    def _tokens_of_view(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        pixels = self._load(images)
-        if self.jitter_after_normalization:
-            pixels = photometric(self.backbone.normalize(pixels), generator)
-        else:
-            pixels = self.backbone.normalize(photometric(pixels, generator))
-        return self.backbone(pixels).tokens.float()
+    def _tokens_of_view(self, images: Tensor, parameters: Photometric) -> Tensor:
+        pixels = self._pixels(images)
+        with self.clock.part("views"):
+            if self.jitter_after_normalization:
+                pixels = photometric(self.backbone.normalize(pixels), parameters)
+            else:
+                pixels = self.backbone.normalize(photometric(pixels, parameters))
+        with self.clock.part("backbone"):
+            return patch_features(self.backbone, pixels, self.precision).tokens
 
-    def _chunks(self, what: str) -> Iterable[Tensor]:
-        return tqdm(list(self.batches()), desc=what, unit="chunk", leave=False)
+    def _keep_features(self, where: Path | None, about: dict[str, Any] | None) -> Features:
+        def compute(batches: Iterable[Tensor]) -> Iterator[Features]:
+            for images in self._through(batches, "features"):
+                yield self._compute(self._pixels(images))
 
-    def _compute_all(self) -> Features:
-        parts = [self._compute(self._load(images)) for images in self._chunks("features")]
-        return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        if where is None:
+            parts = compute(torch.arange(len(self.data)).split(CHUNK))
+            return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        arrays = {"tokens": (self.anchors_per_image, self.backbone.features_dim), "weights": (9, *self.grid)}
+        return Features(*open_cache(where, about, len(self.data), arrays, compute, "features"))
 
-    def _compute_views(self, generator: torch.Generator) -> Tensor:
-        return torch.cat([self._tokens_of_view(images, generator) for images in self._chunks("photometric views")])
+    def _keep_view(self, view: int, seed: int, where: Path | None, about: dict[str, Any] | None) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + view)
+        chunks = torch.arange(len(self.data)).split(CHUNK)
+        parameters = [photometric_parameters(len(images), generator) for images in chunks]
+
+        def compute(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor]]:
+            for images in self._through(batches, "photometric views"):
+                yield (self._tokens_of_view(images, parameters[int(images[0]) // CHUNK]),)
+
+        if where is None:
+            return torch.cat([tokens for (tokens,) in compute(chunks)])
+        about = about | {"view": seed + view, "jitter_after_normalization": self.jitter_after_normalization}
+        arrays = {"tokens": (self.anchors_per_image, self.backbone.features_dim)}
+        return open_cache(where, about, len(self.data), arrays, compute, "photometric views")[0]
+
+    def _through(self, batches: Iterable[Tensor], what: str) -> Iterator[Tensor]:
+        with self.ahead(batches, views=True, labels=False):
+            yield from tqdm(batches, desc=what, unit="chunk", leave=False)
+
+    def _identity(self, backbone: dict[str, Any]) -> dict[str, Any]:
+        """All that decides the features of the images."""
+        return {
+            "data": self.data.identity(),
+            "windows": self.windows,
+            "backbone": backbone | {"weights": hash_of(self.backbone), "precision": str(self.precision)},
+        }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hpkernels
-from training.backbones.base import Backbone
+from training.backbones.base import Backbone, PatchFeatures
 
 
 class Features(NamedTuple):
@@ -18,6 +18,13 @@ class Features(NamedTuple):
 
     tokens: Tensor  # (B, G, Df) float32
     weights: Tensor  # (B, 9, H, W) float32, for local propagation; empty where they were not asked for
+
+
+def precision_of(name: str, device: torch.device) -> torch.dtype:
+    """What ``backbone.precision`` is on a device."""
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 class Windows(NamedTuple):
@@ -55,14 +62,20 @@ def fitted_size(
 
 @torch.no_grad()
 def features_of(
-    backbone: Backbone, pixels: Tensor, *, weights: bool = True, windows: Windows | None = None, backend: str = "auto"
+    backbone: Backbone,
+    pixels: Tensor,
+    *,
+    weights: bool = True,
+    windows: Windows | None = None,
+    backend: str = "auto",
+    precision: torch.dtype = torch.float32,
 ) -> Features:
     """Features of images (B, 3, h, w) in [0, 1]; where windows overlap, their mean as `blended_strips` weighs it."""
     if windows is None or max(pixels.shape[2:]) <= windows.side:
-        return _whole(backbone, pixels, weights, backend)
+        return _whole(backbone, pixels, weights, backend, precision)
 
     def maps(cut: Tensor) -> Tensor:
-        found = _whole(backbone, cut, weights, backend)
+        found = _whole(backbone, cut, weights, backend, precision)
         tokens = found.tokens.mT.unflatten(2, backbone.grid(tuple(cut.shape[2:])))
         return torch.cat([tokens, found.weights], dim=1) if weights else tokens
 
@@ -127,10 +140,17 @@ def _ramp(patches: int) -> Tensor:
     return torch.minimum(at, at.flip(0))
 
 
-def _whole(backbone: Backbone, pixels: Tensor, weights: bool, backend: str) -> Features:
-    tokens, query, key = backbone(backbone.normalize(pixels))
+def patch_features(backbone: Backbone, normalised: Tensor, precision: torch.dtype) -> PatchFeatures:
+    """What the backbone says about normalised images (B, 3, h, w), computed in a precision; tokens float32."""
+    with torch.autocast(normalised.device.type, precision, enabled=precision != torch.float32):
+        found = backbone(normalised)
+    return found._replace(tokens=found.tokens.float())
+
+
+def _whole(backbone: Backbone, pixels: Tensor, weights: bool, backend: str, precision: torch.dtype) -> Features:
+    tokens, query, key = patch_features(backbone, backbone.normalize(pixels), precision)
     if not weights:
-        return Features(tokens.float(), tokens.new_empty(0))
+        return Features(tokens, tokens.new_empty(0))
     grid = backbone.grid(tuple(pixels.shape[2:]))
     local = hpkernels.local_propagation_weights(query, key, grid, prefix_tokens=backbone.prefix_tokens, backend=backend)
-    return Features(tokens.float(), local.float())
+    return Features(tokens, local.float())

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hpkernels
+from training.clock import timed
 from training.kmeans import closeness, kmeans
 from training.schedule import specific_weight
 
@@ -22,6 +23,7 @@ _SAMPLES = 11  # STEGO: a side of the grid of points that are drawn in an image
 _RANDOM_IMAGES = 5  # STEGO: how often each image is compared with a random other one
 
 
+@timed("loss")
 def objective_term(run: Run, views: Views, codes: Codes, images: Tensor) -> Tensor:
     """The 0-d loss of the objective in ``loss.objective`` on the images (B,)."""
     objective = run.config.loss.objective

@@ -142,6 +142,14 @@ def _is_report(file: Path) -> bool:
         return False
 
 
+def _is_log(file: Path) -> bool:
+    try:
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        return not first or {"step", "loss", "images_per_second"} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 _LOCK = "run.lock"  # held while a run writes; it stays, and says which process wrote last
 # What a run writes into its output folder, and whether a file of that name is such.
 _OURS = {
@@ -150,6 +158,7 @@ _OURS = {
     checkpoint.BACKBONE: _is_checkpoint,
     "metrics.json": _is_metrics,
     "report.html": _is_report,
+    "log.jsonl": _is_log,
 }
 
 

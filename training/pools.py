@@ -44,9 +44,10 @@ class Pools:
     @torch.no_grad()
     def renew_specific(self, bank: FeatureBank, ema_head: SegmentationHead, generator: torch.Generator) -> None:
         """Refill the task-specific pool with codes s' of newly drawn patches."""
-        images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
-        codes = ema_head.train(self.dropout > 0)(bank.patches(images, positions)[:, None])
-        self.specific.fill(channel_dropout(codes, self.dropout)[:, 0])
+        with bank.clock.part("pools"):
+            images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
+            codes = ema_head.train(self.dropout > 0)(bank.patches(images, positions)[:, None])
+            self.specific.fill(channel_dropout(codes, self.dropout)[:, 0])
 
     def _draw(self, bank: FeatureBank, generator: torch.Generator) -> Tensor:
         images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)

@@ -6,6 +6,9 @@ distribution whatever the class, so that colour alone does not separate the clas
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +47,10 @@ class ProceduralData:
 
     def label_file(self, index: int) -> None:
         """None, likewise."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the pixels of its images from others."""
+        return {"pixels": hashlib.sha256(b"".join(image.numpy().tobytes() for image in self._images)).hexdigest()}
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""

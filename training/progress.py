@@ -1,29 +1,46 @@
-"""What a run tells while it trains: a bar, and scalars for TensorBoard."""
+"""What a run tells while it trains: a bar, ``log.jsonl``, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
+import json
+import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from training.checkpoint import written_whole
 
 if TYPE_CHECKING:
     from training.run import Run
 
+LOG = "log.jsonl"
+"""The file in the output folder with one JSON object for each logged step."""
+
 
 class Progress:
-    """The bar and the log of a run, open inside a ``with`` block."""
+    """The bar and the logs of a run, open inside a ``with`` block."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.anchors = run.config.batch_size * run.train_bank.anchors_per_image  # of one step
         self._started = time.perf_counter() - run.state.seconds
+        self._seconds = 0.0  # in the steps since the last that was logged
+        self._steps = 0
+        self._parts: dict[str, float] = {}  # of the last timed step, in seconds
 
     def __enter__(self) -> Progress:
-        step = self.run.state.step
-        self.writer = SummaryWriter(f"{self.run.config.output}/tensorboard", purge_step=step)
+        step, output = self.run.state.step, Path(self.run.config.output)
+        _cut(output / LOG, step)
+        self.log_file = open(output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        self.writer = SummaryWriter(f"{output}/tensorboard", purge_step=step)
         self.bar = tqdm(
             total=self.run.steps * self.anchors,
             initial=step * self.anchors,
@@ -36,14 +53,22 @@ class Progress:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.bar.close()
         self.writer.close()
+        self.log_file.close()
 
     @property
     def seconds(self) -> float:
         """Spent in training so far, also before the run was interrupted."""
         return time.perf_counter() - self._started
 
-    def advance(self) -> None:
-        """One step is done."""
+    @contextmanager
+    def step(self, timed: bool) -> Iterator[None]:
+        """The block is a step; if it is `timed`, also the parts of it."""
+        begin = time.perf_counter()
+        with self.run.train_bank.clock.step(timed) as parts:
+            yield
+        self._seconds += time.perf_counter() - begin
+        self._steps += 1
+        self._parts = dict(parts)
         self.bar.update(self.anchors)
 
     def flush(self) -> None:
@@ -51,12 +76,52 @@ class Progress:
         self.writer.flush()
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Show the figures of a step, and keep them for the curves of the report."""
-        for name, value in figures.items():
+        """Show the figures of the step that was timed, and keep them: its speed in the logs alone."""
+        speed = self._speed()
+        line = {"step": step} | figures | speed | {"seconds": {name: round(s, 6) for name, s in self._parts.items()}}
+        self.log_file.write(json.dumps(line) + "\n")
+        self.log_file.flush()
+        for name, value in (figures | {f"speed/{name}": value for name, value in speed.items()}).items():
             self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix(
-            loss=f"{figures['loss']:.3f}",
-            lam=f"{figures['lambda']:.2f}",
-            positives=f"{figures['positives_per_anchor']:.0f}",
+        self.bar.set_postfix_str(
+            f"loss={figures['loss']:.3f}, lam={figures['lambda']:.2f},"
+            f" positives={figures['positives_per_anchor']:.0f}, images/s={speed['images_per_second']:.3g},"
+            f" in loss={speed['loss_share']:.0%}, data wait={speed['data_share']:.0%}, GB={speed['memory_gb']:.1f}"
         )
         self.run.state.history.append({"step": step} | figures)
+        self._seconds, self._steps = 0.0, 0
+
+    def _speed(self) -> dict[str, float]:
+        rate = self._steps / self._seconds
+        step = sum(self._parts.values())
+        return {
+            "images_per_second": round(rate * self.run.config.batch_size, 3),
+            "anchors_per_second": round(rate * self.anchors, 1),
+            "loss_share": round(self._parts.get("loss", 0.0) / step, 4),
+            "data_share": round(self._parts.get("data", 0.0) / step, 4),
+            "memory_gb": round(_peak_memory(self.run.device) / 1e9, 3),
+        }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cut(log: Path, step: int) -> None:
+    """Keep the lines of steps before `step`, which a resumed run takes again; the last may be cut off."""
+    if not log.exists():
+        return
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+    with written_whole(log) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        values: Any = json.loads(line)
+        return values["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -19,7 +19,7 @@ from training.data import SegmentationData
 # decide whether their number is another one.
 _FREE = (
     *("output", "device", "backend", "epochs", "steps", "log_every", "checkpoint_every"),
-    *("data.root", "data.train_images", "data.val_images", "backbone.cache", "quirks.preset"),
+    *("data.root", "data.train_images", "data.val_images", "data.workers", "backbone.cache_dir", "quirks.preset"),
     *(f"evaluation.{name}" for name in ("size", "flip", "window", "stride", "match", "crf", "knn")),
 )
 # Those of them by which `quirks.select_on_labels` chooses the best state.
@@ -39,6 +39,8 @@ def check_same(config: Config, saved: dict[str, Any]) -> None:
     own = _flat(config.model_dump())
     before = _flat(Config(steps=1).model_dump()) | _flat(saved)
     free = set(_FREE) - set(_CHOOSING if config.quirks.select_on_labels else ())
+    if not {own["backbone.cache"], before["backbone.cache"]} & {"disk"}:  # where features are rounded to float16
+        free |= {"backbone.cache"}
     differing = [key for key, value in before.items() if key not in free and own.get(key) != value]
     if differing:
         raise ValueError(f"{config.output} holds a run that differs in {', '.join(differing)}; {_ELSE}")

@@ -23,14 +23,18 @@ from training.config import BackboneConfig, Config
 from training.config_file import config_from_dict, edited
 from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
+from training.feature_cache import default_folder
 from training.features import FeatureBank
-from training.inference import Windows
+from training.inference import Windows, precision_of
+from training.loading import default_workers
 from training.objectives import check_objective
 from training.output import check_output, check_space, prepare_folder, remove_partial, remove_run
 from training.resuming import check_images, check_same, identity
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
+# Keys that decide, with the weights, what a backbone gives.
+_BACKBONE = {"name", "layer", "class_token", "patch_size", "features_dim"}
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -285,7 +289,11 @@ def open_bank(
         seed=config.seed,
         device=device,
         backend=config.backend,
+        precision=precision_of(config.backbone.precision, device),
+        workers=default_workers(device) if config.data.workers is None else config.data.workers,
         windows=scoring_windows(config, backbone) if scored else None,
+        cache_dir=Path(config.backbone.cache_dir) if config.backbone.cache_dir else default_folder(),
+        identity=config.backbone.model_dump(include=_BACKBONE) | {"local": config.local.model_dump()},
     )
 
 

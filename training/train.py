@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import hpkernels
 from training.backbones.timm_vit import TimmViT
+from training.clock import timed
+from training.config import Config
 from training.config_file import load_config, overview
 from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
@@ -75,12 +77,17 @@ def load_views(run: Run, images: Tensor, generator: torch.Generator) -> Views:
     """Frozen features of the images and of a photometric view of them."""
     config, bank = run.config, run.train_bank
     tokens, weights = bank.get(images)
-    needs_photometric = config.loss.consistency > 0 or config.loss.objective == "views"
-    photometric = bank.photometric_tokens(images, generator) if needs_photometric else None
+    photometric = bank.photometric_tokens(images, generator) if needs_photometric(config) else None
     features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen)
     return Views(tokens, features, weights, photometric)
 
 
+def needs_photometric(config: Config) -> bool:
+    """Whether the loss compares with a photometric view."""
+    return config.loss.consistency > 0 or config.loss.objective == "views"
+
+
+@timed("head")
 def encode(run: Run, views: Views) -> Codes:
     """Codes and projections, in half precision where there is a GPU; results float32."""
     state, bank = run.state, run.train_bank
@@ -104,6 +111,7 @@ def encode(run: Run, views: Views) -> Codes:
     return Codes(code.float(), ema, z.float(), z_mixed, z_photometric)
 
 
+@timed("probes")
 def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
     """The losses of the probes, which learn on detached codes."""
     detached = to_map(codes.code.detach(), run.train_bank.grid)
@@ -115,12 +123,14 @@ def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
     return terms
 
 
+@timed("optimizer")
 def optimize(run: Run, loss: Tensor) -> None:
     """One step of all optimizers, gradients of the head clipped (``clip_grad_norm=0``: as they are)."""
     state = run.state
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
+    with run.train_bank.clock.part("backward"):
+        state.scaler.scale(loss).backward()
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     if run.config.optim.clip_grad_norm and run.config.loss.objective != "none":
@@ -132,7 +142,7 @@ def optimize(run: Run, loss: Tensor) -> None:
 
 @torch.no_grad()
 def positives_per_anchor(run: Run, images: Tensor) -> float:
-    """Mean number of task-agnostic positives of the anchors of a batch."""
+    """Mean number of task-agnostic positives of the anchors of the batch of the last step, whose features are there."""
     features = F.normalize(run.train_bank.get(images).tokens, dim=-1).flatten(0, 1)
     threshold = hpkernels.masked_topk(features, run.state.pools.agnostic(), backend=run.config.backend).values[:, 0]
     positives = hpkernels.hidden_positives(features, threshold, backend=run.config.backend)
@@ -148,14 +158,19 @@ def train(run: Run) -> None:
     config, state = run.config, run.state
     if state.step < run.steps:
         state.clusterings.forget()
-    with Progress(run) as progress, Stopping() as stopping:
+    batches = (batch(run, step) for step in range(state.step, run.steps))
+    with (
+        Progress(run) as progress,
+        Stopping() as stopping,
+        run.train_bank.ahead(batches, views=needs_photometric(config)),
+    ):
         while state.step < run.steps:
             step, lam = state.step, current_lambda(run)
-            images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
-            terms = train_step(run, images)
-            progress.advance()
-            last = state.step == run.steps
-            if step % config.log_every == 0 or last:
+            images, last = batch(run, step), step + 1 == run.steps
+            logged = step % config.log_every == 0 or last
+            with progress.step(timed=logged):
+                terms = train_step(run, images)
+            if logged:
                 progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
             state.seconds = progress.seconds
             of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
@@ -170,6 +185,11 @@ def train(run: Run) -> None:
                     f"stopped after step {state.step} of {run.steps}, which is saved: the same command goes on",
                     stopping.number,
                 )
+
+
+def batch(run: Run, step: int) -> Tensor:
+    """The image indices (B,) of a step."""
+    return batch_of_step(step, len(run.train_bank), run.config.batch_size, run.config.seed)
 
 
 def figures_of_step(run: Run, images: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from training.results import write_results
 from training.run import open_run
 from training.train import train
 
-FILES = ("checkpoint.pt", "best.pt", "metrics.json", "report.html")
+FILES = ("checkpoint.pt", "best.pt", "metrics.json", "report.html", "log.jsonl")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,6 +11,7 @@ import torch
 import hpkernels
 from hpkernels import backends
 from training import evaluate as evaluation
+from training import progress
 from training import train as loop
 from training.data import batch_of_step
 from training.results import anchor_positives, write_results
@@ -204,7 +205,7 @@ def test_the_report_uses_the_backend_of_the_run(tiny_run, monkeypatch):
 
 def test_the_log_is_closed_when_training_stops(tiny_run, monkeypatch):
     closed = []
-    monkeypatch.setattr("training.progress.SummaryWriter.close", lambda writer: closed.append(writer))
+    monkeypatch.setattr(progress.SummaryWriter, "close", lambda writer: closed.append(writer))
 
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
 from training.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
 
@@ -76,6 +78,11 @@ class FolderData:
     def label_file(self, index: int) -> Path | None:
         """The file of its label, or None for a set without labels."""
         return None if self._labels is None else self._labels[index]
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the pixels of its images from others, wherever they lie."""
+        files = ((str(name), file) for name, file in zip(self._names, self._files, strict=True))
+        return {"frame": self._frame._asdict(), "files": hash_of_files(files)}
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""

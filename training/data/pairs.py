@@ -9,13 +9,14 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.io
 from PIL import Image
 from torch import Tensor
 
+from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
 from training.photographs import display_name, opened
 
@@ -96,6 +97,10 @@ class PairedData:
     def label_file(self, index: int) -> Path:
         """The file of its label."""
         return self.pairs[index].label
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the pixels of its images from others, wherever they lie."""
+        return {"frame": self._frame._asdict(), "files": hash_of_files((pair.name, pair.image) for pair in self.pairs)}
 
     def image(self, index: int) -> Tensor:
         """(3, h, w) uint8."""
