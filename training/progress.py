@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -60,3 +63,22 @@ class Progress:
             positives=f"{figures['positives_per_anchor']:.0f}",
         )
         self.run.state.history.append({"step": step} | figures)
+
+
+@contextmanager
+def named_errors(folder: str) -> Iterator[None]:
+    """Name the folder of a log that cannot be written, once: TensorBoard's thread would print a traceback as well.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else before(failed)
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:  # it has a name
+            raise
+        raise OSError(f"a log in {folder} cannot be written: {error.strerror}") from error
+    finally:
+        threading.excepthook = before

@@ -20,9 +20,9 @@ from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
-from training.output import locked
+from training.output import output_of_run
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.progress import Progress
+from training.progress import Progress, named_errors
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -148,7 +148,7 @@ def train(run: Run) -> None:
     config, state = run.config, run.state
     if state.step < run.steps:
         state.clusterings.forget()
-    with Progress(run) as progress, Stopping() as stopping:
+    with named_errors(config.output), Progress(run) as progress, Stopping() as stopping:
         while state.step < run.steps:
             step, lam = state.step, current_lambda(run)
             images = batch_of_step(step, len(run.train_bank), config.batch_size, config.seed)
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_with_overrides(parser, arguments)
     with one_sentence("train"):
         config = load_config(options.config, options.overrides)
-        with locked(config):
+        with output_of_run(config):
             run = open_run(config, fresh=options.fresh)
             announce(run)
             train(run)
