@@ -39,20 +39,35 @@ def prepare_folder(folder: Path, what: str) -> None:
 
 
 @contextmanager
-def locked(config: Config) -> Iterator[None]:
-    """Keep the output folder for this process inside the ``with`` block; the lock of a process that died is none.
+def output_of_run(config: Config) -> Iterator[None]:
+    """Keep the output folder of a run for this process inside the ``with`` block.
 
     Raises:
-        ValueError: another process writes into the folder, or it cannot be one for a run.
+        ValueError: it cannot be one, or another process writes into it.
     """
     check_place(config)
     folder = Path(config.output)
     made = not folder.exists()
     prepare_folder(folder, "config: `output`")
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if made and [path.name for path in folder.iterdir()] == [_LOCK]:  # a run that has not begun leaves nothing
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that a run writes to inside the ``with`` block; the lock of a dead process is none.
+
+    Raises:
+        ValueError: another process has it.
+    """
     file = folder / _LOCK
     holder = file.read_text(errors="replace") if file.is_file() else ""  # before older versions of filelock empty it
     if holder and not holder.startswith("process "):
-        raise ValueError(_not_ours(config, _LOCK))
+        raise ValueError(_not_ours(folder, _LOCK))
     try:
         with FileLock(file, timeout=0):
             now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
@@ -60,10 +75,12 @@ def locked(config: Config) -> Iterator[None]:
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}")
             yield
     except Timeout as error:
-        raise ValueError(f"{config.output} is being written by {holder or 'another process'}") from error
-    finally:
-        if made and not [path for path in folder.iterdir() if path != file]:  # a run that has not begun leaves nothing
-            shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"{display_name(folder)} is being written by {holder or 'another process'}") from error
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether a run writes or wrote to the folder."""
+    return (folder / _LOCK).is_file()
 
 
 def check_place(config: Config) -> None:
@@ -111,13 +128,12 @@ def check_output(config: Config, fresh: bool) -> None:
     for name, is_ours in _OURS.items():
         asked = fresh or name != "checkpoint.pt"  # which is loaded without --fresh, and that says what is wrong with it
         if asked and (output / name).exists() and not is_ours(output / name):
-            raise ValueError(_not_ours(config, name))
+            raise ValueError(_not_ours(output, name))
 
 
-def _not_ours(config: Config, name: str) -> str:
-    return (
-        f"config: `output` {config.output} holds a {name} that no run has written: choose another, or remove the file"
-    )
+def _not_ours(output: Path, name: str) -> str:
+    shown = display_name(output)
+    return f"config: `output` {shown} holds a {name} that no run has written: choose another, or remove the file"
 
 
 def _is_checkpoint(file: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,3 +126,22 @@ def _step_of(line: str) -> float:
         return values["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+@contextmanager
+def named_errors(folder: str) -> Iterator[None]:
+    """Name the folder of a log that cannot be written, once: TensorBoard's thread would print a traceback as well.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else before(failed)
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:  # it has a name
+            raise
+        raise OSError(f"a log in {folder} cannot be written: {error.strerror}") from error
+    finally:
+        threading.excepthook = before

@@ -16,6 +16,7 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from training.config_file import config_from_dict, edited, known_keys, load_conf
 from training.data import open_data
 from training.evaluate import evaluate, matched_on
 from training.model import SegmentationHead
+from training.output import is_of_run, locked
 from training.photographs import display_name
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import check_backend, open_bank, open_trained, resolve_device
@@ -259,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parse_with_overrides(parser, arguments)
     target = options.target
-    with one_sentence("published"):
+    with one_sentence("published"), locked(target.parent) if is_of_run(target.parent) else nullcontext():
         beside = [target.with_suffix(".json")] if target.suffix == ".safetensors" else []
         for path in (target, *beside):
             if os.path.lexists(path):

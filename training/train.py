@@ -22,9 +22,9 @@ from training.data import batch_of_step
 from training.evaluate import evaluate, metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
-from training.output import locked
+from training.output import output_of_run
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.progress import Progress
+from training.progress import Progress, named_errors
 from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
@@ -160,6 +160,7 @@ def train(run: Run) -> None:
         state.clusterings.forget()
     batches = (batch(run, step) for step in range(state.step, run.steps))
     with (
+        named_errors(config.output),
         Progress(run) as progress,
         Stopping() as stopping,
         run.train_bank.ahead(batches, views=needs_photometric(config)),
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_with_overrides(parser, arguments)
     with one_sentence("train"):
         config = load_config(options.config, options.overrides)
-        with locked(config):
+        with output_of_run(config):
             run = open_run(config, fresh=options.fresh)
             announce(run)
             train(run)

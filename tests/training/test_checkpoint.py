@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import resource
+import shutil
 
 import pytest
 import torch
@@ -88,3 +89,33 @@ def test_a_folder_in_the_way_is_named(tmp_path):
     with pytest.raises(OSError, match="c.pt cannot be written: "):
         checkpoint.save(tmp_path / "c.pt", {})
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_backbone_is_written_once_and_named_by_its_weights(tmp_path):
+    weights = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2), "c": torch.zeros(0, dtype=torch.bfloat16)}
+    sha256 = checkpoint.write_backbone(tmp_path, weights)
+    written = (tmp_path / "backbone.pt").stat()
+    assert checkpoint.write_backbone(tmp_path, dict(reversed(weights.items()))) == sha256
+    assert (tmp_path / "backbone.pt").stat() == written
+    read = checkpoint.read_backbone(tmp_path / "checkpoint.pt", sha256)
+    assert all(torch.equal(read[name], value) for name, value in weights.items())
+    for other in (
+        {"a": weights["a"].reshape(2, 3)},
+        {"a": weights["a"] + 1},
+        {"b": torch.tensor(2.0)},
+        {"d": weights["a"]},
+    ):
+        assert checkpoint.write_backbone(tmp_path / "other", weights | other) != sha256
+    shutil.copy(tmp_path / "other" / "backbone.pt", tmp_path)
+    with pytest.raises(
+        ValueError, match="backbone.pt holds other weights than .*checkpoint.pt was trained with: copy the"
+    ):
+        checkpoint.read_backbone(tmp_path / "checkpoint.pt", sha256)
+    (tmp_path / "backbone.pt").unlink()
+    with pytest.raises(
+        ValueError, match="checkpoint.pt needs the backbone.pt .* beside it, and there is none: copy it along"
+    ):
+        checkpoint.read_backbone(tmp_path / "checkpoint.pt", sha256)
+    (tmp_path / "backbone.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="backbone.pt cannot be read as plain tensors"):
+        checkpoint.read_backbone(tmp_path / "checkpoint.pt", sha256)

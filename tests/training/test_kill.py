@@ -1,9 +1,11 @@
-"""A run that is killed at any moment, and started again until it is done, is the run that was not killed."""
+"""A run that is killed or stopped at any moment, and started again until it is done, is the run that was not."""
 
 import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
 import time
 
@@ -37,12 +39,36 @@ def half(contents, file):
     die()
 
 
-MOMENTS = {
+def told(number, times=1):
+    """A step in which a signal arrives."""
+
+    def step(*a, _step=train.train_step, **k):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            time.sleep(1.1 if times > 1 else 0)
+        return _step(*a, **k)
+
+    return lambda: setattr(train, "train_step", at_call(4, train.train_step, step))
+
+
+def full_disk(*a, _step=train.train_step, **k):
+    """A step after which no file can grow beyond some kilobytes, as if the disk were full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return _step(*a, **k)
+
+
+KILLED = {
     "features": lambda: setattr(PatchDictionary, "forward", at_call(2, PatchDictionary.forward)),
     "step": lambda: setattr(train, "train_step", at_call(4, train.train_step)),
     "half a checkpoint": lambda: setattr(torch, "save", at_call(3, torch.save, half)),
     "before a checkpoint is there": lambda: setattr(os, "replace", at_call(3, os.replace)),
     "results": lambda: setattr(train, "write_results", die),
+}
+MOMENTS = KILLED | {
+    "terminated": told(signal.SIGTERM),
+    "interrupted": told(signal.SIGINT),
+    "interrupted twice": told(signal.SIGINT, times=2),
+    "disk full": lambda: setattr(train, "train_step", at_call(4, train.train_step, full_disk)),
 }
 
 
@@ -78,8 +104,6 @@ def run(start, tmp_path):
         process.join(seconds)
         process.kill()
         process.join()
-        if process.exitcode not in (0, -signal.SIGKILL):
-            print((tmp_path / f"{name}.txt").read_text())
         return process.exitcode
 
     return run
@@ -118,10 +142,33 @@ def assert_same(one, other):
 
 def test_killed_at_chosen_moments(run, tmp_path):
     assert run("whole") == 0
-    for moment in MOMENTS:
+    for moment in KILLED:
         assert run("killed", moment) == -signal.SIGKILL, moment
     assert run("killed") == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "moment, status, step, said",
+    [
+        ("terminated", 143, 4, "train: stopped after step 4 of 6, which is saved: the same command goes on"),
+        ("interrupted", 130, 4, "train: stopped after step 4 of 6, which is saved: the same command goes on"),
+        ("interrupted twice", 130, 2, "train: interrupted"),
+        ("disk full", 1, 2, "train: [^\n]*checkpoint.pt cannot be written: File too large"),
+    ],
+)
+def test_stopped(run, tmp_path, moment, status, step, said):
+    assert run("stopped", moment) == status
+    assert re.search(rf"\n{said}\n$", (tmp_path / "stopped.txt").read_text())
+    output = tmp_path / "stopped"
+    assert checkpoint.load(output / "checkpoint.pt")["state"]["step"] == step
+    assert {file.name for file in output.iterdir()} == {"backbone.pt", "checkpoint.pt", "run.lock", "tensorboard"}
+
+
+def test_a_stopped_run_goes_on(run, tmp_path):
+    assert run("whole") == 0
+    assert run("stopped", "terminated") == 143 and run("stopped") == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 def kill_at_random(run, tmp_path, repetitions):
