@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import hpkernels
 from training.backbones.base import Backbone, PatchFeatures
@@ -110,7 +111,8 @@ def blended_strips(
     ramp = _ramp(tall // patch)[:, None] * _ramp(wide // patch)
     tops, lefts = _starts(height, windows), _starts(width, windows)
     total = weight = None  # of the rows that begin at `top`
-    for top, below in zip(tops, [*tops[1:], height], strict=True):
+    rows = tqdm(tops, desc="windows", unit="row", leave=False, delay=5)
+    for top, below in zip(rows, [*tops[1:], height], strict=True):
         for some in (lefts[at : at + batch] for at in range(0, len(lefts), batch)):
             cuts = torch.cat([pixels[:, :, top : top + tall, left : left + wide] for left in some])
             found = maps(cuts)

@@ -9,14 +9,15 @@ import argparse
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import PIL
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -130,40 +131,64 @@ def run(options: argparse.Namespace) -> None:
     write_names(out, names)
     top = options.images.absolute().parent if options.images.is_file() else options.images.absolute()
     images = {file: display_name(file.relative_to(top).as_posix()) for file in planned}
-    manifest = Manifest(out, _settings(options, config, names, ids), _about(options, state), list(images.values()))
-    todo = [file for file, paths in planned.items() if not manifest.done(images[file], file, paths)]
     if any(path.stem.startswith(file.name) for file, paths in planned.items() for path in paths.values()):
         print("photographs that differ in their extension alone keep it in the names of their predictions")
-    bad = []
-    with tqdm(total=len(planned), initial=len(planned) - len(todo), desc="predict", unit="image") as bar:
-        for some in read_ahead(todo, together):
-            good = [pair for pair in some if isinstance(pair[1], Image.Image)]
-            bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
-            pictures = [picture for _, picture in good]
-            try:
-                found = predict_together(config, backbone, state, pictures, kind, options.scale, options.batch)
-            except ValueError as error:
-                bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
-                found, good = [], []
-            for (file, photograph), prediction in zip(good, found, strict=True):
+    with _alone(out):
+        manifest = Manifest(out, _settings(options, config, names, ids), _about(options, state), list(images.values()))
+        todo = [file for file, paths in planned.items() if not manifest.done(images[file], file, paths)]
+        bad = []
+        with tqdm(total=len(planned), initial=len(planned) - len(todo), desc="predict", unit="image") as bar:
+            for some in read_ahead(todo, together):
+                good = [pair for pair in some if isinstance(pair[1], Image.Image)]
+                bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
+                pictures = [picture for _, picture in good]
                 try:
-                    about = writer.write(photograph, prediction, planned[file])
-                    manifest.add(images[file], file, planned[file], about)
-                except OSError as error:
-                    for path in planned[file].values():  # some may be of an earlier run
-                        with suppress(OSError):
-                            path.unlink()
-                    if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
-                        raise
-                    bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
-            bar.update(len(some))
-    manifest.write()
-    if "coco" in ids:
-        write_panoptic(out, manifest.entries(), ids["coco"], options.things)
+                    found = predict_together(config, backbone, state, pictures, kind, options.scale, options.batch)
+                except ValueError as error:
+                    bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
+                    good, found = [], []
+                for (file, photograph), prediction in zip(good, found, strict=True):
+                    try:
+                        about = writer.write(photograph, prediction, planned[file])
+                        manifest.add(images[file], file, planned[file], about)
+                    except OSError as error:
+                        bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
+                        _undo(planned[file].values(), error)
+                bar.update(len(some))
+        manifest.write()
+        if "coco" in ids:
+            write_panoptic(out, manifest.entries(), ids["coco"], options.things)
     before = f" ({len(planned) - len(todo)} of them were done before)" if len(todo) < len(planned) else ""
     print(f"{len(planned) - len(bad)} images, {len(names)} classes, in {display_name(out)}{before}")
     if bad:
         raise ValueError("; ".join([f"{len(bad)} of {len(planned)} images are left out", *bad]))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep `out` for this process inside the ``with`` block.
+
+    Raises:
+        ValueError: another process writes into it.
+    """
+    try:
+        with FileLock(out / ".predict.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"--out {display_name(out)} is being written by another process") from error
+
+
+def _undo(paths: Iterable[Path], error: OSError) -> None:
+    """Remove the pictures of a photograph of which one could not be written, as the others may be of an earlier run.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+    if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
+        raise error
 
 
 def _why(error: ValueError) -> str:

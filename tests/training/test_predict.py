@@ -1,11 +1,13 @@
 """Predictions: of photographs of any size, what is written, gone on with, and never overwritten."""
 
+import errno
 import json
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tiny import tiny_values
 
@@ -391,6 +393,28 @@ def test_files_of_others_are_kept(segment_folder, tmp_path, name):
     with pytest.raises(SystemExit, match=f"{name} is there already and is not of predictions: choose another --out"):
         segment_folder("--write", "coco")
     assert (tmp_path / "out" / name).read_text() == '{"images": []}'
+
+
+def test_two_processes_do_not_write_into_one_folder(segment_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".predict.lock"),
+        pytest.raises(SystemExit, match="is being written by another pro"),
+    ):
+        segment_folder()
+    segment_folder()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_half_result(segment_folder, tmp_path, monkeypatch):
+    def fail(folder, *_):
+        raise OSError("x cannot be written: No space left on device") from OSError(
+            errno.ENOSPC, "No space left on device"
+        )
+
+    monkeypatch.setattr("training.pictures.overlay", fail)
+    with pytest.raises(SystemExit, match="^predict: x cannot be written: No space left on device$"):
+        segment_folder()
+    assert not list((tmp_path / "out").rglob("*.png")) and len(lines(tmp_path / "out")) == 1
 
 
 def test_a_bad_file_does_not_stop_the_rest(segment_folder, mosaics, tmp_path):
