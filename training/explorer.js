@@ -293,7 +293,7 @@ class Explorer {
   }
 
   strokeFrame(context, x, y, width, height, colour, thick, dash = []) {
-    for (const [line, style] of [[thick + 2, "rgb(0 0 0 / 65%)"], [thick, colour]]) {
+    for (const [line, style] of [[thick + 4, "rgb(0 0 0 / 70%)"], [thick + 2, "#fff"], [thick, colour]]) {
       context.lineWidth = line;
       context.strokeStyle = style;
       context.setLineDash(line === thick ? dash : []);
