@@ -19,14 +19,6 @@ the codes, the cluster probe on the codes."""
 SEGMENTATIONS = (*CLUSTERED, "linear")
 """All segmentations; the linear probe gives classes."""
 
-TITLES = {
-    "baseline": "Baseline",
-    "kmeans": "Codes, k-means",
-    "cluster_probe": "Codes, cluster probe",
-    "linear": "Codes, linear probe",
-}
-"""What a report calls the segmentations."""
-
 _BAND_NUMBERS = 2**22  # scores at pixels that are in memory at a time
 
 
