@@ -289,11 +289,11 @@ class Explorer {
     const [tall, wide] = [picture.naturalHeight / batch.rows, picture.naturalWidth / batch.columns];
     const [x, y] = [width / (2 * around + 1), height / (2 * around + 1)];
     context.drawImage(picture, (column - around) * wide, (row - around) * tall, (2 * around + 1) * wide, (2 * around + 1) * tall, 0, 0, width, height);
-    this.strokeFrame(context, around * x, around * y, x, y, this.colours.anchor, 2);
+    this.strokeFrame(context, around * x, around * y, x, y, this.colours.anchor, 1);
   }
 
   strokeFrame(context, x, y, width, height, colour, thick, dash = []) {
-    for (const [line, style] of [[thick + 4, "rgb(0 0 0 / 70%)"], [thick + 2, "#fff"], [thick, colour]]) {
+    for (const [line, style] of [[thick + 3, "rgb(0 0 0 / 70%)"], [thick + 1.5, "#fff"], [thick, colour]]) {
       context.lineWidth = line;
       context.strokeStyle = style;
       context.setLineDash(line === thick ? dash : []);

@@ -272,6 +272,10 @@ def test_local_weights_and_nearest_patches(page, batch):
         expected = getattr(batch, name)[1, :, row, column].tolist()
         for text, value in zip(shown, expected, strict=True):
             assert float(text) == pytest.approx(value, rel=0.06, abs=1e-4)
+    page.run("explorer.choose(20)")
+    outside = [text == "–" for text in page.texts("#panel .window span")[:9]]
+    assert outside == [True, True, True, True, False, False, True, False, False], "in the corner"
+    page.run("explorer.choose(26)")
     similarity = batch.found["agnostic"].features @ batch.found["agnostic"].features[26]
     similarity[20:40] = -2
     first = page.one("#panel .near button")
