@@ -13,7 +13,7 @@ EMULATED := build/emulated/_C_cuda_emulated.so
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-deep test-packaging gpu-check lint clean
+.PHONY: help install train screenshots test test-all test-deep test-packaging gpu-check lint clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ $(VENV)/installed: pyproject.toml setup.py $(NATIVE)
 
 train: install  ## Train the quickstart preset on built-in images and write runs/quickstart/report.html
 	$(RUN) -m training.train --config training/configs/quickstart.yaml
+
+screenshots: install  ## Photograph runs/quickstart/report.html for the docs; needs Chromium and its driver
+	$(RUN) tests/training/screenshots.py runs/quickstart/report.html docs/images
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 

@@ -289,11 +289,11 @@ class Explorer {
     const [tall, wide] = [picture.naturalHeight / batch.rows, picture.naturalWidth / batch.columns];
     const [x, y] = [width / (2 * around + 1), height / (2 * around + 1)];
     context.drawImage(picture, (column - around) * wide, (row - around) * tall, (2 * around + 1) * wide, (2 * around + 1) * tall, 0, 0, width, height);
-    this.strokeFrame(context, around * x, around * y, x, y, this.colours.anchor, 2);
+    this.strokeFrame(context, around * x, around * y, x, y, this.colours.anchor, 1);
   }
 
   strokeFrame(context, x, y, width, height, colour, thick, dash = []) {
-    for (const [line, style] of [[thick + 2, "rgb(0 0 0 / 65%)"], [thick, colour]]) {
+    for (const [line, style] of [[thick + 3, "rgb(0 0 0 / 70%)"], [thick + 1.5, "#fff"], [thick, colour]]) {
       context.lineWidth = line;
       context.strokeStyle = style;
       context.setLineDash(line === thick ? dash : []);
@@ -308,6 +308,10 @@ class Explorer {
       const counts = shown.map((kind) => [kind, [...this.positives[kind]].filter((patch) => this.batch.image(patch) === image).length]);
       figure.counts.replaceChildren(...counts.flatMap(([kind, count]) => [make("b", { class: `of-${kind}`, title: KINDS[kind] }, String(count)), " "]));
     });
+    const values = this.similarity[this.heat];
+    this.least = values?.reduce((least, value) => Math.min(least, value), 1);
+    one("#scale").hidden = !this.heat;
+    one("#scale span").textContent = this.least?.toFixed(2);
     this.figures.forEach((_, image) => this.drawImage(image));
   }
 
@@ -338,10 +342,10 @@ class Explorer {
 
   drawHeat(context, image, box) {
     const values = this.similarity[this.heat];
-    const low = values.reduce((least, value) => Math.min(least, value), 1);
     for (let patch = image * this.batch.patches; patch < (image + 1) * this.batch.patches; patch++) {
-      context.fillStyle = viridis((values[patch] - low) / (1 - low));
-      context.fillRect(...box(patch));
+      const [x, y, w, h] = box(patch);
+      context.fillStyle = viridis((values[patch] - this.least) / (1 - this.least || 1));
+      context.fillRect(Math.floor(x), Math.floor(y), Math.ceil(w) + 1, Math.ceil(h) + 1);
     }
   }
 

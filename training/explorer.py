@@ -22,7 +22,15 @@ from training.model import patch_classes
 from training.precision import Found, discovered
 from training.run import Run
 from training.schedule import seed_step
-from training.segment import SEGMENTATIONS, TITLES, map_names, segment, to_classes, why_unusable
+from training.segment import map_names, segment, to_classes, why_unusable
+
+TITLES = {
+    "baseline": "Baseline",
+    "kmeans": "Codes, k-means",
+    "cluster_probe": "Codes, cluster probe",
+    "linear": "Codes, linear probe",
+}
+"""What a report calls each segmentation."""
 
 _SEARCHED_PATCHES = 8192  # among the images of so many patches the batch is chosen
 _PATCHES = 4096  # of the batch at most
@@ -72,7 +80,7 @@ def explore(run: Run, most_images: int = _IMAGES) -> Explorer | None:
     pixels = torch.stack([bank.data.image(index) for index in images.tolist()]).to(run.device).float() / 255
     labels = patch_classes(bank.labels(images), bank.grid, len(bank.data.classes))
     labels = None if labels is None else labels.flatten().cpu()
-    usable = [name for name in SEGMENTATIONS if why_unusable(state, name) is None]
+    usable = [name for name in TITLES if why_unusable(state, name) is None]
     clusters = segment(state, features.tokens, bank.grid, bank.grid, only=usable)
     anchors, seed = len(images) * bank.anchors_per_image, torch.tensor(config.seed, device=run.device)
     return Explorer(

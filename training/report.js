@@ -354,7 +354,8 @@ async function start() {
       button.textContent = "copied";
     });
   }
-  if (page.explorer) globalThis.explorer = new Explorer(await Batch.unpacked(page.explorer));
+  if (!("DecompressionStream" in globalThis)) one("#explorer")?.replaceChildren("This browser is too old for the explorer.");
+  else if (page.explorer) globalThis.explorer = new Explorer(await Batch.unpacked(page.explorer));
   document.documentElement.dataset.ready = "";
 }
 

@@ -214,7 +214,11 @@ def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         every = -(-len(points) // _POINTS)
         if points and not (name == "loss" and "contrastive" in logged):  # the sum of others that are shown
             shown = points[:-1:every] + points[-1:]
-            yield {"title": _CURVES.get(name, name.replace("_", " ")), "points": shown, "every": every}
+            yield {
+                "title": _CURVES.get(name, name.replace("_", " ").replace("miou", "mIoU")),
+                "points": shown,
+                "every": every,
+            }
 
 
 def _segmentations(

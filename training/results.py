@@ -18,12 +18,12 @@ import hpkernels
 from training import checkpoint
 from training.config_file import settings_of
 from training.evaluate import HEADLINE, score
-from training.explorer import explored
+from training.explorer import TITLES, explored
 from training.metrics import class_iou, confusion_matrix, to_json
 from training.precision import positive_precision
 from training.report import Example, Report, duration, write_report
 from training.run import Run
-from training.segment import CLUSTERED, TITLES, map_names, segment, to_classes, why_unusable
+from training.segment import CLUSTERED, map_names, segment, to_classes, why_unusable
 
 _EXAMPLES = 8  # images segmented in the report
 

@@ -20,14 +20,6 @@ SEGMENTATIONS = (*CLUSTERED, "linear")
 """All segmentations; the linear probe gives classes."""
 
 _SHARPNESS = 10.0  # of the softmax of cosines
-TITLES = {
-    "baseline": "Baseline",
-    "kmeans": "Codes, k-means",
-    "cluster_probe": "Codes, cluster probe",
-    "linear": "Codes, linear probe",
-}
-"""What a report calls the segmentations."""
-
 _BAND_NUMBERS = 2**22  # scores at pixels that are in memory at a time
 
 

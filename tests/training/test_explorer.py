@@ -2,16 +2,13 @@
 
 import base64
 import os
-import shutil
-import time
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from selenium import webdriver
+from chromium import Page, installed, opened
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 from tiny import tiny_explorer, tiny_values
@@ -180,91 +177,15 @@ def test_a_page_too_large_gets_fewer_images(run, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ in a browser
 
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync --force-device-scale-factor=1"
-)
-
-
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """One browser for all tests of this file."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (program and driver):
+    if not installed():
         if os.environ.get("HPKERNELS_REQUIRE_CHROMIUM") == "1":
             pytest.fail("HPKERNELS_REQUIRE_CHROMIUM=1, and there is no Chromium")
         pytest.skip("needs Chromium (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in FLAGS.split():
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
+    with opened(tmp_path_factory.mktemp("chromium")) as browser:
         yield browser
-
-
-class Page:
-    """A report in the browser."""
-
-    def __init__(self, browser, path, width=1200, height=1000, again=True):
-        self.browser = browser
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        if again:
-            browser.get(path.as_uri())
-        until = time.monotonic() + 60
-        while not self.run("return 'ready' in document.documentElement.dataset"):
-            assert time.monotonic() < until, self.errors()
-            time.sleep(0.02)
-
-    def run(self, script, *arguments):
-        return self.browser.execute_script(script, *arguments)
-
-    def one(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector):
-        return self.run("return document.querySelector(arguments[0]).textContent", selector)
-
-    def texts(self, selector):
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)", selector)
-
-    def errors(self):
-        """What the console says, but for a warning about how these tests read what is drawn."""
-        messages = [entry["message"] for entry in self.browser.get_log("browser")]
-        return [message for message in messages if "willReadFrequently" not in message]
-
-    def centred(self, element):
-        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
-        return element
-
-    def point(self, batch, patch):
-        """Move to the middle of a patch of the explorer."""
-        image, place = divmod(patch, batch.grid[0] * batch.grid[1])
-        row, column = divmod(place, batch.grid[1])
-        canvas = self.centred(self.all("#explorer .batch canvas")[image])
-        size = canvas.size
-        right, down = (column + 0.5) / batch.grid[1] - 0.5, (row + 0.5) / batch.grid[0] - 0.5
-        moved = ActionChains(self.browser).move_to_element_with_offset(
-            canvas, round(right * size["width"]), round(down * size["height"])
-        )
-        return moved
-
-    def shown(self):
-        """Which patches of the explorer are in full colour: (N,) bool."""
-        return np.array(
-            self.run("""
-            const { batch, figures } = explorer;
-            return figures.flatMap(({ canvas }) => Array.from({ length: batch.patches }, (_, patch) => {
-              const [row, column] = batch.place(patch);
-              const at = [(column + 0.5) / batch.columns * canvas.width, (row + 0.5) / batch.rows * canvas.height];
-              return canvas.getContext("2d").getImageData(...at.map(Math.floor), 1, 1).data[3] === 255;
-            }));""")
-        )
 
 
 @pytest.fixture
@@ -351,6 +272,10 @@ def test_local_weights_and_nearest_patches(page, batch):
         expected = getattr(batch, name)[1, :, row, column].tolist()
         for text, value in zip(shown, expected, strict=True):
             assert float(text) == pytest.approx(value, rel=0.06, abs=1e-4)
+    page.run("explorer.choose(20)")
+    outside = [text == "–" for text in page.texts("#panel .window span")[:9]]
+    assert outside == [True, True, True, True, False, False, True, False, False], "in the corner"
+    page.run("explorer.choose(26)")
     similarity = batch.found["agnostic"].features @ batch.found["agnostic"].features[26]
     similarity[20:40] = -2
     first = page.one("#panel .near button")
