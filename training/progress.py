@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -56,3 +59,23 @@ class Progress:
             positives=f"{figures['positives_per_anchor']:.0f}",
         )
         self.run.state.history.append({"step": step} | figures)
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Add figures to those of a step that were found after it; what is no number is left out."""
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+        history = self.run.state.history
+        if figures and not (history and history[-1]["step"] == step):
+            history.append({"step": step})
+        if figures:
+            history[-1] |= figures
+
+    @contextmanager
+    def outside_training(self, name: str, step: int) -> Iterator[None]:
+        """The time of the block does not count as training; it is a scalar of that name."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._started += seconds
+        self.writer.add_scalar(name, seconds, step)

@@ -20,7 +20,7 @@ from hpkernels.backends import select
 from training import checkpoint
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
-from training.config import BackboneConfig, Config
+from training.config import WHILE_TRAINING, BackboneConfig, Config
 from training.config_file import config_from_dict, edited
 from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
@@ -32,7 +32,7 @@ from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
 # Keys that may differ between a run and its resumption: where and how it is computed, not what.
-_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
+_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root", *WHILE_TRAINING)
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
