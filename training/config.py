@@ -193,6 +193,14 @@ class EvaluationConfig(Section):
     )
     crf: Literal["none", "pydensecrf", "exact"] = Field("none", description="refinement by a dense CRF")
     knn: int = Field(0, ge=0, le=1000, description="neighbours of the kNN evaluation; 0: none")
+    every: Count | None = Field(
+        None, ge=0, description="steps between looks at validation images while training; null: ten looks, 0: none"
+    )
+    curve_images: Count = Field(64, ge=1, description="how many validation images are scored at such a look")
+
+
+WHILE_TRAINING = ("evaluation.every", "evaluation.curve_images")
+"""Keys of what is looked at while training, which no result depends on."""
 
 
 class QuirksConfig(Section):

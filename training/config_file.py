@@ -84,6 +84,14 @@ def edited(config: Config, overrides: Iterable[str], allowed: Iterable[str]) -> 
     return config_from_dict(values)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys."""
+    keys: dict[str, Any] = {}
+    for key, value in values.items():
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return keys
+
+
 def key_table() -> str:
     """Every key with its default, what it must be, and what it means, as ``--keys`` prints it."""
     rows = [("key", "default", "must be", "")]

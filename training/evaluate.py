@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import Config, EvaluationConfig
+from training.config import WHILE_TRAINING, Config, EvaluationConfig
 from training.config_file import known_keys
 from training.crf import refined
 from training.data import open_data
@@ -32,7 +32,7 @@ from training.state import TrainingState
 _EDITABLE = (
     "data.size",
     "data.val_images",
-    *(key for key in known_keys() if key.startswith("evaluation.")),
+    *(key for key in known_keys() if key.startswith("evaluation.") and key not in WHILE_TRAINING),
     "backend",
 )
 
@@ -47,6 +47,7 @@ def evaluate(
     only: Iterable[str] = SEGMENTATIONS,
     match_on: FeatureBank | None = None,
     how: EvaluationConfig | None = None,
+    images: Tensor | None = None,
 ) -> dict[str, dict] | None:
     """Score each segmentation in `only` on all labelled images, and keep the classes that clusters were matched to.
 
@@ -59,6 +60,7 @@ def evaluate(
         match_on: the images whose labels clusters are matched to classes by, if not those of `bank`. If they have none,
             clusters are not scored.
         how: whether mirrored images count, and which CRF. None: plainly.
+        images: the indices (n,) of those to score. None: all.
 
     Returns:
         for each segmentation accuracy and mIoU in percent, with clusters matched one to one, the IoU of each class, and
@@ -67,7 +69,7 @@ def evaluate(
     """
     usable = [name for name in only if why_unusable(state, name) is None]
     how = EvaluationConfig() if how is None else how
-    metrics = _counted(state, bank, usable, how)
+    metrics = _counted(state, bank, usable, how, images)
     clustered = [name for name in usable if name in CLUSTERED]
     matching = metrics if match_on is None else _counted(state, match_on, clustered, how)
     if metrics is None:
@@ -88,9 +90,9 @@ def evaluate(
 
 
 def _counted(
-    state: TrainingState, bank: FeatureBank, names: list[str], how: EvaluationConfig
+    state: TrainingState, bank: FeatureBank, names: list[str], how: EvaluationConfig, chosen: Tensor | None = None
 ) -> dict[str, SegmentationMetrics] | None:
-    """The pixels of all labelled images, by segmentation; None without labels."""
+    """The pixels of all labelled images, or those chosen, by segmentation; None without labels."""
     classes = len(bank.data.classes) or state.classes
     metrics = {
         name: SegmentationMetrics(classes, state.clusters, match=True)
@@ -98,7 +100,8 @@ def _counted(
         else SegmentationMetrics(classes, state.classes)
         for name in names
     }
-    for images in tqdm(list(bank.batches(8)), desc="evaluate", unit="batch", leave=False):
+    batches = list(bank.batches(8) if chosen is None else chosen.split(8))
+    for images in tqdm(batches, desc="evaluate", unit="batch", leave=False):
         labels = bank.labels(images)
         if labels is None:
             return None

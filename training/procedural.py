@@ -1,7 +1,13 @@
 """Images with ground truth that are made on the spot, so that training can be tried without a download.
 
-Every image is a mosaic of regions. The class of a region is its texture; its colours are drawn from the same
-distribution whatever the class, so that colour alone does not separate the classes.
+Every image is a mosaic of regions. The class of a region is its texture. Its two colours are drawn in the same way
+whatever the class, so that colour alone does not tell classes apart.
+
+The colours make this a problem for Hidden Positives. All lie near one circle of hues, a light tone and a dark one a
+little further on. So regions of one texture and nearly one hue recur in other images, and the patches nearest to each
+other mostly have the same class. Yet hues differ so much that k-means of the frozen features splits and mixes classes
+by colour. Positives link one hue to the next around the circle, which pulls the codes of a texture together. With
+colours as unlike as they come, hardly any patch has its like in another image.
 """
 
 from __future__ import annotations
@@ -11,11 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 
 CLASSES = ("vertical stripes", "horizontal stripes", "checks", "dots", "grain", "plain")
 
-_CELLS = 7  # regions of an image
+_CELLS = 4  # regions of an image
+# Hue (counted from that of the region), saturation and value of the two colours of a region.
+_LIGHT, _DARK = (0.0, 0.35, 0.95), (0.12, 0.6, 0.5)
+_BRIGHTNESS = 0.03  # by how much, at most, a colour is lighter or darker than that
 
 
 class ProceduralData:
@@ -75,11 +85,18 @@ def _mosaic(random: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     image = np.empty((3, height, width), np.float32)
     for cell, kind in enumerate(classes):
         inside = cells == cell
-        first, second = random.uniform(0.1, 0.9, (2, 3, 1))
+        first, second = random.permutation(_colours(random))[..., None]
         mix = _texture(CLASSES[kind], y, x, random)[inside]
         image[:, inside] = first * mix + second * (1 - mix)
     image += random.normal(0, 0.02, image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8), classes[cells].astype(np.int64)
+
+
+def _colours(random: np.random.Generator) -> np.ndarray:
+    """A light and a dark colour (2, 3) in [0, 1], of hues that belong together."""
+    tones = np.array([_LIGHT, _DARK]) + [random.uniform(), 0, 0]
+    tones[:, 0] %= 1
+    return (hsv_to_rgb(tones) + random.uniform(-_BRIGHTNESS, _BRIGHTNESS, (2, 1))).clip(0, 1)
 
 
 def _texture(kind: str, y: np.ndarray, x: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -96,5 +113,6 @@ def _texture(kind: str, y: np.ndarray, x: np.ndarray, random: np.random.Generato
     if kind == "dots":
         return (along_x + along_y > 1.2).astype(np.float32)
     if kind == "grain":
-        return random.uniform(0, 1, y.shape).astype(np.float32)
+        grains = random.uniform(0, 1, (y.shape[0] // 2 + 1, y.shape[1] // 2 + 1)).astype(np.float32)
+        return np.kron(grains, np.ones((2, 2), np.float32))[: y.shape[0], : y.shape[1]]
     return np.ones_like(y)

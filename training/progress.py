@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import threading
@@ -80,8 +81,7 @@ class Progress:
         """Show the figures of the step that was timed, and keep them: its speed in the logs alone."""
         speed = self._speed()
         line = {"step": step} | figures | speed | {"seconds": {name: round(s, 6) for name, s in self._parts.items()}}
-        self.log_file.write(json.dumps(line) + "\n")
-        self.log_file.flush()
+        self._write(line)
         for name, value in (figures | {f"speed/{name}": value for name, value in speed.items()}).items():
             self.writer.add_scalar(name, value, step)
         self.bar.set_postfix_str(
@@ -91,6 +91,31 @@ class Progress:
         )
         self.run.state.history.append({"step": step} | figures)
         self._seconds, self._steps = 0.0, 0
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Add figures to those of a step that were found after it; what is no number is left out."""
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+        history = self.run.state.history
+        if figures and not (history and history[-1]["step"] == step):
+            history.append({"step": step})
+        if figures:
+            history[-1] |= figures
+            self._write({"step": step} | figures)
+
+    @contextmanager
+    def outside_training(self, name: str, step: int) -> Iterator[None]:
+        """The time of the block does not count as training; it is a scalar of that name."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._started += seconds
+        self.writer.add_scalar(name, seconds, step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.log_file.write(json.dumps(line) + "\n")
+        self.log_file.flush()
 
     def _speed(self) -> dict[str, float]:
         rate = self._steps / self._seconds

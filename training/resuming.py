@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.config import Config
+from training.config import WHILE_TRAINING, Config
 from training.data import SegmentationData
 
 # Keys that may change: how long, where and how a run is computed, logged and scored, but not what it learns. The images
@@ -21,6 +21,7 @@ _FREE = (
     *("output", "device", "backend", "epochs", "steps", "log_every", "checkpoint_every"),
     *("data.root", "data.train_images", "data.val_images", "data.workers", "backbone.cache_dir", "quirks.preset"),
     *(f"evaluation.{name}" for name in ("size", "flip", "window", "stride", "match", "crf", "knn")),
+    *WHILE_TRAINING,
 )
 # Those of them by which `quirks.select_on_labels` chooses the best state.
 _CHOOSING = (

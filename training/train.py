@@ -19,7 +19,7 @@ from training.clock import timed
 from training.config import Config
 from training.config_file import load_config, overview
 from training.data import batch_of_step
-from training.evaluate import evaluate, metrics_table
+from training.evaluate import metrics_table
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
 from training.output import output_of_run
@@ -29,6 +29,7 @@ from training.results import write_results
 from training.run import Run, open_run
 from training.schedule import renewal_due, seed_step, specific_weight
 from training.stopping import Stopped, Stopping
+from training.validation import validate
 
 
 class Views(NamedTuple):
@@ -174,9 +175,7 @@ def train(run: Run) -> None:
             if logged:
                 progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
             state.seconds = progress.seconds
-            of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
-            if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or last):
-                keep_best(run)
+            validate(run, progress)
             stop = stopping.requested()
             if state.step % config.checkpoint_every == 0 or last or stop:
                 progress.flush()  # a step that the state has is never logged again
@@ -199,21 +198,6 @@ def figures_of_step(run: Run, images: Tensor, terms: dict[str, Tensor]) -> dict[
     figures["loss"] = figures["contrastive"] + figures.get("consistency", 0.0)
     figures["positives_per_anchor"] = positives_per_anchor(run, images)
     return figures
-
-
-def keep_best(run: Run) -> None:
-    """Keep this state in ``best.pt`` if it is the best so far on the labelled images.
-
-    As in the published code that is the sum of accuracy and mIoU of the cluster probe and of the linear probe.
-    """
-    how = run.config.evaluation.model_copy(update={"crf": "none"})  # which takes its time
-    scores = evaluate(run.state, run.val_bank, only=["cluster_probe", "linear"], how=how)
-    if scores is not None:
-        total = sum(score["accuracy"] + score["miou"] for score in scores.values())
-        if total >= run.state.best_score:  # of equals the later one
-            run.state.best_score = total
-            run.save(run.best_path)
-    run.state.clusterings.forget()  # the matching is of this step alone
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,6 +25,11 @@ def test_every_variant_has_a_row():
     assert all(name in overview() for name in variants)
 
 
+def test_the_loop_over_variants_names_variants():
+    (named,) = re.findall(r"for variant in (.*); do", PAGE)
+    assert set(named.split()) <= set(yaml.safe_load(VARIANTS.read_text(encoding="utf-8")))
+
+
 def settings():
     """Rows of the table of settings that name keys: (keys, preset, values), both separated by commas."""
     section = PAGE.split("## Settings")[1]

@@ -150,12 +150,12 @@ def test_published_quirks_train(tiny_run):
 def test_the_best_checkpoint_is_chosen_by_four_scores_in_each_epoch_and_at_its_end(tiny_run, monkeypatch):
     looked = []
 
-    def evaluate(state, bank, only, how):
+    def evaluate(state, bank, only, how, images):
         looked.append(state.step)
         figure = {2: 10.0, 4: 30.0, 5: 30.0, 6: 20.0}[state.step]
         return {name: {"accuracy": figure, "miou": 1.0} for name in only}
 
-    monkeypatch.setattr("training.train.evaluate", evaluate)
+    monkeypatch.setattr("training.validation.evaluate", evaluate)
     run = tiny_run(steps=6, batch_size=2, checkpoint_every=2, quirks={"select_on_labels": True})
     assert run.steps_per_epoch == 5
     train(run)

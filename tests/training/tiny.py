@@ -23,6 +23,7 @@ def tiny_values(output, **top):
         "backbone": {"name": "patch_dictionary", "patch_size": 8, "features_dim": 24, "cache": True, "views": 1},
         "head": {"dim": 16},
         "pool": {"size": 32, "renew_every": 2},
+        "evaluation": {"every": 0},
     } | top
 
 
