@@ -98,7 +98,7 @@ def _counted(
         else SegmentationMetrics(classes, state.classes)
         for name in names
     }
-    for images in tqdm(list(bank.batches(8)), desc="evaluate", unit="batch", leave=False):
+    for images in tqdm(bank.batches(8), total=-(-len(bank) // 8), desc="evaluate", unit="batch", leave=False):
         labels = bank.labels(images)
         if labels is None:
             return None
