@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import joblib
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +29,8 @@ class Decoded(NamedTuple):
 
 def default_workers(device: torch.device) -> int:
     """How many workers feed a device: a GPU leaves the processor to them, and a CPU is busy itself."""
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun on this machine
+    return min(_MOST_WORKERS, max(1, joblib.cpu_count() // processes)) if device.type == "cuda" else 0
 
 
 def decode(data: SegmentationData, images: Tensor, *, pixels: bool, labels: bool, threads: int = _THREADS) -> Decoded:

@@ -160,8 +160,10 @@ def _is_report(file: Path) -> bool:
 
 def _is_log(file: Path) -> bool:
     try:
-        first = file.read_text(encoding="utf-8").partition("\n")[0]
-        return not first or {"step", "loss", "images_per_second"} <= json.loads(first).keys()
+        first, is_whole, _ = file.read_text(encoding="utf-8").partition("\n")
+        if not is_whole:  # killed while it wrote
+            return first.startswith('{"step": ') or not first
+        return {"step", "loss", "images_per_second"} <= json.loads(first).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

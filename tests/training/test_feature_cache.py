@@ -10,7 +10,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from training import feature_cache
+from training import checkpoint, feature_cache
+from training.config_file import config_from_dict
 from training.feature_cache import CHUNK, default_folder, hash_of, open_cache
 from training.features import FeatureBank
 from training.run import open_run
@@ -265,3 +266,26 @@ def test_changed_photographs_make_another_cache(disk_config, photo_folder, tmp_p
     os.utime(moved / "imgs" / "train" / "mosaic_0003.png", ns=(1, 1))
     open_run(disk_config("three", views=0, data=data | {"root": str(moved)}))
     assert len(set(caches.iterdir()) - before) == 1, "of the training images alone"
+
+
+@pytest.mark.parametrize("old, cache", [(True, "memory"), ("on", "memory"), (False, "none"), ("disk", "disk")])
+def test_caches_of_older_configurations(old, cache):
+    assert config_from_dict({"steps": 200, "backbone": {"cache": old}}).backbone.cache == cache
+
+
+def test_another_cache_is_refused():
+    with pytest.raises(ValueError, match="`backbone.cache` must be none or memory or disk, got ram"):
+        config_from_dict({"steps": 200, "backbone": {"cache": "ram"}})
+
+
+def test_a_run_of_an_older_version_goes_on(disk_config):
+    run = open_run(disk_config(cache="memory"))
+    run.save()
+    saved = checkpoint.load(run.checkpoint_path)
+    saved["config"]["backbone"] |= {"cache": True}
+    for key in ("precision", "cache_dir"):
+        del saved["config"]["backbone"][key]
+    checkpoint.save(run.checkpoint_path, saved)
+    assert open_run(disk_config(cache="memory")).state.step == 0
+    with pytest.raises(ValueError, match="differs in backbone.cache;"):
+        open_run(disk_config(cache="disk"))

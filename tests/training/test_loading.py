@@ -157,9 +157,14 @@ def test_labels_of_all_values_are_kept(tiny_config, photo_folder):
         assert bank.labels(torch.tensor([2])).unique().tolist() == list(range(-1, 255))
 
 
-def test_a_gpu_is_fed_by_workers_and_a_cpu_is_not():
+def test_a_gpu_is_fed_by_workers_and_a_cpu_is_not(monkeypatch):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 12)
+    gpu = torch.device("cuda")
     assert default_workers(torch.device("cpu")) == 0
-    assert 1 <= default_workers(torch.device("cuda")) <= 8
+    assert default_workers(gpu) == 8
+    for processes, workers in (("2", 6), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert default_workers(gpu) == workers
 
 
 def test_half_precision_gives_nearly_the_same_features(tiny_config):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from training import features
+from training import train as loop
 from training.clock import Clock
 from training.progress import LOG
 from training.run import open_run
@@ -40,24 +41,34 @@ def test_speed_is_no_part_of_the_history_which_resume_restores(tiny_config):
     assert not {"images_per_second", "seconds"} & run.state.history[0].keys()
 
 
-def test_a_resumed_run_has_every_step_once(tiny_config):
+def test_a_resumed_run_has_every_step_once(tiny_config, monkeypatch):
     run = open_run(tiny_config(checkpoint_every=2))
-    run.steps = 5  # the checkpoint of step 4 is followed by a step that is lost
-    run.save_of = run.save
-    train(run)
-    path = run.checkpoint_path
-    run.state.step = 4
-    run.save()
-    with open(path.parent / LOG, "a") as file:
+    step = loop.train_step
+
+    def killed(run, images):
+        if run.state.step == 5:
+            raise KeyboardInterrupt
+        return step(run, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_step", killed)
+        train(run)
+    assert [line["step"] for line in logged(run)] == [0, 1, 2, 3, 4]
+    with open(run.checkpoint_path.parent / LOG, "a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
-    assert [line["step"] for line in logged_until_damage(run)] == [0, 1, 2, 3, 4]
     resumed = open_run(tiny_config(checkpoint_every=2))
+    assert resumed.state.step == 4
     train(resumed)
     assert [line["step"] for line in logged(resumed)] == [0, 1, 2, 3, 4, 5]
 
 
-def logged_until_damage(run):
-    return [json.loads(line) for line in (run.checkpoint_path.parent / LOG).read_text().splitlines()[:-1]]
+def test_a_log_whose_first_line_was_cut_off_is_a_runs_own(tiny_config):
+    config = tiny_config()
+    run = open_run(config)
+    (run.checkpoint_path.parent / LOG).write_text('{"step": 0, "contras')
+    run = open_run(config)
+    train(run)
+    assert [line["step"] for line in logged(run)] == list(range(6))
 
 
 def test_a_new_run_begins_a_new_log(tiny_config):
