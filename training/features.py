@@ -16,6 +16,7 @@ from tqdm import tqdm
 from training.backbones.base import Backbone
 from training.data import SegmentationData
 from training.inference import Features, Windows, features_of
+from training.parallel import Share
 from training.views import photometric
 
 _CHUNK = 32  # images that go through the backbone at a time
@@ -90,13 +91,13 @@ class FeatureBank:
         """Tokens (B, G, Df) of the images with these indices (B,), mirrored left to right."""
         return self._compute(self._load(images).flip(3), weights=False).tokens
 
-    def photometric_tokens(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Tokens (B, G, Df) of a photometric view of the images with these indices (B,)."""
+    def photometric_tokens(self, images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
+        """Tokens (B, G, Df) of a photometric view of the images with these indices (B,), which may be a share."""
         if self._views:
             chosen = torch.randint(len(self._views), (), generator=generator)
             tokens = self._views[chosen]
             return tokens[images.to(tokens.device)]
-        return self._tokens_of_view(images, generator)
+        return self._tokens_of_view(images, generator, share)
 
     def patches(self, images: Tensor, positions: Tensor) -> Tensor:
         """The token (M, Df) at one patch position (M,) of each of the images (M,), which may repeat."""
@@ -119,12 +120,12 @@ class FeatureBank:
         return features_of(self.backbone, images, weights=weights, windows=self.windows, backend=self.backend)
 
     @torch.no_grad()
-    def _tokens_of_view(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _tokens_of_view(self, images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
         pixels = self._load(images)
         if self.jitter_after_normalization:
-            pixels = photometric(self.backbone.normalize(pixels), generator)
+            pixels = photometric(self.backbone.normalize(pixels), generator, share)
         else:
-            pixels = self.backbone.normalize(photometric(pixels, generator))
+            pixels = self.backbone.normalize(photometric(pixels, generator, share))
         return self.backbone(pixels).tokens.float()
 
     def _chunks(self, what: str) -> Iterable[Tensor]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from training.parallel import is_first
+
 if TYPE_CHECKING:
     from training.run import Run
 
@@ -23,7 +25,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         step = self.run.state.step
-        self.writer = SummaryWriter(f"{self.run.config.output}/tensorboard", purge_step=step)
+        self.writer = SummaryWriter(f"{self.run.config.output}/tensorboard", purge_step=step) if is_first() else None
         self.bar = tqdm(
             total=self.run.steps * self.anchors,
             initial=step * self.anchors,
@@ -35,7 +37,8 @@ class Progress:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.bar.close()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
     @property
     def seconds(self) -> float:
@@ -48,8 +51,9 @@ class Progress:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Show the figures of a step, and keep them for the curves of the report."""
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
+        if self.writer:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
         self.bar.set_postfix(
             loss=f"{figures['loss']:.3f}",
             lam=f"{figures['lambda']:.2f}",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hpkernels import BackendUnavailableError
 from hpkernels.backends import select
-from training import checkpoint
+from training import checkpoint, parallel
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import BackboneConfig, Config
@@ -32,7 +32,7 @@ from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
 # Keys that may differ between a run and its resumption: where and how it is computed, not what.
-_PLACE = ("output", "device", "backend", "log_every", "checkpoint_every", "data.root")
+_PLACE = ("output", "device", "backend", "rank_timeout", "log_every", "checkpoint_every", "data.root")
 _OPS = ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation")
 
 
@@ -62,7 +62,9 @@ class Run:
         return self.checkpoint_path.with_name("best.pt")
 
     def save(self, path: Path | None = None) -> None:
-        """Write everything that resume, evaluation and prediction need, atomically."""
+        """Write everything that resume, evaluation and prediction need, atomically; of several ranks the first does."""
+        if not parallel.is_first():
+            return
         contents = {
             "config": self.config.model_dump(),
             "backbone": self.backbone.state_dict(),
@@ -97,7 +99,9 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     train_data, val_data = open_data(config, "train"), open_data(config, "val")
     if saved is not None:
         _check_images(config, train_data, saved)
+    _agree(config, train_data, saved)
     every = steps_per_epoch(len(train_data), config.batch_size)
+    _check_ranks(config)
     steps = config.steps or config.epochs * every
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
@@ -110,7 +114,9 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     check_evaluation_size(config, backbone)
     check_clusters(number, len(train_data), height * width)
     if saved is None:
-        backbone.fit(_images(train_data, config.seed))
+        if parallel.is_first():
+            backbone.fit(_images(train_data, config.seed))
+        parallel.copy_first(backbone)
     else:
         with _restoring(where):
             backbone.load_state_dict(saved["backbone"])
@@ -129,7 +135,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device, scored=True)
-    if fresh:
+    if fresh and parallel.is_first():
         remove_run(Path(config.output))
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every)
 
@@ -240,7 +246,7 @@ def open_bank(
         data,
         backbone,
         data.size,
-        cache=config.backbone.cache,
+        cache=config.backbone.cache and not (scored and not parallel.is_first()),  # which alone scores
         views=views,
         jitter_after_normalization=config.quirks.jitter_after_normalization,
         seed=config.seed,
@@ -296,6 +302,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = parallel.device_of_rank(name)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -345,6 +352,21 @@ def _check_images(config: Config, data: SegmentationData, saved: dict[str, Any])
             f"{config.output} holds a run on {before['number']} training images, and the {len(data)} of now are not the"
             " same; choose another `output`, or start anew with --fresh"
         )
+
+
+def _check_ranks(config: Config) -> None:
+    """Refuse a batch or a pool of which a rank would have nothing."""
+    ranks = parallel.ranks_of()
+    for key, rows in (("batch_size", config.batch_size), ("pool.size", config.pool.size)):
+        if rows < ranks:
+            raise ValueError(f"config: `{key}` must be at least the {ranks} ranks, got {rows}")
+
+
+def _agree(config: Config, data: SegmentationData, saved: dict[str, Any] | None) -> None:
+    """Refuse ranks, perhaps on several machines, that would not take the same steps."""
+    settings = {key: value for key, value in _flat(config.model_dump()).items() if key not in _PLACE}
+    done = saved["state"]["step"] if saved else 0
+    parallel.agree("train", **settings, **{"training images": _identity(data)["names"], "steps done": done})
 
 
 def _check_same(config: Config, saved: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hpkernels
+from training import parallel
 from training.backbones.timm_vit import TimmViT
 from training.config_file import load_config, overview
 from training.data import batch_of_step
@@ -23,13 +24,15 @@ from training.objectives import current_lambda, objective_term
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.progress import Progress
 from training.results import write_results
-from training.run import Run, open_run
+from training.run import Run, open_run, resolve_device
 from training.schedule import renewal_due, seed_step
 
 
 class Views(NamedTuple):
-    """Frozen features of a batch of B images."""
+    """Frozen features of B images: a batch, or this rank's share of it."""
 
+    images: Tensor  # (B,) indices
+    share: parallel.Share  # of the batch
     tokens: Tensor  # (B, G, Df), f before normalisation
     features: Tensor  # (B, G, Df), what positives are found by: f, or a draw of its dropout of its own
     weights: Tensor  # (B, 9, H, W), local-propagation weights
@@ -47,7 +50,11 @@ class Codes(NamedTuple):
 
 
 def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
-    """One step of Hidden Positives on the images with these indices (B,); returns the terms of the loss."""
+    """One step of Hidden Positives on the images with these indices, of which each rank takes a share.
+
+    Returns:
+        the terms of the loss on all of them.
+    """
     config, state, bank = run.config, run.state, run.train_bank
     generator = seed_step(config.seed, state.step)
     if renewal_due(state.step, config, run.steps_per_epoch):
@@ -55,10 +62,11 @@ def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
 
     views = load_views(run, images, generator)
     codes = encode(run, views)
-    terms = {"contrastive": objective_term(run, views, codes, images)}
+    terms = {"contrastive": objective_term(run, views, codes)}
     if config.loss.consistency:
-        terms["consistency"] = config.loss.consistency * (codes.z - codes.z_photometric).norm(dim=-1).mean()
-    terms |= probe_terms(run, codes, images)
+        distance = (codes.z - codes.z_photometric).norm(dim=-1).mean()
+        terms["consistency"] = config.loss.consistency * parallel.whole(views.share.part * distance)
+    terms |= probe_terms(run, views, codes)
 
     if config.quirks.ema_before_step:
         update_ema(state.ema_head, state.head, config.head.ema)
@@ -70,24 +78,26 @@ def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
 
 
 def load_views(run: Run, images: Tensor, generator: torch.Generator) -> Views:
-    """Frozen features of the images and of a photometric view of them."""
+    """Frozen features of this rank's share of the images and of a photometric view of them."""
     config, bank = run.config, run.train_bank
-    tokens, weights = bank.get(images)
+    share = parallel.share(len(images))
+    own = share.of(images)
+    tokens, weights = bank.get(own)
     needs_photometric = config.loss.consistency > 0 or config.loss.objective == "views"
-    photometric = bank.photometric_tokens(images, generator) if needs_photometric else None
-    features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen)
-    return Views(tokens, features, weights, photometric)
+    photometric = bank.photometric_tokens(own, generator, share) if needs_photometric else None
+    features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen, share)
+    return Views(own, share, tokens, features, weights, photometric)
 
 
 def encode(run: Run, views: Views) -> Codes:
     """Codes and projections, in half precision where there is a GPU; results float32."""
-    state, bank = run.state, run.train_bank
+    state, bank, share = run.state, run.train_bank, views.share
     state.head.train()
     z_mixed = z_photometric = None
     quirk = run.config.quirks.dropout_on_frozen
-    drop = partial(channel_dropout, rate=run.config.head.dropout, training=quirk)
+    drop = partial(channel_dropout, rate=run.config.head.dropout, training=quirk, share=share)
     with torch.autocast(run.device.type, torch.float16, enabled=run.device.type == "cuda"):
-        code = state.head(views.tokens)
+        code = state.head(views.tokens, share)
         z = state.projection(code)
         if run.config.loss.local:
             code_map = to_map(code, bank.grid)
@@ -96,20 +106,21 @@ def encode(run: Run, views: Views) -> Codes:
             )
             z_mixed = state.projection(drop(to_rows(mixed))).float()
         if views.photometric is not None:
-            z_photometric = state.projection(state.head(views.photometric)).float()
+            z_photometric = state.projection(state.head(views.photometric, share)).float()
         with torch.no_grad():
-            ema = drop(state.ema_head.train(quirk)(views.tokens).float())
+            ema = drop(state.ema_head.train(quirk)(views.tokens, share).float())
     return Codes(code.float(), ema, z.float(), z_mixed, z_photometric)
 
 
-def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
-    """The losses of the probes, which learn on detached codes."""
+def probe_terms(run: Run, views: Views, codes: Codes) -> dict[str, Tensor]:
+    """The losses of the probes on all ranks' images; they learn on detached codes."""
     detached = to_map(codes.code.detach(), run.train_bank.grid)
-    terms = {"cluster_probe": run.state.cluster_probe(detached)[0]}
-    labels = run.train_bank.labels(images)
+    terms = {"cluster_probe": parallel.whole(views.share.part * run.state.cluster_probe(detached)[0])}
+    labels = run.train_bank.labels(views.images)
     if labels is not None:
-        run.state.saw_labels = run.state.saw_labels or bool((labels >= 0).any())
-        terms["linear_probe"] = run.state.linear_probe.loss(detached, labels)
+        labelled = parallel.total((labels >= 0).sum())
+        run.state.saw_labels = run.state.saw_labels or bool(labelled)
+        terms["linear_probe"] = parallel.whole(run.state.linear_probe.loss(detached, labels, labelled))
     return terms
 
 
@@ -119,6 +130,8 @@ def optimize(run: Run, loss: Tensor) -> None:
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
+    groups = [group for optimizer in state.optimizers.values() for group in optimizer.param_groups]
+    parallel.sum_gradients(parameter for group in groups for parameter in group["params"])
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     if run.config.optim.clip_grad_norm and run.config.loss.objective != "none":
@@ -153,7 +166,8 @@ def train(run: Run) -> None:
                 progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
             state.seconds = progress.seconds
             of_epoch = state.step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
-            if config.quirks.select_on_labels and (of_epoch % config.checkpoint_every == 0 or last):
+            due = of_epoch % config.checkpoint_every == 0 or last
+            if config.quirks.select_on_labels and due and parallel.is_first():
                 keep_best(run)
             if state.step % config.checkpoint_every == 0 or last:
                 run.save()
@@ -194,11 +208,15 @@ def main(arguments: list[str] | None = None) -> None:
     add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
     options = parse_with_overrides(parser, arguments)
     with one_sentence("train"):
-        run = open_run(load_config(options.config, options.overrides), fresh=options.fresh)
-        announce(run)
-        train(run)
-        report, metrics = write_results(run)
-    print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
+        config = load_config(options.config, options.overrides)
+        with parallel.joined(resolve_device(config.device), config.rank_timeout) as first:
+            run = open_run(config, fresh=options.fresh)
+            announce(run)
+            train(run)
+        if first:  # alone: the other ranks have left
+            report, metrics = write_results(run)
+            print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
+    parallel.end()
 
 
 def announce(run: Run) -> None:
@@ -214,9 +232,13 @@ def announce(run: Run) -> None:
             " names a file",
             file=sys.stderr,
         )
+    batch, images = run.config.batch_size, len(run.train_bank)
+    left_over = f" (each epoch leaves out {images % batch})" if images % batch else ""
+    own = [share.stop - share.first for share in parallel.shares(batch)]
+    ranks = f", on {len(own)} ranks with {max(own)} or {min(own)} of them" if len(own) > 1 else ""
     print(
-        f"{begin} {run.steps} steps of {run.config.batch_size} images ({grid[0]}x{grid[1]} patches) from"
-        f" {len(run.train_bank)}, on {run.device}, into {run.config.output}"
+        f"{begin} {run.steps} steps of {batch} images ({grid[0]}x{grid[1]} patches) from {images}{left_over}, on"
+        f" {run.device}{ranks}, into {run.config.output}"
     )
 
 
