@@ -24,7 +24,7 @@ _RANDOM_IMAGES = 5  # STEGO: how often each image is compared with a random othe
 
 
 def objective_term(run: Run, views: Views, codes: Codes) -> Tensor:
-    """The 0-d loss of the objective in ``loss.objective`` on the images of all ranks, with the gradient of one's own."""
+    """The 0-d loss of the objective in ``loss.objective``: of all ranks, with the gradient of one's own rows."""
     objective = run.config.loss.objective
     if objective == "hp":
         return hidden_positives(run, views, codes)

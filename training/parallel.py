@@ -109,7 +109,7 @@ def device_of_rank(name: str) -> str:
     if not _launched() or not name.startswith("cuda"):
         return name
     if name != "cuda":
-        raise ValueError(f"config: `device` must be auto, cuda or cpu where torchrun starts several ranks, got {name!r}")
+        raise ValueError(f"config: `device` must be auto, cuda or cpu for the ranks of torchrun, got {name!r}")
     ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if ranks > gpus > 0:
         raise ValueError(

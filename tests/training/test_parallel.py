@@ -41,8 +41,9 @@ RUNS = {
 
 def values_of(folder, name="hp", **top):
     """A run with dropout and lambda above 0 from its second step on, which computes features in every step."""
+    pool = {"size": 31, "renew_every": 2}
     backbone = tiny_values("")["backbone"] | {"cache": False, "views": 0}
-    return tiny_values(folder / name, warmup=1, backbone=backbone, pool={"size": 31, "renew_every": 2}) | RUNS[name] | top
+    return tiny_values(folder / name, warmup=1, backbone=backbone, pool=pool) | RUNS[name] | top
 
 
 def opened(folder):
@@ -89,8 +90,14 @@ def of_rank(rank, folder):
     for key, edit in {"few": {"batch_size": 2}, "other": {"optim": {"head_lr": rank + 1}}}.items():
         found[key] = raised(open_run, config_from_dict(values_of(folder, **edit)))
     del run.train_bank.labels  # all pixels are labelled again
-    run.steps = 2
-    train(run)  # and no further, as if it had been stopped
+    save = run.save
+
+    def save_and_stop():
+        save()
+        raise InterruptedError
+
+    run.save = save_and_stop
+    found["stopped"] = raised(train, run)
     return found
 
 
@@ -155,6 +162,7 @@ def torchrun(config, *edits, ranks=2, repository):
 
 def test_torchrun_goes_on_with_a_run_of_another_number_of_ranks(of_ranks, one_process, folder, repository):
     output = folder / "hp"
+    assert [found["stopped"] for found in of_ranks] == ["InterruptedError: "] * RANKS
     assert checkpoint.load(output / "checkpoint.pt")["state"]["step"] == 2
     config = folder / "hp.yaml"
     config.write_text(yaml.safe_dump(values_of(folder)))
@@ -185,7 +193,7 @@ def test_the_device_of_a_rank(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [parallel.device_of_rank(name) for name in ("cpu", "cuda")] == ["cpu", "cuda:1"]
-    with pytest.raises(ValueError, match="`device` must be auto, cuda or cpu where torchrun .* got 'cuda:0'"):
+    with pytest.raises(ValueError, match="`device` must be auto, cuda or cpu for the ranks .* got 'cuda:0'"):
         parallel.device_of_rank("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="torchrun started 2 ranks for 1: start at most 1, or choose device=cpu"):
