@@ -241,6 +241,9 @@ class Config(Section):
     output: UserPath = Field("runs/unnamed", description="the folder that receives checkpoint, metrics, log and report")
     device: str = Field("auto", description="auto: a GPU where there is one")
     backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = Field("auto", description="of the hpkernels ops")
+    rank_timeout: float = Field(
+        60, gt=0, le=10**6, description="minutes that a rank of torchrun waits for another, which may be scoring"
+    )
     epochs: Count | None = Field(None, ge=1, description="length of the run: give this ...")
     steps: Count | None = Field(None, ge=1, description="... or this")
     warmup: Count = Field(100, ge=0, description="steps with lambda = 0")

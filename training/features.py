@@ -23,6 +23,7 @@ from training.data import SegmentationData
 from training.feature_cache import CHUNK, hash_of, open_cache
 from training.inference import Features, Windows, features_of, patch_features
 from training.loading import Ahead, Decoded, decode
+from training.parallel import Share
 from training.views import Photometric, photometric, photometric_parameters
 
 _HELD_LABELS = 2**30  # bytes of decoded labels that stay in memory, where features do not need the images
@@ -184,26 +185,21 @@ class FeatureBank:
         """Tokens (B, G, Df) of the images with these indices (B,), mirrored left to right."""
         return self._compute(self._pixels(images).flip(3), weights=False).tokens
 
-    def photometric_tokens(
-        self,
-        images: Tensor,
-        generator: torch.Generator,
-        rows: slice = slice(None),  # noqa: B008
-    ) -> Tensor:
-        """Tokens (B, G, Df) of a photometric view of the images with these indices.
+    def photometric_tokens(self, images: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        """Tokens (b, G, Df) of a photometric view of a share of images.
 
         Args:
-            images: of the whole batch: what happens to an image depends on its place in it.
+            images: indices (B,), of the whole batch: what happens to an image depends on its place in it.
             generator: on the CPU.
-            rows: those of the batch whose tokens are returned.
+            share: the b images whose tokens are returned.
         """
         if self._views:
             chosen = torch.randint(len(self._views), (), generator=generator)
             with self.clock.part("data"):
-                return self._of(self._views[chosen], images[rows])
+                return self._of(self._views[chosen], share.of(images))
         with self.clock.part("views"):
             parameters = photometric_parameters(len(images), generator)
-        return self._tokens_of_view(images[rows], parameters[rows])
+        return self._tokens_of_view(share.of(images), parameters[share.first : share.stop])
 
     def patches(self, images: Tensor, positions: Tensor) -> Tensor:
         """The token (M, Df) at one patch position (M,) of each of the images (M,), which may repeat."""

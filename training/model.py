@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from training.parallel import Share
+
 
 class SegmentationHead(nn.Module):
     """``s = W1 drop(f) + W3 relu(W2 drop(f))`` (HP, CVPR 2023; the head of STEGO).
@@ -26,17 +28,17 @@ class SegmentationHead(nn.Module):
         self.w2 = nn.Linear(features_dim, features_dim)
         self.w3 = nn.Linear(features_dim, dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Codes (B, G, D) of frozen features (B, G, Df)."""
-        linear = self.w1(channel_dropout(features, self.dropout, self.training))
-        nonlinear = self.w3(F.relu(self.w2(channel_dropout(features, self.dropout, self.training))))
+    def forward(self, features: Tensor, share: Share | None = None) -> Tensor:
+        """Codes (B, G, D) of frozen features (B, G, Df); of a `share` of a batch, with its part of the dropout."""
+        linear = self.w1(channel_dropout(features, self.dropout, self.training, share))
+        nonlinear = self.w3(F.relu(self.w2(channel_dropout(features, self.dropout, self.training, share))))
         return linear + nonlinear
 
 
 class FrozenHead(nn.Module):
     """Codes that are the frozen features: the baseline that nothing but the probes learns on."""
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, share: Share | None = None) -> Tensor:
         """The features (B, G, Df) themselves."""
         return features
 
@@ -53,9 +55,20 @@ class Projection(nn.Module):
         return F.normalize(self.linear(code), dim=-1)
 
 
-def channel_dropout(features: Tensor, rate: float, training: bool = True) -> Tensor:
-    """Drop whole channels of an image, the same for all its patches; features are (B, G, Df)."""
-    return F.dropout1d(features.mT, rate, training).mT
+def channel_dropout(features: Tensor, rate: float, training: bool = True, share: Share | None = None) -> Tensor:
+    """Drop whole channels of an image, the same for all its patches.
+
+    Args:
+        features: (B, G, Df).
+        rate: probability of a channel to be dropped.
+        training: whether any are.
+        share: of a batch, if these are the features of its images alone; channels are drawn for the whole batch.
+    """
+    if not training or rate == 0:
+        return features
+    rows = share.rows if share else len(features)
+    kept = F.dropout1d(features.new_ones(rows, features.shape[2], 1), rate).mT
+    return features * (share.of(kept) if share else kept)
 
 
 def ema_copy(head: SegmentationHead) -> SegmentationHead:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import hpkernels
 from training.clock import timed
 from training.kmeans import closeness, kmeans
+from training.parallel import gathered
 from training.schedule import specific_weight
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ _RANDOM_IMAGES = 5  # STEGO: how often each image is compared with a random othe
 
 
 @timed("loss")
-def objective_term(run: Run, views: Views, codes: Codes, images: Tensor) -> Tensor:
-    """The 0-d loss of the objective in ``loss.objective`` on the images (B,)."""
+def objective_term(run: Run, views: Views, codes: Codes) -> Tensor:
+    """The 0-d loss of the objective in ``loss.objective``: of all ranks, with the gradient of one's own rows."""
     objective = run.config.loss.objective
     if objective == "hp":
         return hidden_positives(run, views, codes)
@@ -34,7 +35,7 @@ def objective_term(run: Run, views: Views, codes: Codes, images: Tensor) -> Tens
     if objective == "clusters":
         return frozen_clusters(run, views, codes)
     if objective == "stego":
-        return feature_correlation(run, views, codes, images)
+        return feature_correlation(run, views, codes)
     return codes.code.new_zeros(())
 
 
@@ -62,7 +63,7 @@ def hidden_positives(run: Run, views: Views, codes: Codes) -> Tensor:
         return _specific_alone(run, codes)
     lam = current_lambda(run)
     specific = loss.specific and lam > 0
-    return hpkernels.ghp_contrastive(
+    return hpkernels.distributed.ghp_contrastive(
         codes.z.flatten(0, 1),
         F.normalize(views.features, dim=-1).flatten(0, 1),
         pools.agnostic(),
@@ -72,56 +73,59 @@ def hidden_positives(run: Run, views: Views, codes: Codes) -> Tensor:
         z_mixed=None if codes.z_mixed is None else codes.z_mixed.flatten(0, 1),
         symmetric=loss.symmetric,
         keep_specific_only=not run.config.quirks.drop_specific_only_anchors,
+        ddp=False,
         **_options(run),
     )
 
 
 def _specific_alone(run: Run, codes: Codes) -> Tensor:
     """The same with task-specific positives in the place of the task-agnostic ones, from the first step on."""
-    return hpkernels.ghp_contrastive(
+    return hpkernels.distributed.ghp_contrastive(
         codes.z.flatten(0, 1),
         F.normalize(codes.ema, dim=-1).flatten(0, 1),
         run.state.pools.specific(),
         z_mixed=None if codes.z_mixed is None else codes.z_mixed.flatten(0, 1),
         symmetric=run.config.loss.symmetric,
+        ddp=False,
         **_options(run),
     )
 
 
 def photometric_views(run: Run, codes: Codes) -> Tensor:
     """Naive contrastive learning: the only positive of a patch is the same patch in the other view."""
-    both = torch.cat([codes.z.flatten(0, 1), codes.z_photometric.flatten(0, 1)])
+    both = torch.cat([gathered(z).flatten(0, 1) for z in (codes.z, codes.z_photometric)])
     patches = torch.arange(len(both) // 2, device=both.device).repeat(2)
     return hpkernels.multi_positive_contrastive(both, patches, **_options(run))
 
 
 def frozen_clusters(run: Run, views: Views, codes: Codes) -> Tensor:
     """SupCon with the k-means cluster of a patch's frozen feature as its label."""
-    labels = closeness(views.tokens, _centres(run)).argmax(dim=-1).flatten()
-    return hpkernels.multi_positive_contrastive(codes.z.flatten(0, 1), labels, **_options(run))
+    labels = gathered(closeness(views.tokens, _centres(run)).argmax(dim=-1)).flatten()
+    return hpkernels.multi_positive_contrastive(gathered(codes.z).flatten(0, 1), labels, **_options(run))
 
 
-def feature_correlation(run: Run, views: Views, codes: Codes, images: Tensor) -> Tensor:
+def feature_correlation(run: Run, views: Views, codes: Codes) -> Tensor:
     """The loss of STEGO (ICLR 2022): codes correlate where frozen features do by more than a shift.
 
     Patches of an image are compared with those of itself, of one of its nearest images, and of random ones.
     """
-    bank, loss = run.train_bank, run.config.loss
-    neighbours = _neighbours(run)[images.cpu()]
-    chosen = torch.randint(neighbours.shape[1], (len(images), 1))
-    near_tokens = bank.get(neighbours.take_along_dim(chosen, dim=1)[:, 0]).tokens
-    near_code = run.state.head(near_tokens)
+    bank, loss, share = run.train_bank, run.config.loss, views.share
+    neighbours = _neighbours(run)[views.images.cpu()]
+    chosen = torch.randint(neighbours.shape[1], (share.rows, 1))
+    near_tokens = bank.get(neighbours.take_along_dim(share.of(chosen), dim=1)[:, 0]).tokens
+    near_code = run.state.head(near_tokens, share)
+    tokens, code, near_tokens, near_code = map(gathered, (views.tokens, codes.code, near_tokens, near_code))
 
-    here, there = (torch.rand(len(images), _SAMPLES, _SAMPLES, 2, device=run.device) * 2 - 1 for _ in range(2))
-    own = [_at(rows, here, bank.grid) for rows in (views.tokens, codes.code)]
+    here, there = (torch.rand(share.rows, _SAMPLES, _SAMPLES, 2, device=run.device) * 2 - 1 for _ in range(2))
+    own = [_at(rows, here, bank.grid) for rows in (tokens, code)]
     near = [_at(rows, there, bank.grid) for rows in (near_tokens, near_code)]
     self_shift, near_shift, random_shift = loss.stego_shifts
     terms = [_correlation(own, own, self_shift), _correlation(own, near, near_shift)]
     others = []
     for _ in range(_RANDOM_IMAGES):
-        order = torch.randperm(len(images))
-        order = (order + (order == torch.arange(len(images)))) % len(images)  # never an image with itself
-        other = [_at(rows[order], there, bank.grid) for rows in (views.tokens, codes.code)]
+        order = torch.randperm(share.rows)
+        order = (order + (order == torch.arange(share.rows))) % share.rows  # never an image with itself
+        other = [_at(rows[order], there, bank.grid) for rows in (tokens, code)]
         others.append(_correlation(own, other, random_shift))
     terms.append(torch.stack(others).mean())
     return sum(weight * term for weight, term in zip(loss.stego_weights, terms, strict=True))
@@ -175,6 +179,7 @@ def _options(run: Run) -> dict[str, Any]:
         "temperature": loss.temperature,
         "base_temperature": loss.base_temperature,
         "negative_rate": loss.negative_rate,
+        "seed": torch.randint(2**63 - 1, (), device=run.device),  # the same on all ranks
         "variant": loss.variant,
         "reweight": loss.reweight,
         "backend": run.config.backend,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import hpkernels
+from training import parallel
 from training.features import FeatureBank
 from training.model import SegmentationHead, channel_dropout
 
@@ -39,16 +40,17 @@ class Pools:
 
     def fill_agnostic(self, bank: FeatureBank, generator: torch.Generator) -> None:
         """Fill the task-agnostic pool with features f."""
-        self.agnostic.fill(self._draw(bank, generator))
+        self.agnostic.fill(channel_dropout(self._draw(bank, generator), self.dropout)[:, 0])
 
     @torch.no_grad()
     def renew_specific(self, bank: FeatureBank, ema_head: SegmentationHead, generator: torch.Generator) -> None:
         """Refill the task-specific pool with codes s' of newly drawn patches."""
         with bank.clock.part("pools"):
-            images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
-            codes = ema_head.train(self.dropout > 0)(bank.patches(images, positions)[:, None])
+            codes = ema_head.train(self.dropout > 0)(self._draw(bank, generator))
             self.specific.fill(channel_dropout(codes, self.dropout)[:, 0])
 
     def _draw(self, bank: FeatureBank, generator: torch.Generator) -> Tensor:
+        """Features (M, 1, Df) of newly drawn patches, of which each rank computes its share."""
         images, positions = draw_patches(len(bank), bank.anchors_per_image, self.size, generator)
-        return channel_dropout(bank.patches(images, positions)[:, None], self.dropout)[:, 0]
+        share = parallel.share(self.size)
+        return parallel.gathered(bank.patches(share.of(images), share.of(positions)))[:, None]

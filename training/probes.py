@@ -62,14 +62,16 @@ class LinearProbe(nn.Conv2d):
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__(dim, classes, kernel_size=1)
 
-    def loss(self, code: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, code: Tensor, labels: Tensor, labelled_pixels: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the labelled pixels; 0 if there are none.
 
         Args:
             code: (B, D, H, W).
             labels: (B, h, w) integers at the labels' own size; negative: ignored.
+            labelled_pixels: 0-d, what the sum is divided by; None: those of `labels`.
         """
         logits = F.interpolate(self(code), size=labels.shape[-2:], mode="bilinear", align_corners=False)
         labelled = labels >= 0
         target = labels.long().where(labelled, -1)
-        return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / labelled.sum().clamp(min=1)
+        number = labelled.sum() if labelled_pixels is None else labelled_pixels
+        return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / number.clamp(min=1)

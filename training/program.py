@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hpkernels import BackendUnavailableError
+from training import parallel
 from training.config_file import key_table, known_keys
 from training.stopping import Stopped
 
@@ -93,23 +94,35 @@ def one_sentence(program: str) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        print(f"\n{program}: {stopped}", file=sys.stderr)
+        if parallel.may_speak():
+            print(f"\n{program}: {stopped}", file=sys.stderr)
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+        if parallel.may_speak():
+            print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except _MISTAKES as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        _leave(program, str(error) or type(error).__name__)
-    except RuntimeError as error:
-        asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # PyTorch has no class for the memory of a CPU
-        if asked is None or os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        _leave(program, f"there is not enough memory: {int(asked[1]) / 2**30:,.1f} GiB were asked for at once")
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is not None and not os.environ.get(TRACEBACK_VARIABLE):
+            _leave(program, sentence)
+        if not parallel.may_speak(consequence=sentence is None):
+            sys.exit(1)
+        raise
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to say of an error that a user's input can cause; None of others."""
+    if isinstance(error, _MISTAKES):
+        return str(error) or type(error).__name__
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # PyTorch has no class for the memory of a CPU
+    if not isinstance(error, RuntimeError) or asked is None:
+        return None
+    return f"there is not enough memory: {int(asked[1]) / 2**30:,.1f} GiB were asked for at once"
 
 
 def _leave(program: str, text: str) -> NoReturn:
+    if not parallel.may_speak():
+        sys.exit(1)
     text = text.removeprefix(f"{program}: ").partition("Exception raised from")[0]  # what follows are frames of C++
     sentence = " ".join(text.split())
     sys.exit(f"{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.checkpoint import written_whole
+from training.parallel import is_first
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -37,12 +38,15 @@ class Progress:
         self._seconds = 0.0  # in the steps since the last that was logged
         self._steps = 0
         self._parts: dict[str, float] = {}  # of the last timed step, in seconds
+        self.writer: SummaryWriter | None = None
+        self.log_file: TextIO | None = None
 
     def __enter__(self) -> Progress:
         step, output = self.run.state.step, Path(self.run.config.output)
-        _cut(output / LOG, step)
-        self.log_file = open(output / LOG, "a", encoding="utf-8")  # noqa: SIM115
-        self.writer = SummaryWriter(f"{output}/tensorboard", purge_step=step)
+        if is_first():  # of several ranks
+            _cut(output / LOG, step)
+            self.log_file = open(output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+            self.writer = SummaryWriter(f"{output}/tensorboard", purge_step=step)
         self.bar = tqdm(
             total=self.run.steps * self.anchors,
             initial=step * self.anchors,
@@ -54,8 +58,10 @@ class Progress:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.bar.close()
-        self.writer.close()
-        self.log_file.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.log_file is not None:
+            self.log_file.close()
 
     @property
     def seconds(self) -> float:
@@ -75,15 +81,15 @@ class Progress:
 
     def flush(self) -> None:
         """Write what is logged so far to the disk."""
-        self.writer.flush()
+        if self.writer is not None:
+            self.writer.flush()
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Show the figures of the step that was timed, and keep them: its speed in the logs alone."""
         speed = self._speed()
         line = {"step": step} | figures | speed | {"seconds": {name: round(s, 6) for name, s in self._parts.items()}}
         self._write(line)
-        for name, value in (figures | {f"speed/{name}": value for name, value in speed.items()}).items():
-            self.writer.add_scalar(name, value, step)
+        self._scalars(step, figures | {f"speed/{name}": value for name, value in speed.items()})
         self.bar.set_postfix_str(
             f"loss={figures['loss']:.3f}, lam={figures['lambda']:.2f},"
             f" positives={figures['positives_per_anchor']:.0f}, images/s={speed['images_per_second']:.3g},"
@@ -95,8 +101,7 @@ class Progress:
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Add figures to those of a step that were found after it; what is no number is left out."""
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
+        self._scalars(step, figures)
         history = self.run.state.history
         if figures and not (history and history[-1]["step"] == step):
             history.append({"step": step})
@@ -111,11 +116,17 @@ class Progress:
         yield
         seconds = time.perf_counter() - begin
         self._started += seconds
-        self.writer.add_scalar(name, seconds, step)
+        self._scalars(step, {name: seconds})
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.log_file.write(json.dumps(line) + "\n")
-        self.log_file.flush()
+        if self.log_file is not None:
+            self.log_file.write(json.dumps(line) + "\n")
+            self.log_file.flush()
+
+    def _scalars(self, step: int, figures: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
 
     def _speed(self) -> dict[str, float]:
         rate = self._steps / self._seconds

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training import parallel
 from training.config import WHILE_TRAINING, Config
 from training.data import SegmentationData
 
@@ -19,7 +20,15 @@ from training.data import SegmentationData
 # decide whether their number is another one.
 _FREE = (
     *("output", "device", "backend", "epochs", "steps", "log_every", "checkpoint_every"),
-    *("data.root", "data.train_images", "data.val_images", "data.workers", "backbone.cache_dir", "quirks.preset"),
+    *(
+        "rank_timeout",
+        "data.root",
+        "data.train_images",
+        "data.val_images",
+        "data.workers",
+        "backbone.cache_dir",
+        "quirks.preset",
+    ),
     *(f"evaluation.{name}" for name in ("size", "flip", "window", "stride", "match", "crf", "knn")),
     *WHILE_TRAINING,
 )
@@ -28,6 +37,7 @@ _CHOOSING = (
     *("checkpoint_every", "data.val_images"),
     *(f"evaluation.{name}" for name in ("size", "flip", "window", "stride")),
 )
+_OF_A_RANK = ("output", "device", "data.root", "data.workers", "backbone.cache_dir")  # each rank may have its own
 _ELSE = "choose another `output`, or start anew with --fresh"
 
 
@@ -45,6 +55,27 @@ def check_same(config: Config, saved: dict[str, Any]) -> None:
     differing = [key for key, value in before.items() if key not in free and own.get(key) != value]
     if differing:
         raise ValueError(f"{config.output} holds a run that differs in {', '.join(differing)}; {_ELSE}")
+
+
+def check_agreement(config: Config, images: dict[str, Any], saved: dict[str, Any] | None) -> None:
+    """Refuse ranks, perhaps on several machines, that would not take the same steps, or of which one had nothing to do.
+
+    Args:
+        config: of the run.
+        images: `identity` of the training images.
+        saved: the checkpoint to go on from, or None.
+
+    Raises:
+        ValueError: they are such.
+    """
+    ranks = parallel.ranks_of()
+    for key, rows in (("batch_size", config.batch_size), ("pool.size", config.pool.size)):
+        if rows < ranks:
+            raise ValueError(f"config: `{key}` must be at least the {ranks} ranks, got {rows}")
+    settings = {key: value for key, value in _flat(config.model_dump()).items() if key not in _OF_A_RANK}
+    done = saved["state"]["step"] if saved else 0
+    files = hashlib.sha256(images["files"].numpy().tobytes()).hexdigest()
+    parallel.agree("train", **settings, **{"training images": files, "steps done": done})
 
 
 def identity(data: SegmentationData) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hpkernels import BackendUnavailableError
 from hpkernels.backends import select
-from training import checkpoint
+from training import checkpoint, parallel
 from training.backbones import Backbone, build_backbone
 from training.clusterings import check_clusters
 from training.config import BackboneConfig, Config
@@ -29,7 +29,7 @@ from training.inference import Windows, precision_of
 from training.loading import default_workers
 from training.objectives import check_objective
 from training.output import check_output, check_space, prepare_folder, remove_partial, remove_run
-from training.resuming import check_images, check_same, identity
+from training.resuming import check_agreement, check_images, check_same, identity
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
@@ -67,7 +67,9 @@ class Run:
         return self.checkpoint_path.with_name("best.pt")
 
     def save(self, path: Path | None = None) -> None:
-        """Write everything that resume, evaluation and prediction need, atomically."""
+        """Write everything that resume, evaluation and prediction need, atomically; of several ranks the first does."""
+        if not parallel.is_first():
+            return
         contents = {
             "config": self.config.model_dump(),
             "backbone_sha256": self.backbone_sha256,
@@ -104,6 +106,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     images = identity(train_data)
     if saved is not None:
         check_images(config, images, saved)
+    check_agreement(config, images, saved)
     every = steps_per_epoch(len(train_data), config.batch_size)
     steps = planned = config.steps or config.epochs * every
     if saved is not None:
@@ -127,7 +130,9 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     check_evaluation_size(config, backbone)
     check_clusters(number, len(train_data), height * width)
     if saved is None:
-        backbone.fit(_images(train_data, config.seed))
+        if parallel.is_first():
+            backbone.fit(_images(train_data, config.seed))
+        parallel.copy_first(backbone)
     else:
         with _restoring(where):
             backbone.load_state_dict(saved["backbone"])
@@ -153,10 +158,12 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device, scored=True)
-    if saved is None:
-        remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
-    remove_partial(output)
-    sha256 = checkpoint.write_backbone(output, weights)
+    sha256 = checkpoint.sha256_of(weights)
+    if parallel.is_first():
+        if saved is None:
+            remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
+        remove_partial(output)
+        checkpoint.write_backbone(output, weights, sha256)
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every, planned, images, sha256)
 
 
@@ -283,7 +290,7 @@ def open_bank(
         data,
         backbone,
         data.size,
-        cache=config.backbone.cache,
+        cache=config.backbone.cache and not (scored and not parallel.is_first()),  # which alone scores
         views=views,
         jitter_after_normalization=config.quirks.jitter_after_normalization,
         seed=config.seed,
@@ -343,6 +350,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = parallel.device_of_rank(name)
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -5,7 +5,9 @@ python -m training.train --config training/configs/camvid.yaml data.root=DIR out
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hpkernels
+from training import parallel
 from training.backbones.timm_vit import TimmViT
 from training.clock import timed
 from training.config import Config
@@ -26,15 +29,17 @@ from training.output import output_of_run
 from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.progress import Progress, named_errors
 from training.results import write_results
-from training.run import Run, open_run
+from training.run import Run, open_run, resolve_device
 from training.schedule import renewal_due, seed_step, specific_weight
 from training.stopping import Stopped, Stopping
 from training.validation import validate
 
 
 class Views(NamedTuple):
-    """Frozen features of a batch of B images."""
+    """Frozen features of B images: a batch, or this rank's share of it."""
 
+    images: Tensor  # (B,) indices
+    share: parallel.Share  # of the batch
     tokens: Tensor  # (B, G, Df), f before normalisation
     features: Tensor  # (B, G, Df), what positives are found by: f, or a draw of its dropout of its own
     weights: Tensor  # (B, 9, H, W), local-propagation weights
@@ -52,7 +57,11 @@ class Codes(NamedTuple):
 
 
 def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
-    """One step of Hidden Positives on the images with these indices (B,); returns the terms of the loss."""
+    """One step of Hidden Positives on the images with these indices, of which each rank takes a share.
+
+    Returns:
+        the terms of the loss on all of them.
+    """
     config, state, bank = run.config, run.state, run.train_bank
     generator = seed_step(config.seed, state.step)
     if renewal_due(state.step, config, run.steps_per_epoch):
@@ -60,10 +69,11 @@ def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
 
     views = load_views(run, images, generator)
     codes = encode(run, views)
-    terms = {"contrastive": objective_term(run, views, codes, images)}
+    terms = {"contrastive": objective_term(run, views, codes)}
     if config.loss.consistency:
-        terms["consistency"] = config.loss.consistency * (codes.z - codes.z_photometric).norm(dim=-1).mean()
-    terms |= probe_terms(run, codes, images)
+        distance = (codes.z - codes.z_photometric).norm(dim=-1).mean()
+        terms["consistency"] = config.loss.consistency * parallel.whole(views.share.part * distance)
+    terms |= probe_terms(run, views, codes)
 
     if config.quirks.ema_before_step:
         update_ema(state.ema_head, state.head, config.head.ema)
@@ -75,12 +85,14 @@ def train_step(run: Run, images: Tensor) -> dict[str, Tensor]:
 
 
 def load_views(run: Run, images: Tensor, generator: torch.Generator) -> Views:
-    """Frozen features of the images and of a photometric view of them."""
+    """Frozen features of this rank's share of the images and of a photometric view of them."""
     config, bank = run.config, run.train_bank
-    tokens, weights = bank.get(images)
-    photometric = bank.photometric_tokens(images, generator) if needs_photometric(config) else None
-    features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen)
-    return Views(tokens, features, weights, photometric)
+    share = parallel.share(len(images))
+    own = share.of(images)
+    tokens, weights = bank.get(own)
+    photometric = bank.photometric_tokens(images, generator, share) if needs_photometric(config) else None
+    features = channel_dropout(tokens, config.head.dropout, config.quirks.dropout_on_frozen, share)
+    return Views(own, share, tokens, features, weights, photometric)
 
 
 def needs_photometric(config: Config) -> bool:
@@ -91,13 +103,13 @@ def needs_photometric(config: Config) -> bool:
 @timed("head")
 def encode(run: Run, views: Views) -> Codes:
     """Codes and projections, in half precision where there is a GPU; results float32."""
-    state, bank = run.state, run.train_bank
+    state, bank, share = run.state, run.train_bank, views.share
     state.head.train()
     z_mixed = z_photometric = None
     quirk = run.config.quirks.dropout_on_frozen
-    drop = partial(channel_dropout, rate=run.config.head.dropout, training=quirk)
+    drop = partial(channel_dropout, rate=run.config.head.dropout, training=quirk, share=share)
     with torch.autocast(run.device.type, torch.float16, enabled=run.device.type == "cuda"):
-        code = state.head(views.tokens)
+        code = state.head(views.tokens, share)
         z = state.projection(code)
         if run.config.loss.local:
             code_map = to_map(code, bank.grid)
@@ -106,21 +118,22 @@ def encode(run: Run, views: Views) -> Codes:
             )
             z_mixed = state.projection(drop(to_rows(mixed))).float()
         if views.photometric is not None:
-            z_photometric = state.projection(state.head(views.photometric)).float()
+            z_photometric = state.projection(state.head(views.photometric, share)).float()
         with torch.no_grad():
-            ema = drop(state.ema_head.train(quirk)(views.tokens).float())
+            ema = drop(state.ema_head.train(quirk)(views.tokens, share).float())
     return Codes(code.float(), ema, z.float(), z_mixed, z_photometric)
 
 
 @timed("probes")
-def probe_terms(run: Run, codes: Codes, images: Tensor) -> dict[str, Tensor]:
-    """The losses of the probes, which learn on detached codes."""
+def probe_terms(run: Run, views: Views, codes: Codes) -> dict[str, Tensor]:
+    """The losses of the probes on all ranks' images; they learn on detached codes."""
     detached = to_map(codes.code.detach(), run.train_bank.grid)
-    terms = {"cluster_probe": run.state.cluster_probe(detached)[0]}
-    labels = run.train_bank.labels(images)
+    terms = {"cluster_probe": parallel.whole(views.share.part * run.state.cluster_probe(detached)[0])}
+    labels = run.train_bank.labels(views.images)
     if labels is not None:
-        run.state.saw_labels = run.state.saw_labels or bool((labels >= 0).any())
-        terms["linear_probe"] = run.state.linear_probe.loss(detached, labels)
+        labelled = parallel.total((labels >= 0).sum())
+        run.state.saw_labels = run.state.saw_labels or bool(labelled)
+        terms["linear_probe"] = parallel.whole(run.state.linear_probe.loss(detached, labels, labelled))
     return terms
 
 
@@ -132,6 +145,8 @@ def optimize(run: Run, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
     with run.train_bank.clock.part("backward"):
         state.scaler.scale(loss).backward()
+    groups = [group for optimizer in state.optimizers.values() for group in optimizer.param_groups]
+    parallel.sum_gradients(parameter for group in groups for parameter in group["params"])
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     if run.config.optim.clip_grad_norm and run.config.loss.objective != "none":
@@ -144,7 +159,8 @@ def optimize(run: Run, loss: Tensor) -> None:
 @torch.no_grad()
 def positives_per_anchor(run: Run, images: Tensor) -> float:
     """Mean number of task-agnostic positives of the anchors of the batch of the last step, whose features are there."""
-    features = F.normalize(run.train_bank.get(images).tokens, dim=-1).flatten(0, 1)
+    own = parallel.share(len(images)).of(images)
+    features = parallel.gathered(F.normalize(run.train_bank.get(own).tokens, dim=-1)).flatten(0, 1)
     threshold = hpkernels.masked_topk(features, run.state.pools.agnostic(), backend=run.config.backend).values[:, 0]
     positives = hpkernels.hidden_positives(features, threshold, backend=run.config.backend)
     return positives.count().double().mean().item()
@@ -159,7 +175,8 @@ def train(run: Run) -> None:
     config, state = run.config, run.state
     if state.step < run.steps:
         state.clusterings.forget()
-    batches = (batch(run, step) for step in range(state.step, run.steps))
+    steps = range(state.step, run.steps)
+    batches = (parallel.share(config.batch_size).of(batch(run, step)) for step in steps)
     with (
         named_errors(config.output),
         Progress(run) as progress,
@@ -176,14 +193,15 @@ def train(run: Run) -> None:
                 progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
             state.seconds = progress.seconds
             validate(run, progress)
-            stop = stopping.requested()
+            stop = parallel.any_rank(stopping.requested())
             if state.step % config.checkpoint_every == 0 or last or stop:
                 progress.flush()  # a step that the state has is never logged again
                 run.save()
             if stop:
+                parallel.meet()  # torchrun ends all ranks when one ends
                 raise Stopped(
                     f"stopped after step {state.step} of {run.steps}, which is saved: the same command goes on",
-                    stopping.number,
+                    stopping.number or signal.SIGTERM,  # which another rank received
                 )
 
 
@@ -211,14 +229,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="start anew even if the output folder holds a run")
     add_overrides(parser, "edits of the configuration, e.g. loss.local=false; --keys lists all")
     options = parse_with_overrides(parser, arguments)
-    with one_sentence("train"):
+    with one_sentence("train"), ExitStack() as held:
         config = load_config(options.config, options.overrides)
-        with output_of_run(config):
+        with parallel.joined(resolve_device(config.device), config.rank_timeout) as first:
+            if first:
+                held.enter_context(output_of_run(config))
             run = open_run(config, fresh=options.fresh)
             announce(run)
             train(run)
+        if first:  # alone: the other ranks have left
             report, metrics = write_results(run)
-    print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
+            print(f"\n{metrics_table(metrics)}\n\nreport: {report}")
+    parallel.end()
 
 
 def announce(run: Run) -> None:
@@ -238,9 +260,13 @@ def announce(run: Run) -> None:
             " names a file",
             file=sys.stderr,
         )
+    batch, images = run.config.batch_size, len(run.train_bank)
+    left_over = f" (each epoch leaves out {images % batch})" if images % batch else ""
+    own = [share.stop - share.first for share in parallel.shares(batch)]
+    ranks = f", on {len(own)} ranks with {max(own)} or {min(own)} of them" if len(own) > 1 else ""
     print(
-        f"{begin} {run.steps} steps of {run.config.batch_size} images ({grid[0]}x{grid[1]} patches) from"
-        f" {len(run.train_bank)}, on {run.device}, into {run.config.output}"
+        f"{begin} {run.steps} steps of {batch} images ({grid[0]}x{grid[1]} patches) from {images}{left_over}, on"
+        f" {run.device}{ranks}, into {run.config.output}"
     )
 
 

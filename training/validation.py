@@ -9,6 +9,7 @@ from torch import Tensor
 
 from training.evaluate import evaluate
 from training.figures import class_palette, colour_map, photograph
+from training.parallel import is_first
 from training.progress import Progress
 from training.report import Example
 from training.results import examples
@@ -32,7 +33,7 @@ def validate(run: Run, progress: Progress) -> None:
     choosing = config.quirks.select_on_labels
     of_epoch = step % run.steps_per_epoch  # the published code counts in each epoch, and looks at its end
     choose = choosing and (of_epoch % config.checkpoint_every == 0 or last)
-    if not (look or choose):
+    if not ((look or choose) and is_first()):  # other ranks wait in the next step
         return
     with progress.outside_training("val/seconds", step - 1):
         images = _spread(len(run.val_bank), len(run.val_bank) if choosing else config.evaluation.curve_images)

@@ -14,6 +14,7 @@ from training import checkpoint, feature_cache
 from training.config_file import config_from_dict
 from training.feature_cache import CHUNK, default_folder, hash_of, open_cache
 from training.features import FeatureBank
+from training.parallel import share
 from training.run import open_run
 from training.train import train, train_step
 
@@ -225,7 +226,8 @@ def test_a_run_on_disk_is_that_in_memory_with_rounded_features(disk_config):
     for kept, rounded in zip(memory.get(images), disk.get(images), strict=True):
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, kept.half().float())
-    views = [bank.photometric_tokens(images, torch.Generator().manual_seed(1)) for bank in (memory, disk)]
+    whole = share(len(images))
+    views = [bank.photometric_tokens(images, torch.Generator().manual_seed(1), whole) for bank in (memory, disk)]
     assert torch.equal(views[1], views[0].half().float())
     patches = [bank.patches(images, torch.tensor([1, 5, 0, 3])) for bank in (memory, disk)]
     assert torch.equal(patches[1], patches[0].half().float())

@@ -30,7 +30,7 @@ def test_ablations_ask_the_op_for_other_positives(tiny_config, monkeypatch):
         asked.append((features.shape[1], len(pool), options["symmetric"]))
         return z.sum()
 
-    monkeypatch.setattr(hpkernels, "ghp_contrastive", record)
+    monkeypatch.setattr(hpkernels.distributed, "ghp_contrastive", record)
     edits = ({}, {"symmetric": False}, {"agnostic": False})
     for number, edit in enumerate(edits):
         run = open_run(tiny_config(f"run{number}", loss=edit))
@@ -54,7 +54,7 @@ def test_stego_is_the_published_correlation_loss(tiny_config):
     views = load_views(run, images, torch.Generator())
     codes = encode(run, views)
     torch.manual_seed(5)
-    value = feature_correlation(run, views, codes, images)
+    value = feature_correlation(run, views, codes)
 
     torch.manual_seed(5)
     grid = run.train_bank.grid

@@ -70,7 +70,7 @@ def traced(tiny_config, monkeypatch):
         view = run.train_bank.get(images).tokens + 0.1 * torch.randn(4, anchors // 4, 24, generator=generator)
         drawn, gradients = [], {}
 
-        def dropout(features, rate, training=True):
+        def dropout(features, rate, training=True, share=None):
             if not (training and rate):
                 return features
             mask = (torch.rand(len(features), 1, features.shape[2], generator=generator) >= rate) / (1 - rate)
@@ -79,9 +79,10 @@ def traced(tiny_config, monkeypatch):
 
         for module in (model, pools, train):
             monkeypatch.setattr(module, "channel_dropout", dropout)
-        op = hpkernels.ghp_contrastive
+        several = hpkernels.distributed
+        op = several.ghp_contrastive
         with monkeypatch.context() as patch:
-            patch.setattr(hpkernels, "ghp_contrastive", lambda *rows, **rest: op(*rows, **rest, negatives=negatives))
+            patch.setattr(several, "ghp_contrastive", lambda *rows, **rest: op(*rows, **rest, negatives=negatives))
             patch.setattr(run.train_bank, "photometric_tokens", lambda *_: view)
             for name in ("head", "projection", "linear_probe", "cluster_probe"):
                 step = run.state.optimizers[name].step
