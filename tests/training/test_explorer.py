@@ -434,6 +434,7 @@ def test_without_scripts_it_can_be_read(chromium, finished):
         text = chromium.find_element(By.TAG_NAME, "body").text
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        chromium.get("about:blank")  # the next test is to load the page anew
     for expected in (
         "needs JavaScript",
         "IoU of each class",
