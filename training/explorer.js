@@ -293,9 +293,13 @@ class Explorer {
       const crop = make("canvas");
       const [title, close] = [this.name(patch), similarity[patch].toFixed(2)];
       requestAnimationFrame(() => this.drawCrop(crop, patch, 1));
-      return make("button", {
-        type: "button", title, "aria-label": `${title}: similarity ${close}; make it the anchor`, onclick: () => this.choose(patch),
-      }, crop, make("span", {}, close), make("span", {}, batch.label(patch) ?? ""));
+      const choose = () => {
+        this.choose(patch); // which replaces this button
+        this.figures[batch.image(patch)].canvas.focus({ preventScroll: true });
+      };
+      const label = `${title}: similarity ${close}; make it the anchor`;
+      return make("button", { type: "button", title, "aria-label": label, onclick: choose }, crop,
+        make("span", {}, close), make("span", {}, batch.label(patch) ?? ""));
     });
     const by = make("small", {}, kind === "agnostic" ? "by features f" : "by codes s′ of the EMA head");
     return make("div", {}, make("h3", {}, "Nearest in other images ", by), make("div", { class: "near" }, ...buttons));
