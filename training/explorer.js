@@ -96,7 +96,8 @@ class Explorer {
     this.anchor = this.cursor = null;
     this.comparing = false;
     const style = getComputedStyle(document.documentElement);
-    this.colours = Object.fromEntries(["agnostic", "specific", "anchor"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
+    this.colours = {};
+    for (const name of ["agnostic", "specific", "anchor"]) this.colours[name] = style.getPropertyValue(`--${name}`);
     this.figures = all("#explorer figure").map((figure, image) => this.prepared(figure, image));
     this.prepareBar();
     this.choose(batch.anchors[0][0]);
@@ -127,11 +128,11 @@ class Explorer {
 
   prepareBar() {
     const { anchors, size } = this.batch;
-    const random = make("button", { type: "button", onclick: () => this.choose(Math.floor(Math.random() * size)) }, "random");
-    one("#anchors").append(
-      ...anchors.map(([patch, title]) => make("button", { type: "button", "data-anchor": patch, onclick: () => this.choose(patch) }, title)),
-      random,
-    );
+    for (const [patch, title] of anchors) {
+      one("#anchors").append(make("button", { type: "button", "data-anchor": patch, onclick: () => this.choose(patch) }, title));
+    }
+    const random = () => this.choose(Math.floor(Math.random() * size));
+    one("#anchors").append(make("button", { type: "button", onclick: random }, "random"));
     one("#layers").addEventListener("change", ({ target }) => {
       if (target.name === "heat") this.heat = target.value;
       else if (target.name === "comparing") this.comparing = target.checked;
@@ -156,7 +157,8 @@ class Explorer {
     const { batch } = this;
     const at = this.cursor ?? this.entered(image);
     if (event.key in moves) {
-      const [row, column] = batch.place(at).map((place, axis) => clamp(place + moves[event.key][axis], 0, batch.grid[axis] - 1));
+      const moved = (place, axis) => clamp(place + moves[event.key][axis], 0, batch.grid[axis] - 1);
+      const [row, column] = batch.place(at).map(moved);
       this.point(image * batch.patches + row * batch.columns + column);
     } else if (event.key === "Enter" || event.key === " ") this.choose(at);
     else return;
@@ -174,7 +176,9 @@ class Explorer {
     }
     one("#explorer").classList.add("chosen");
     one("#explorer").dataset.anchor = anchor;
-    for (const button of all("#anchors [data-anchor]")) button.setAttribute("aria-pressed", Number(button.dataset.anchor) === anchor);
+    for (const button of all("#anchors [data-anchor]")) {
+      button.setAttribute("aria-pressed", Number(button.dataset.anchor) === anchor);
+    }
     this.describeAnchor();
     this.point(this.cursor);
     this.draw();
@@ -198,19 +202,23 @@ class Explorer {
     const told = one("#pair p");
     if (cursor === null) {
       const finding = Object.keys(KINDS).map((kind) => plural(this.positives[kind].size, `${KINDS[kind]} positive`));
-      told.textContent = `Anchor: ${this.name(anchor)}: ${finding.join(", ")}.\nPoint at a patch to compare it, click to make it the anchor.`;
+      told.textContent = `Anchor: ${this.name(anchor)}: ${finding.join(", ")}.\n`
+        + "Point at a patch to compare it, click to make it the anchor.";
       return;
     }
-    const known = [this.name(cursor), batch.label(cursor) && `label ${batch.label(cursor)}`, cursor === anchor && "the anchor"];
+    const label = batch.label(cursor);
+    const drawn = batch.negative(anchor, cursor) && "drawn as a negative";
+    const known = [this.name(cursor), label && `label ${label}`, cursor === anchor && "the anchor", drawn];
     const lines = [known.filter(Boolean).join(" · ")];
     for (const kind of cursor === anchor ? [] : Object.keys(KINDS)) {
       const [own, its] = [batch.threshold(kind, anchor), batch.threshold(kind, cursor)];
       const limit = batch.symmetric ? Math.min(own, its) : own;
-      const verdict = this.positives[kind].has(cursor) ? `positive by ${limit === own ? "the anchor's" : "its"} threshold` : "no positive";
+      const whose = limit === own ? "the anchor's" : "its";
+      const verdict = this.positives[kind].has(cursor) ? `positive by ${whose} threshold` : "no positive";
       const both = batch.symmetric ? ` (the anchor's ${own.toFixed(3)}, its ${its.toFixed(3)})` : "";
-      lines.push(`${KINDS[kind]}: similarity ${this.similarity[kind][cursor].toFixed(2)}, threshold ${limit.toFixed(3)}${both}: ${verdict}`);
+      const similarity = this.similarity[kind][cursor].toFixed(2);
+      lines.push(`${KINDS[kind]}: similarity ${similarity}, threshold ${limit.toFixed(3)}${both}: ${verdict}`);
     }
-    if (batch.negative(anchor, cursor)) lines[0] += " · drawn as a negative";
     told.textContent = lines.join("\n");
   }
 
@@ -223,41 +231,54 @@ class Explorer {
     const place = make("small", {}, `row ${row + 1}, column ${column + 1}`);
     fact("label", batch.label(anchor));
     batch.clusterings.forEach(([title], number) => fact(title, batch.cluster(number, anchor)));
-    const who = make("div", { class: "who" }, crop, make("div", {}, make("h3", {}, this.figures[batch.image(anchor)].name), place), facts);
-    one("#panel").replaceChildren(who, this.counts(), this.windows(), ...Object.keys(KINDS).map((kind) => this.nearest(kind)));
+    const title = make("h3", {}, this.figures[batch.image(anchor)].name);
+    const who = make("div", { class: "who" }, crop, make("div", {}, title, place), facts);
+    one("#panel").replaceChildren(who, this.counts(), this.windows(), this.nearest("agnostic"), this.nearest("specific"));
     this.drawCrop(crop, anchor, 2);
   }
 
   counts() {
     const { batch, anchor } = this;
-    const labelled = batch.label(anchor) !== undefined;
-    const row = (title, kind, threshold, patches) => {
-      const elsewhere = patches.filter((patch) => batch.image(patch) !== batch.image(anchor));
-      const known = elsewhere.filter((patch) => batch.arrays.labels?.[patch] >= 0);
-      const right = known.filter((patch) => batch.arrays.labels[patch] === batch.arrays.labels[anchor]);
-      const images = new Set(elsewhere.map((patch) => batch.image(patch))).size;
-      const cells = [threshold, patches.length - elsewhere.length, elsewhere.length ? `${elsewhere.length} in ${images}` : 0];
-      if (labelled) cells.push(known.length ? `${((100 * right.length) / known.length).toFixed(0)} %` : "–");
-      return make("tr", { "data-kind": kind }, make("th", { scope: "row", class: `of-${kind}` }, title), ...cells.map((cell) => make("td", {}, String(cell))));
-    };
+    const everything = Array.from({ length: batch.size }, (_, patch) => patch);
     const both = [...this.positives.agnostic].filter((patch) => this.positives.specific.has(patch));
-    const heads = ["", "threshold", "own image", "other images", ...(labelled ? ["same class"] : [])];
-    const rows = Object.keys(KINDS).map((kind) => row(kind, kind, batch.threshold(kind, anchor).toFixed(3), [...this.positives[kind]]));
-    rows.push(row("both", "both", "", both));
-    const negatives = Array.from({ length: batch.size }, (_, patch) => patch).filter((patch) => batch.negative(anchor, patch));
-    rows.push(row("negatives", "negative", "", negatives));
-    const note = `Negatives: drawn at the rate ${batch.negative_rate} by the hash of the loss with seed ${batch.seed}; every step draws others.`;
-    return make("div", {},
-      make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...rows)),
-      make("small", {}, labelled ? `${note} Same class: of the labelled ones in other images.` : note));
+    const heads = ["", "threshold", "own image", "other images", ...(batch.arrays.labels ? ["same class"] : [])];
+    const note = `Negatives: drawn at the rate ${batch.negative_rate} by the hash of the loss with seed ${batch.seed}; every step`
+      + ` draws others.${batch.arrays.labels ? " Same class: of the labelled ones in other images." : ""}`;
+    const body = make("tbody", {},
+      ...Object.keys(KINDS).map((kind) => this.countsRow(kind, batch.threshold(kind, anchor).toFixed(3), [...this.positives[kind]])),
+      this.countsRow("both", "", both),
+      this.countsRow("negatives", "", everything.filter((patch) => batch.negative(anchor, patch))));
+    const head = make("thead", {}, make("tr", {}, ...heads.map((title) => make("th", { scope: "col" }, title))));
+    return make("div", {}, make("table", {}, head, body), make("small", {}, note));
+  }
+
+  /** How many of some patches are in the image of the anchor, in how many others, and of its class there. */
+  countsRow(kind, threshold, patches) {
+    const { batch, anchor } = this;
+    const labels = batch.arrays.labels;
+    const elsewhere = patches.filter((patch) => batch.image(patch) !== batch.image(anchor));
+    const images = new Set(elsewhere.map((patch) => batch.image(patch))).size;
+    const cells = [threshold, patches.length - elsewhere.length, images ? `${elsewhere.length} in ${images}` : 0];
+    if (labels) {
+      const known = elsewhere.filter((patch) => labels[patch] >= 0 && labels[anchor] >= 0);
+      const right = known.filter((patch) => labels[patch] === labels[anchor]).length;
+      cells.push(known.length ? `${((100 * right) / known.length).toFixed(0)} %` : "–");
+    }
+    return make("tr", { "data-kind": kind }, make("th", { scope: "row", class: `of-${kind}` }, kind),
+      ...cells.map((cell) => make("td", {}, String(cell))));
   }
 
   windows() {
-    const values = { before: this.batch.window("before", this.anchor), after: this.batch.window("after", this.anchor) };
-    const most = Math.max(...values.before.map((value) => value ?? 0), 1e-9);
-    const grid = (name, title) => make("div", {}, make("small", {}, title),
-      make("div", { class: "window", role: "img", "aria-label": `${title}: ${values[name].map((value) => value?.toPrecision(2) ?? "outside").join(", ")}` },
-        ...values[name].map((value) => make("span", { class: value ? "" : "dropped", style: `--share:${(value ?? 0) / most}` }, value === undefined ? "–" : value && value.toPrecision(2)))));
+    const { batch, anchor } = this;
+    const most = Math.max(...batch.window("before", anchor).map((value) => value ?? 0), 1e-9);
+    const grid = (name, title) => {
+      const values = batch.window(name, anchor);
+      const texts = values.map((value) => value === undefined ? "–" : value === 0 ? "0" : value.toPrecision(2));
+      const cells = values.map((value, cell) =>
+        make("span", { class: value ? "" : "dropped", style: `--share:${(value ?? 0) / most}` }, texts[cell]));
+      return make("div", {}, make("small", {}, title),
+        make("div", { class: "window", role: "img", "aria-label": `${title}: ${texts.join(", ")}` }, ...cells));
+    };
     return make("div", {}, make("h3", {}, "Local weights ", make("small", {}, "of the window around the anchor")),
       make("div", { class: "windows" }, grid("before", "before the threshold"), grid("after", "what propagation uses")));
   }
@@ -265,19 +286,23 @@ class Explorer {
   nearest(kind) {
     const { batch, anchor } = this;
     const similarity = this.similarity[kind];
-    const others = Array.from({ length: batch.size }, (_, patch) => patch).filter((patch) => batch.image(patch) !== batch.image(anchor));
+    const others = [...similarity.keys()].filter((patch) => batch.image(patch) !== batch.image(anchor));
     const near = others.sort((a, b) => similarity[b] - similarity[a]).slice(0, 5);
     if (!near.length) return "";
     const buttons = near.map((patch) => {
       const crop = make("canvas");
-      const title = `${this.name(patch)}: similarity ${similarity[patch].toFixed(2)}`;
-      const button = make("button", { type: "button", title, "aria-label": `${title}; make it the anchor`, onclick: () => this.choose(patch) },
-        crop, make("span", {}, similarity[patch].toFixed(2)), make("span", {}, batch.label(patch) ?? ""));
+      const [title, close] = [this.name(patch), similarity[patch].toFixed(2)];
       requestAnimationFrame(() => this.drawCrop(crop, patch, 1));
-      return button;
+      const choose = () => {
+        this.choose(patch); // which replaces this button
+        this.figures[batch.image(patch)].canvas.focus({ preventScroll: true });
+      };
+      const label = `${title}: similarity ${close}; make it the anchor`;
+      return make("button", { type: "button", title, "aria-label": label, onclick: choose }, crop,
+        make("span", {}, close), make("span", {}, batch.label(patch) ?? ""));
     });
-    const title = kind === "agnostic" ? "by features f" : "by codes s′ of the EMA head";
-    return make("div", {}, make("h3", {}, "Nearest in other images ", make("small", {}, title)), make("div", { class: "near" }, ...buttons));
+    const by = make("small", {}, kind === "agnostic" ? "by features f" : "by codes s′ of the EMA head");
+    return make("div", {}, make("h3", {}, "Nearest in other images ", by), make("div", { class: "near" }, ...buttons));
   }
 
   /** The patch with so many patches around it. */
@@ -287,8 +312,9 @@ class Explorer {
     const [row, column] = batch.place(patch);
     const { context, width, height } = fitted(canvas);
     const [tall, wide] = [picture.naturalHeight / batch.rows, picture.naturalWidth / batch.columns];
-    const [x, y] = [width / (2 * around + 1), height / (2 * around + 1)];
-    context.drawImage(picture, (column - around) * wide, (row - around) * tall, (2 * around + 1) * wide, (2 * around + 1) * tall, 0, 0, width, height);
+    const side = 2 * around + 1;
+    const [x, y] = [width / side, height / side];
+    context.drawImage(picture, (column - around) * wide, (row - around) * tall, side * wide, side * tall, 0, 0, width, height);
     this.strokeFrame(context, around * x, around * y, x, y, this.colours.anchor, 1);
   }
 
@@ -303,11 +329,11 @@ class Explorer {
   }
 
   draw() {
-    this.figures.forEach((figure, image) => {
-      const shown = Object.keys(KINDS).filter((kind) => this.shown[kind]);
-      const counts = shown.map((kind) => [kind, [...this.positives[kind]].filter((patch) => this.batch.image(patch) === image).length]);
-      figure.counts.replaceChildren(...counts.flatMap(([kind, count]) => [make("b", { class: `of-${kind}`, title: KINDS[kind] }, String(count)), " "]));
-    });
+    const shown = Object.keys(KINDS).filter((kind) => this.shown[kind]);
+    this.figures.forEach(({ counts }, image) => counts.replaceChildren(...shown.flatMap((kind) => {
+      const inside = [...this.positives[kind]].filter((patch) => this.batch.image(patch) === image);
+      return [make("b", { class: `of-${kind}`, title: KINDS[kind] }, String(inside.length)), " "];
+    })));
     const values = this.similarity[this.heat];
     this.least = values?.reduce((least, value) => Math.min(least, value), 1);
     one("#scale").hidden = !this.heat;

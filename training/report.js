@@ -51,7 +51,9 @@ class Comparison {
     this.off = new Set();
     this.field = (name) => one(`[name="${name}"]`, root);
     const titles = page.titles;
-    for (const side of ["left", "right"]) this.field(side).append(...titles.map((title, number) => make("option", { value: number }, title)));
+    for (const side of ["left", "right"]) {
+      this.field(side).append(...titles.map((title, number) => make("option", { value: number }, title)));
+    }
     const [last, first] = [titles.length - 1, titles.indexOf("Baseline")];
     this.field("left").value = Math.max(first, 0);
     this.field("right").value = clamp(first + 1, 0, last);
@@ -69,7 +71,8 @@ class Comparison {
     const order = this.field("order");
     order.append(make("option", { value: "" }, "as in the data"));
     for (const title of Object.keys(page.miou[0])) {
-      for (const worst of [1, -1]) order.append(make("option", { value: `${worst} ${title}` }, `${worst > 0 ? "worst" : "best"} mIoU first: ${title}`));
+      order.append(make("option", { value: `1 ${title}` }, `worst mIoU first: ${title}`));
+      order.append(make("option", { value: `-1 ${title}` }, `best mIoU first: ${title}`));
     }
     order.addEventListener("change", () => {
       const [sign, ...title] = order.value.split(" ");
@@ -153,7 +156,8 @@ class Comparison {
     const score = (title) => page.miou[this.current.number][title];
     const lines = maps.map(({ image }, number) => {
       const title = page.titles[number + 1];
-      const told = x !== undefined ? this.classAt(image, x, y) : score(title) === undefined ? "" : `mIoU ${score(title).toFixed(1)} %`;
+      const scored = score(title) === undefined ? "" : `mIoU ${score(title).toFixed(1)} %`;
+      const told = x === undefined ? scored : this.classAt(image, x, y);
       return [make("dt", {}, title), make("dd", {}, told)];
     });
     one(".what", this.root).replaceChildren(make("h3", {}, photograph.title), make("dl", {}, ...lines.flat()));
@@ -162,8 +166,8 @@ class Comparison {
   classAt(image, x, y) {
     const canvas = make("canvas", { width: 1, height: 1 });
     const context = canvas.getContext("2d", { willReadFrequently: true });
-    const at = [clamp(Math.floor(x * image.naturalWidth), 0, image.naturalWidth - 1), clamp(Math.floor(y * image.naturalHeight), 0, image.naturalHeight - 1)];
-    context.drawImage(image, ...at, 1, 1, 0, 0, 1, 1);
+    const at = (share, side) => clamp(Math.floor(share * side), 0, side - 1);
+    context.drawImage(image, at(x, image.naturalWidth), at(y, image.naturalHeight), 1, 1, 0, 0, 1, 1);
     return this.names.get(context.getImageData(0, 0, 1, 1).data.slice(0, 3).join()) ?? "unknown";
   }
 }
@@ -254,7 +258,10 @@ function filtered(bar, rows) {
   const [search, changed] = all("input", bar);
   const show = () => {
     const wanted = search.value.trim().toLowerCase();
-    for (const row of rows) row.hidden = (changed.checked && !row.classList.contains("changed")) || !row.textContent.toLowerCase().includes(wanted);
+    for (const row of rows) {
+      const unwanted = changed.checked && !row.classList.contains("changed");
+      row.hidden = unwanted || !row.textContent.toLowerCase().includes(wanted);
+    }
     one("[role=status]", bar).textContent = `${rows.filter((row) => !row.hidden).length} of ${plural(rows.length, "key")}`;
   };
   bar.addEventListener("input", show);
@@ -273,19 +280,25 @@ function smoothed(values, weight) {
   });
 }
 
-const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(4))));
+function short(value) {
+  const plain = value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5);
+  return plain ? String(Number(value.toPrecision(4))) : value.toExponential(1);
+}
 
 class Curve {
   constructor({ title, points, every }) {
     this.points = points;
-    this.svg = make("svg", { viewBox: "0 0 320 150", role: "img", tabindex: 0, "aria-label": `${title}: ${short(points[0][1])} at step ${points[0][0]}, ${short(points.at(-1)[1])} at step ${points.at(-1)[0]}` });
+    const [first, last] = [points[0], points.at(-1)].map(([step, value]) => `${short(value)} at step ${step}`);
+    const label = `${title}: ${first}, ${last}`;
+    this.svg = make("svg", { viewBox: "0 0 320 150", role: "img", tabindex: 0, "aria-label": label });
     this.output = make("output", { "aria-live": "polite" });
-    const thinned = every > 1 ? make("small", {}, ` every ${every}th point`) : "";
+    const thinned = every > 1 ? make("small", {}, ` 1 of ${every} points`) : "";
     this.element = make("div", { class: "curve" }, make("h3", {}, title, thinned), this.svg, this.output);
     this.svg.addEventListener("pointermove", (event) => {
       const box = this.svg.getBoundingClientRect();
       const step = this.step(((event.clientX - box.left) / box.width) * 320);
-      this.mark(points.reduce((best, point, at) => (Math.abs(point[0] - step) < Math.abs(points[best][0] - step) ? at : best), 0));
+      const distances = points.map(([at]) => Math.abs(at - step));
+      this.mark(distances.indexOf(Math.min(...distances)));
     });
     this.svg.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -302,8 +315,10 @@ class Curve {
   step(x) { const [low, high] = this.range.steps; return low + ((x - 44) / 270) * (high - low); }
 
   draw(weight) {
-    this.smooth = smoothed(this.points.map(([, value]) => value), weight);
-    const path = (values) => this.points.map(([step], at) => `${at ? "L" : "M"}${this.x(step).toFixed(1)} ${this.y(values[at]).toFixed(1)}`).join("");
+    const values = this.points.map(([, value]) => value);
+    this.smooth = smoothed(values, weight);
+    const place = (of, at) => `${this.x(this.points[at][0]).toFixed(1)} ${this.y(of[at]).toFixed(1)}`;
+    const path = (of) => `M${this.points.map((_, at) => place(of, at)).join("L")}`;
     const [low, high] = this.range.values;
     const ticks = [low, (low + high) / 2, high].flatMap((value) => [
       make("line", { class: "grid", x1: 44, x2: 314, y1: this.y(value), y2: this.y(value) }),
@@ -313,7 +328,7 @@ class Curve {
     const ends = [make("text", { x: 44, y: 142 }, `step ${first}`)];
     if (last > first) ends.push(make("text", { x: 314, y: 142, "text-anchor": "end" }, String(last)));
     const lines = this.points.length > 1
-      ? [make("path", { class: "raw", d: path(this.points.map(([, value]) => value)) }), make("path", { class: "smooth", d: path(this.smooth) })]
+      ? [make("path", { class: "raw", d: path(values) }), make("path", { class: "smooth", d: path(this.smooth) })]
       : [make("circle", { cx: this.x(first), cy: this.y(this.points[0][1]), r: 3 })];
     this.marker = make("line", { class: "at", y1: 8, y2: 122, visibility: "hidden" });
     this.svg.replaceChildren(...ticks, ...ends, ...lines, this.marker);
@@ -341,7 +356,10 @@ async function start() {
   if (one("#curves")) {
     const curves = page.curves.map((curve) => new Curve(curve));
     const weight = one("#curves input");
-    const draw = () => { one("#curves output").textContent = Number(weight.value).toFixed(2); curves.forEach((curve) => curve.draw(Number(weight.value))); };
+    const draw = () => {
+      one("#curves output").textContent = Number(weight.value).toFixed(2);
+      curves.forEach((curve) => curve.draw(Number(weight.value)));
+    };
     weight.addEventListener("input", draw);
     draw();
     one("#curves > div").append(...curves.map((curve) => curve.element));

@@ -12,8 +12,8 @@ from chromium import Page, opened
 from PIL import Image
 
 SHOTS = {  # width of the window, section, and height that is kept
-    "explorer-1200": (1200, "hidden-positives", 1400),
-    "explorer-400": (400, "hidden-positives", 1560),
+    "explorer-1200": (1200, "hidden-positives", 1090),
+    "explorer-400": (400, "hidden-positives", 1380),
     "segmentations-1200": (1200, "segmentations", 1100),
     "classes-1200": (1200, "classes", 1000),
     "training-1200": (1200, "training", 1000),

@@ -282,6 +282,7 @@ def test_local_weights_and_nearest_patches(page, batch):
     assert float(first.text.split("\n")[0]) == pytest.approx(float(similarity.max()), abs=0.011)
     page.centred(first).click()
     chosen = int(page.one("#explorer").get_attribute("data-anchor"))
+    assert page.run("return document.activeElement === explorer.figures[arguments[0]].canvas", chosen // 20)
     assert float(similarity[chosen]) == pytest.approx(float(similarity.max()), abs=0.011)
 
 
@@ -434,6 +435,7 @@ def test_without_scripts_it_can_be_read(chromium, finished):
         text = chromium.find_element(By.TAG_NAME, "body").text
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        chromium.get("about:blank")  # the next test is to load the page anew
     for expected in (
         "needs JavaScript",
         "IoU of each class",
