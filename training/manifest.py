@@ -111,4 +111,4 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and entry.keys() & {"program", "outputs"} else None
+    return entry if isinstance(entry, dict) and ("program" in entry or {"image", "outputs"} <= entry.keys()) else None

@@ -9,9 +9,10 @@ import argparse
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,44 @@ def read_ahead(files: Sequence[Path], number: int) -> Iterator[list[tuple[Path, 
             ahead = following
         if ahead is not None:
             yield ahead.result()
+
+
+def predict_all(
+    todo: Mapping[Path, Mapping[str, Path]],
+    number: int,
+    segment: Callable[[list[Image.Image]], list[Prediction]],
+    write: Callable[[Path, Image.Image, Prediction], None],
+    bar: tqdm,
+) -> list[str]:
+    """Segment the photographs that are the keys of `todo`, `number` at a time, and write their pictures, the values.
+
+    Returns:
+        which are left out, and why.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    bad = []
+    for some in read_ahead(list(todo), number):
+        good = [(file, photograph) for file, photograph in some if isinstance(photograph, Image.Image)]
+        bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
+        try:
+            found = segment([photograph for _, photograph in good])
+        except ValueError as error:
+            bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
+            good, found = [], []
+        for (file, photograph), prediction in zip(good, found, strict=True):
+            try:
+                write(file, photograph, prediction)
+            except OSError as error:
+                for path in todo[file].values():  # some may be of an earlier run
+                    with suppress(OSError):
+                        path.unlink()
+                if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
+                    raise
+                bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
+        bar.update(len(some))
+    return bad
 
 
 def _number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
@@ -133,28 +172,16 @@ def run(options: argparse.Namespace) -> None:
     images = {file: display_name(file.relative_to(top).as_posix()) for file in planned}
     if any(path.stem.startswith(file.name) for file, paths in planned.items() for path in paths.values()):
         print("photographs that differ in their extension alone keep it in the names of their predictions")
+    segment = partial(predict_together, config, backbone, state, kind=kind, scale=options.scale, batch=options.batch)
     with _alone(out):
         manifest = Manifest(out, _settings(options, config, names, ids), _about(options, state), list(images.values()))
-        todo = [file for file, paths in planned.items() if not manifest.done(images[file], file, paths)]
-        bad = []
+        todo = {file: paths for file, paths in planned.items() if not manifest.done(images[file], file, paths)}
+
+        def write(file: Path, photograph: Image.Image, found: Prediction) -> None:
+            manifest.add(images[file], file, todo[file], writer.write(photograph, found, todo[file]))
+
         with tqdm(total=len(planned), initial=len(planned) - len(todo), desc="predict", unit="image") as bar:
-            for some in read_ahead(todo, together):
-                good = [pair for pair in some if isinstance(pair[1], Image.Image)]
-                bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
-                pictures = [picture for _, picture in good]
-                try:
-                    found = predict_together(config, backbone, state, pictures, kind, options.scale, options.batch)
-                except ValueError as error:
-                    bad += [f"{display_name(file)} cannot be segmented: {error}" for file, _ in good]
-                    good, found = [], []
-                for (file, photograph), prediction in zip(good, found, strict=True):
-                    try:
-                        about = writer.write(photograph, prediction, planned[file])
-                        manifest.add(images[file], file, planned[file], about)
-                    except OSError as error:
-                        bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
-                        _undo(planned[file].values(), error)
-                bar.update(len(some))
+            bad = predict_all(todo, together, segment, write, bar)
         manifest.write()
         if "coco" in ids:
             write_panoptic(out, manifest.entries(), ids["coco"], options.things)
@@ -176,19 +203,6 @@ def _alone(out: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(f"--out {display_name(out)} is being written by another process") from error
-
-
-def _undo(paths: Iterable[Path], error: OSError) -> None:
-    """Remove the pictures of a photograph of which one could not be written, as the others may be of an earlier run.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
-    if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
-        raise error
 
 
 def _why(error: ValueError) -> str:

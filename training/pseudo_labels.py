@@ -41,7 +41,8 @@ def class_ids(kind: str, names: Sequence[str], own: Mapping[str, int | None] | N
             "coco" one more, as its ids begin with 1.
 
     Raises:
-        ValueError: `own` does not name these classes, they are not those of Cityscapes, or are too many.
+        ValueError: `own` does not name these classes, they are not those of Cityscapes or are too many, or ids are
+            the same in "coco".
     """
     if own is not None:
         wrong = sorted(own.keys() ^ set(names))
@@ -49,6 +50,9 @@ def class_ids(kind: str, names: Sequence[str], own: Mapping[str, int | None] | N
             raise ValueError(f"--ids must have an id, or null, for each of {', '.join(names)}, got {', '.join(own)}")
         if IGNORED[kind] in own.values():
             raise ValueError(f"--ids must not have {IGNORED[kind]} in {kind}, which is what is ignored there")
+        given = [own[name] for name in names if own[name] is not None]
+        if kind == "coco" and len(set(given)) < len(given):
+            raise ValueError("--ids must be different in coco, where each is a category of one name")
         return {name: own[name] for name in names}
     if len(names) > VOID - 1:
         raise ValueError(f"pseudo-labels have one byte a pixel, enough for {VOID - 1} classes, got {len(names)}")

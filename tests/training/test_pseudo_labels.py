@@ -155,5 +155,8 @@ def test_ids_of_ones_own(tmp_path):
         class_ids("cityscapes", ["a", "sky", "b"])
     assert class_ids("cityscapes", ["sky", "road"]) == {"sky": 23, "road": 7}
     assert class_ids("coco", ["a", "b"]) == {"a": 1, "b": 2}
+    assert class_ids("cityscapes", ["a", "b"], {"a": 8, "b": 8}) == {"a": 8, "b": 8}
+    with pytest.raises(ValueError, match="--ids must be different in coco"):
+        class_ids("coco", ["a", "b"], {"a": 8, "b": 8})
     with pytest.raises(ValueError, match="enough for 254 classes, got 255"):
         class_ids("labels", [str(index) for index in range(255)])
