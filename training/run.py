@@ -152,7 +152,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is None:
         remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
     remove_partial(output)
-    sha256 = checkpoint.write_backbone(output, weights)
+    sha256 = (saved or {}).get("backbone_sha256") or checkpoint.write_backbone(output, weights)
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every, planned, images, sha256)
 
 
