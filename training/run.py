@@ -158,12 +158,14 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device, scored=True)
-    sha256 = checkpoint.sha256_of(weights)
+    written = (saved or {}).get("backbone_sha256")
+    sha256 = written or checkpoint.sha256_of(weights)
     if parallel.is_first():
         if saved is None:
             remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
         remove_partial(output)
-        checkpoint.write_backbone(output, weights, sha256)
+        if written is None:
+            checkpoint.write_backbone(output, weights, sha256)
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every, planned, images, sha256)
 
 

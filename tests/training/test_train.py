@@ -14,7 +14,8 @@ from training import evaluate as evaluation
 from training import progress
 from training import train as loop
 from training.data import batch_of_step
-from training.results import anchor_positives, write_results
+from training.explorer import explored
+from training.results import write_results
 from training.run import load_run, open_run, open_trained, resolve_device
 from training.train import train, train_step
 
