@@ -100,7 +100,7 @@ class FeatureBank:
         self.workers = workers
         self.windows = windows
         self.clock = Clock(device)
-        self._is_finite = precision == torch.float32  # half precision may overflow, which shows in the first batch
+        self._checked = precision == torch.float32  # half precision may overflow: the first features are looked at
         self._coming: Ahead | None = None
         self._recent: deque[_Recent] = deque(maxlen=2)  # STEGO's loss asks for other images in between
         where = cache_dir if cache == "disk" else None
@@ -139,19 +139,19 @@ class FeatureBank:
             views: photometric views of them will be.
             labels: their labels will be.
         """
-        before = self._coming
         pixels = self._kept is None or (views and not self._views)
         labels = labels and self._labels is None
+        if not self.workers or not (pixels or labels):
+            yield
+            return
         pin = self.device.type == "cuda"
-        if self.workers and (pixels or labels):
-            self._coming = Ahead(self.data, batches, self.workers, pixels=pixels, labels=labels, pin=pin)
-        mine = self._coming
+        coming = Ahead(self.data, batches, self.workers, pixels=pixels, labels=labels, pin=pin)
+        before, self._coming = self._coming, coming
         try:
             yield
         finally:
-            if mine is not None and mine is not before:
-                mine.close()
             self._coming = before
+            coming.close()
 
     def labels(self, images: Tensor) -> Tensor | None:
         """Labels (B, h, w) int64 of the images with these indices, -1 where unknown; None for a set without labels."""
@@ -206,13 +206,15 @@ class FeatureBank:
         if self._kept is not None:
             tokens = self._kept.tokens
             return tokens[images.to(tokens.device), positions.to(tokens.device)].to(self.device).float()
-        found = []
-        chunks = images.split(CHUNK)
+        found = torch.empty(len(images), self.backbone.features_dim, device=self.device)
+        different, place = images.unique(return_inverse=True)
+        chunks = different.split(CHUNK)
         with self.ahead(chunks, views=False, labels=False):
-            for some, at in zip(chunks, positions.split(CHUNK), strict=True):
+            for number, some in enumerate(chunks):
                 tokens = self._compute(self._pixels(some), weights=False).tokens
-                found.append(tokens[torch.arange(len(some), device=tokens.device), at.to(tokens.device)])
-        return torch.cat(found)
+                rows = (place // CHUNK == number).nonzero()[:, 0]
+                found[rows] = tokens[(place[rows] % CHUNK).to(self.device), positions[rows].to(self.device)]
+        return found
 
     def _of(self, kept: Tensor, images: Tensor) -> Tensor:
         return kept[images.to(kept.device)].to(self.device).float()  # half as much to copy, where it is float16
@@ -253,11 +255,11 @@ class FeatureBank:
                 backend=self.backend,
                 precision=self.precision,
             )
-        if not (self._is_finite or found.tokens.isfinite().all()):
+        if not (self._checked or found.tokens.isfinite().all()):
             raise ValueError(
                 "config: `backbone.precision` must be bfloat16 or float32, as features are beyond float16 or not finite"
             )
-        self._is_finite = True
+        self._checked = True
         return found
 
     @torch.no_grad()

@@ -182,6 +182,17 @@ def test_half_precision_gives_nearly_the_same_features(tiny_config):
             assert (one - other).norm() < tolerance * one.norm()
 
 
+def test_patches_of_a_pool_run_the_backbone_once_an_image(folder_config, monkeypatch):
+    bank = open_run(folder_config("run", pool={"size": 70, "renew_every": 2})).train_bank
+    tokens = bank.get(torch.arange(6)).tokens
+    images, positions = torch.arange(70) * 5 % 6, torch.arange(70) % 20
+    computed = []
+    compute = bank._compute
+    monkeypatch.setattr(bank, "_compute", lambda some, **rest: (computed.append(len(some)), compute(some, **rest))[1])
+    torch.testing.assert_close(bank.patches(images, positions), tokens[images, positions])
+    assert sum(computed) == 6
+
+
 def test_features_beyond_half_precision_are_refused(tiny_config, monkeypatch):
     config = tiny_config(backbone=BACKBONE | {"precision": "float16"})
     run_features = features.features_of
