@@ -97,7 +97,7 @@ def of_rank(rank, folder):
     run = opened(folder)
     found = {name: take_steps(run, name) for name in RUNS}
     found["share"] = parallel.share(4)
-    found["any"] = [parallel.any_rank(flag) for flag in (False, rank == 1, True)]
+    found["greatest"] = parallel.greatest(15 if rank == 1 else 0)
     for key, edit in {"few": {"batch_size": 2}, "other": {"optim": {"head_lr": rank + 1}}}.items():
         found[key] = raised(open_run, config_from_dict(values_of(folder, **edit)))
     del run.train_bank.labels  # all pixels are labelled again
@@ -154,10 +154,10 @@ def test_one_rank_scores_and_writes(of_ranks, folder):
     assert len(list((folder / "published" / "tensorboard").iterdir())) == 1
 
 
-def test_shares_and_flags(of_ranks):
+def test_shares_and_numbers(of_ranks):
     assert [found["share"] for found in of_ranks] == [(0, 2, 4), (2, 3, 4), (3, 4, 4)]
-    assert [found["any"] for found in of_ranks] == [[False, True, True]] * RANKS
-    assert parallel.shares(4) == [(0, 4, 4)] and parallel.any_rank(True) and not parallel.any_rank(False)
+    assert [found["greatest"] for found in of_ranks] == [15] * RANKS
+    assert parallel.shares(4) == [(0, 4, 4)] and parallel.greatest(2) == 2
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(of_ranks):
