@@ -75,11 +75,9 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat((everything[:first], rows, everything[first + len(rows) :]))
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; all must call it, at the same place of the same step."""
-    if ranks_of() == 1:
-        return flag
-    return bool(total(torch.tensor(int(flag))))
+def greatest(number: int) -> int:
+    """The greatest `number` of any rank; all must call it, at the same place of the same step."""
+    return int(gathered_rows(torch.tensor([number])).rows.max())
 
 
 def meet() -> None:

@@ -125,4 +125,5 @@ def _leave(program: str, text: str) -> NoReturn:
         sys.exit(1)
     text = text.removeprefix(f"{program}: ").partition("Exception raised from")[0]  # what follows are frames of C++
     sentence = " ".join(text.split())
-    sys.exit(f"{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")
+    line = "" if parallel.is_first() else "\n"  # after the bar of the first rank
+    sys.exit(f"{line}{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")

@@ -14,10 +14,13 @@ import torch.distributed as dist
 import yaml
 from ranks import raised, run_ranks
 from tiny import tiny_values
+from torch.nn import functional as F
 
+import hpkernels
 from training import checkpoint, parallel
 from training.config_file import config_from_dict
 from training.data import batch_of_step
+from training.results import write_results
 from training.run import open_run, resolve_device
 from training.schedule import seed_step
 from training.state import TrainingState
@@ -40,9 +43,9 @@ RUNS = {
 
 
 def values_of(folder, name="hp", **top):
-    """A run with dropout and lambda above 0 from its second step on, which computes features in every step."""
+    """A run with dropout, lambda above 0 from its second step on, and photometric views that are made in each step."""
     pool = {"size": 31, "renew_every": 2}
-    backbone = tiny_values("")["backbone"] | {"cache": False, "views": 0}
+    backbone = tiny_values("")["backbone"] | {"views": 0}
     return tiny_values(folder / name, warmup=1, backbone=backbone, pool=pool) | RUNS[name] | top
 
 
@@ -61,14 +64,22 @@ def opened(folder):
     return run
 
 
-def take_steps(run, name):
-    """All that a few steps of one of `RUNS` leave on this rank, by name; with the images and backbone of `run`."""
-    config = config_from_dict(values_of(run.checkpoint_path.parent, name))
+def at_its_start(run, name):
+    """One of `RUNS` with the images and the backbone of `run`."""
+    config = config_from_dict(values_of(run.checkpoint_path.parents[1], name))
     torch.manual_seed(0)
     state = TrainingState(config, run.backbone.features_dim, run.state.clusters, run.device)
     state.pools.fill_agnostic(run.train_bank, seed_step(0, -1))
-    run = replace(run, config=config, state=state)
-    left = {"agnostic pool": state.pools.agnostic().clone()}
+    return replace(run, config=config, state=state)
+
+
+def take_steps(run, name):
+    """All that a few steps of one of `RUNS` leave on this rank, by name."""
+    run = at_its_start(run, name)
+    state, images = run.state, batch_of_step(0, len(run.train_bank), 4, 0)
+    own = F.normalize(run.train_bank.get(parallel.share(4).of(images)).tokens, dim=-1).flatten(0, 1)
+    threshold = hpkernels.masked_topk(own, state.pools.agnostic()).values
+    left = {"agnostic pool": state.pools.agnostic().clone(), "thresholds": parallel.gathered(threshold)}
     for step in range(STEPS):
         terms = train_step(run, batch_of_step(step, len(run.train_bank), 4, 0))
         left |= {f"term {step} {term}": value for term, value in terms.items()}
@@ -86,10 +97,11 @@ def of_rank(rank, folder):
     run = opened(folder)
     found = {name: take_steps(run, name) for name in RUNS}
     found["share"] = parallel.share(4)
-    found["any"] = [parallel.any_rank(flag) for flag in (False, rank == 1, True)]
+    found["greatest"] = parallel.greatest(15 if rank == 1 else 0)
     for key, edit in {"few": {"batch_size": 2}, "other": {"optim": {"head_lr": rank + 1}}}.items():
         found[key] = raised(open_run, config_from_dict(values_of(folder, **edit)))
     del run.train_bank.labels  # all pixels are labelled again
+    train(at_its_start(run, "published"))
     save = run.save
 
     def save_and_stop():
@@ -126,16 +138,26 @@ def test_steps_are_those_of_one_process(of_ranks, one_process, name):
     assert first.keys() == expected.keys()
     for key, value in expected.items():
         assert all(torch.equal(first[key], other[key]) for other in others), f"ranks differ in {key}"
-        if key in ("agnostic pool", "specific pool 0"):  # later ones are those of a head that rounding has reached
+        if key in (
+            "agnostic pool",
+            "thresholds",
+            "specific pool 0",
+        ):  # later ones are those of a head that rounding has reached
             assert torch.equal(first[key], value), key
         error = (first[key] - value).abs().max() / value.abs().max().clamp(min=1e-3)
         assert error < 2e-6, f"{key}: {error:.1e}"
 
 
-def test_shares_and_flags(of_ranks):
+def test_one_rank_scores_and_writes(of_ranks, folder):
+    left = sorted(path.name for path in (folder / "published").iterdir())
+    assert {"best.pt", "checkpoint.pt"} <= set(left) and not [name for name in left if name.endswith(".partial")]
+    assert len(list((folder / "published" / "tensorboard").iterdir())) == 1
+
+
+def test_shares_and_numbers(of_ranks):
     assert [found["share"] for found in of_ranks] == [(0, 2, 4), (2, 3, 4), (3, 4, 4)]
-    assert [found["any"] for found in of_ranks] == [[False, True, True]] * RANKS
-    assert parallel.shares(4) == [(0, 4, 4)] and parallel.any_rank(True) and not parallel.any_rank(False)
+    assert [found["greatest"] for found in of_ranks] == [15] * RANKS
+    assert parallel.shares(4) == [(0, 4, 4)] and parallel.greatest(2) == 2
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(of_ranks):
@@ -182,10 +204,13 @@ def test_torchrun_goes_on_with_a_run_of_another_number_of_ranks(of_ranks, one_pr
     for ours, expected in zip(several["history"], one_process.state.history, strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert ours["linear_probe"] == pytest.approx(expected["linear_probe"], rel=1e-5)
+    _, metrics = write_results(one_process)
+    scores = json.loads((output / "metrics.json").read_text())["hp"]
+    for name in ("cluster_probe", "linear"):
+        assert scores[name]["accuracy"] == pytest.approx(metrics["hp"][name]["accuracy"], abs=0.5)
     for name in ("head", "ema_head", "specific_pool", "linear_probe", "cluster_probe"):
         for key, value in one_process.state.modules[name].state_dict().items():
             torch.testing.assert_close(several["modules"][name][key], value, rtol=1e-4, atol=1e-5)
-    assert json.loads((output / "metrics.json").read_text())["hp"]["linear"]["accuracy"] > 0
 
 
 def test_the_device_of_a_rank(monkeypatch):

@@ -78,13 +78,13 @@ def test_ema_follows_the_head(tiny_run):
 def test_lambda_and_renewals_come_at_the_right_steps(tiny_run, monkeypatch):
     run = tiny_run(steps=6, warmup=2, pool={"size": 32, "renew_every": 2})
     weights, renewed = [], []
-    contrastive, renew = hpkernels.ghp_contrastive, run.state.pools.renew_specific
+    contrastive, renew = hpkernels.distributed.ghp_contrastive, run.state.pools.renew_specific
 
     def watch(*arguments, **keywords):
         weights.append((keywords["specific_weight"], keywords["specific"] is not None))
         return contrastive(*arguments, **keywords)
 
-    monkeypatch.setattr(hpkernels, "ghp_contrastive", watch)
+    monkeypatch.setattr(hpkernels.distributed, "ghp_contrastive", watch)
     monkeypatch.setattr(run.state.pools, "renew_specific", lambda *a: (renewed.append(run.state.step), renew(*a)))
     train(run)
     assert weights == [(0.0, False), (0.0, False), (0.25, True), (0.5, True), (0.75, True), (1.0, True)]
@@ -110,8 +110,10 @@ def test_pools_hold_unit_vectors_of_training_patches(tiny_run):
 def test_ablations_leave_out_what_they_name(tiny_run, monkeypatch, switches, branches, consistency):
     run = tiny_run(warmup=0, loss=switches)
     seen = {}
-    contrastive = hpkernels.ghp_contrastive
-    monkeypatch.setattr(hpkernels, "ghp_contrastive", lambda *a, **k: (seen.update(k), contrastive(*a, **k))[1])
+    contrastive = hpkernels.distributed.ghp_contrastive
+    monkeypatch.setattr(
+        hpkernels.distributed, "ghp_contrastive", lambda *a, **k: (seen.update(k), contrastive(*a, **k))[1]
+    )
     terms = train_step(run, batch(run))
     assert 1 + (seen["z_mixed"] is not None) == branches
     assert ("consistency" in terms) == consistency
