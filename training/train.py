@@ -5,7 +5,6 @@ python -m training.train --config training/configs/camvid.yaml data.root=DIR out
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -193,7 +192,7 @@ def train(run: Run) -> None:
                 progress.log(step, figures_of_step(run, images, terms) | {"lambda": lam})
             state.seconds = progress.seconds
             validate(run, progress)
-            stop = parallel.any_rank(stopping.requested())
+            stop = parallel.greatest(stopping.number or 0)  # the signal that asked a rank to
             if state.step % config.checkpoint_every == 0 or last or stop:
                 progress.flush()  # a step that the state has is never logged again
                 run.save()
@@ -201,7 +200,7 @@ def train(run: Run) -> None:
                 parallel.meet()  # torchrun ends all ranks when one ends
                 raise Stopped(
                     f"stopped after step {state.step} of {run.steps}, which is saved: the same command goes on",
-                    stopping.number or signal.SIGTERM,  # which another rank received
+                    stop,
                 )
 
 
