@@ -118,7 +118,8 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
                 done = (folder / "metrics.json").is_file()
                 (finished if done else unfinished).setdefault(folder.resolve(), folder)
     if not finished:
-        raise ValueError(f"no run is finished: no metrics.json in {', '.join(map(str, unfinished.values())) or 'a page'}")
+        where = ", ".join(map(str, unfinished.values())) or "a page"
+        raise ValueError(f"no run is finished: no metrics.json in {where}")
     return [*finished.values()], [*unfinished.values()]
 
 
