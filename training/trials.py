@@ -98,25 +98,28 @@ class Group(NamedTuple):
 
 
 def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The folders of finished runs, each once, and those of runs that are not finished.
+    """The folders of finished runs, each once, and those that hold none, as of a run that has just begun.
 
     Raises:
-        ValueError: nothing is there, or no run in it is finished.
+        ValueError: a folder is not there, or no run is finished.
     """
     finished: dict[Path, Path] = {}
     unfinished: dict[Path, Path] = {}
     for path in map(str, paths):
         found = sorted(map(Path, glob.glob(path))) or [Path(path)]
         for place in found:
+            if place.suffix == ".html":  # a page of before, which runs/* also matches
+                continue
             place = place.parent if place.name == "metrics.json" else place
-            folders = [place] if _is_run(place) else sorted(filter(_is_run, place.glob("*")))
-            if not folders:
-                raise ValueError(f"{place} must be the folder of a run or hold such folders; there is no metrics.json")
+            if not place.is_dir():
+                raise ValueError(f"{place} must be the folder of a run or hold such folders; it is no folder")
+            folders = [place] if _is_run(place) else sorted(filter(_is_run, place.glob("*"))) or [place]
             for folder in folders:
                 done = (folder / "metrics.json").is_file()
                 (finished if done else unfinished).setdefault(folder.resolve(), folder)
     if not finished:
-        raise ValueError(f"no run is finished: {', '.join(map(str, unfinished.values()))} have no metrics.json")
+        where = ", ".join(map(str, unfinished.values())) or "a page"
+        raise ValueError(f"no run is finished: no metrics.json in {where}")
     return [*finished.values()], [*unfinished.values()]
 
 

@@ -142,10 +142,11 @@ def test_names_come_from_folders_or_from_what_differs(leave, tmp_path):
 def test_runs_are_found_by_folder_parent_pattern_and_file(leave, two_groups, tmp_path):
     (two_groups / "cut").mkdir()
     (two_groups / "cut" / "checkpoint.pt").touch()
-    (two_groups / "notes").mkdir()
     for paths in ([two_groups], [two_groups / "*_s*", two_groups / "cut"]):
         finished, unfinished = find_runs(paths)
         assert len(finished) == 10 and unfinished == [two_groups / "cut"]
+    (two_groups / "hp_s5").mkdir()  # a run that has just begun
+    assert find_runs([two_groups / "hp_s*"])[1] == [two_groups / "hp_s5"]
     single = find_runs([two_groups / "hp_s0" / "metrics.json", two_groups / "hp_s0", two_groups / "hp_s0" / "."])
     assert single == ([two_groups / "hp_s0"], [])
     assert f"left out, as not finished: {two_groups / 'cut'}" in compare([two_groups]).notes
@@ -204,7 +205,7 @@ def test_a_file_that_is_no_result_is_named(leave, tmp_path, capsys, content, sen
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["{}/nothing"], "nothing must be the folder of a run or hold such folders"),
+        (["{}/nothing"], "nothing must be the folder of a run or hold such folders; it is no folder"),
         (["{}", "--against", "hq"], "--against must be baseline or one of hp, other, got hq"),
         (
             ["{}", "--metric", "kmeans.accuracy,kmeans.moiu"],
@@ -224,13 +225,14 @@ def test_mistakes_are_one_sentence(leave, two_groups, arguments, sentence):
 
 def test_only_unfinished_runs(tmp_path):
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no run is finished: .*run have no metrics.json"):
+    with pytest.raises(ValueError, match="no run is finished: no metrics.json in .*run"):
         compare([tmp_path])
 
 
 def test_the_page_holds_everything_and_needs_nothing(leave, two_groups, capsys):
     program.main([str(two_groups), "--json"])
     printed = json.loads(capsys.readouterr().out)
+    program.main([str(two_groups / "*")])  # of which the page is one now
     assert printed["rows"]["other"]["kmeans.miou"]["difference"]["p"] > 0.05
     page = (two_groups / "compare.html").read_text()
     assert "http" not in page and "<script" not in page and "src=" not in page
