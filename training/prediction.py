@@ -17,7 +17,7 @@ from training.config import Config
 from training.crf import refined
 from training.data import image_size, resized
 from training.evaluate import HEADLINE
-from training.inference import Windows, blended_strips, features_of, fitted_size
+from training.inference import Windows, blended_strips, features_of, fitted_size, precision_of
 from training.model import to_map, to_rows
 from training.photographs import read_rgb
 from training.run import scoring_windows
@@ -85,13 +85,13 @@ def predict_together(
     if not photographs:
         return []
     how, device = config.evaluation, state.device
-    windows = windows_of(config, backbone, scale)
+    windows, precision = windows_of(config, backbone, scale), precision_of(config.backbone.precision, device)
     full = [(photograph.height, photograph.width) for photograph in photographs]
     size = fitted_size(full[0], image_size(config, "val"), windows, backbone.patch_size, scale)
     images = torch.stack([resized(photograph, size) for photograph in photographs])
 
     def tokens(pixels: Tensor) -> Tensor:
-        of = features_of(backbone, pixels.to(device).float() / 255, weights=False).tokens
+        of = features_of(backbone, pixels.to(device).float() / 255, weights=False, precision=precision).tokens
         return to_map(of, backbone.grid(tuple(pixels.shape[2:])))
 
     def strips(pixels: Tensor) -> Iterator[Tensor]:
