@@ -70,7 +70,9 @@ def at_its_start(run, name):
     torch.manual_seed(0)
     state = TrainingState(config, run.backbone.features_dim, run.state.clusters, run.device)
     state.pools.fill_agnostic(run.train_bank, seed_step(0, -1))
-    return replace(run, config=config, state=state)
+    run = replace(run, config=config, state=state)
+    run.checkpoint_path.parent.mkdir(exist_ok=True)
+    return run
 
 
 def take_steps(run, name):
