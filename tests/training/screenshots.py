@@ -33,7 +33,7 @@ def main(report: Path, folder: Path) -> None:
             picture = Image.open(io.BytesIO(page.one(f"#{section}").screenshot_as_png)).convert("RGB")
             picture = picture.crop((0, 0, picture.width, min(picture.height, height)))
             file = folder / f"report-{name}.png"
-            for most in (255, 63, 31, 15):  # the greatest value of a channel, before it is spread again
+            for most in (255, 63, 31, 23, 15):  # the greatest value of a channel, before it is spread again
                 coarse = picture.point([round(value / 255 * most) * 255 // most for value in range(256)] * 3)
                 coarse.save(file, optimize=True)
                 if file.stat().st_size <= MOST_BYTES:

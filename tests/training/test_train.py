@@ -14,7 +14,7 @@ from training import evaluate as evaluation
 from training import progress
 from training import train as loop
 from training.data import batch_of_step
-from training.explorer import explored
+from training.explorer import explore
 from training.results import write_results
 from training.run import load_run, open_run, open_trained, resolve_device
 from training.train import train, train_step
@@ -202,7 +202,8 @@ def test_the_report_uses_the_backend_of_the_run(tiny_run, monkeypatch):
     for name in ("masked_topk", "hidden_positives"):
         op = getattr(hpkernels, name)
         monkeypatch.setattr(hpkernels, name, lambda *a, op=op, **k: (used.add(k.get("backend")), op(*a, **k))[1])
-    explored(run)
+    run.state.pools.renew_specific(run.train_bank, run.state.ema_head, torch.Generator().manual_seed(0))
+    explore(run, 2)
     assert used == {"reference"}
 
 
