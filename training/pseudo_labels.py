@@ -103,7 +103,7 @@ def label_map(
     for value, id_ in enumerate(ids):
         table[value] = ignored if id_ is None else id_
     labels = table[classes]
-    labels[confidence < least * 255] = ignored
+    labels[confidence < np.ceil(least * 255 - 1e-6)] = ignored  # a limit of n / 255 is met by n, however it was rounded
     return labels
 
 

@@ -125,6 +125,9 @@ def test_many_segments_take_more_than_one_byte():
 def test_confidence_at_the_limit_is_enough():
     classes, confidence = np.zeros((1, 3), np.uint8), np.array([[127, 128, 129]], np.uint8)
     assert label_map(classes, confidence, [5], 255, 128 / 255).tolist() == [[255, 5, 5]]
+    for value in range(256):
+        one = np.full((1, 1), value, np.uint8)
+        assert label_map(np.zeros_like(one), one, [5], 255, value / 255).item() == 5
     assert label_map(classes, confidence, [5], 255, 0).tolist() == [[5, 5, 5]]
 
 
