@@ -40,7 +40,12 @@ from training.state import TrainingState
 __all__ = ["Prediction", "main", "predict", "run"]
 
 # Keys that a checkpoint does not settle.
-_EDITABLE = ("data.size", *(f"evaluation.{key}" for key in ("size", "flip", "window", "stride", "crf")), "backend")
+_EDITABLE = (
+    "data.size",
+    *(f"evaluation.{key}" for key in ("size", "flip", "window", "stride", "crf")),
+    "backend",
+    "backbone.precision",
+)
 
 
 def read_ahead(files: Sequence[Path], number: int) -> Iterator[list[tuple[Path, Image.Image | ValueError]]]:
@@ -238,6 +243,7 @@ def _settings(
         "checkpoint": sha256(options.checkpoint),
         **{name: getattr(options, name) for name in chosen},
         "data.size": config.data.size,
+        "backbone.precision": config.backbone.precision,
         "evaluation": config.evaluation.model_dump(include={"size", "flip", "window", "stride", "crf"}),
         "classes": names,
         "ids": ids,

@@ -92,6 +92,8 @@ def predict_together(
 
     def tokens(pixels: Tensor) -> Tensor:
         of = features_of(backbone, pixels.to(device).float() / 255, weights=False, precision=precision).tokens
+        if precision != torch.float32 and not of.isfinite().all():
+            raise ValueError("config: `backbone.precision` must be bfloat16 or float32, as features are beyond float16")
         return to_map(of, backbone.grid(tuple(pixels.shape[2:])))
 
     def strips(pixels: Tensor) -> Iterator[Tensor]:
