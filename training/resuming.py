@@ -44,20 +44,6 @@ def check_same(config: Config, saved: dict[str, Any]) -> None:
         raise ValueError(f"{config.output} holds a run that differs in {', '.join(differing)}; {_ELSE}")
 
 
-def check_length(config: Config, steps: int, done: int) -> None:
-    """Refuse a run of fewer steps than are done.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if steps < done:
-        key = "epochs" if config.steps is None else "steps"
-        raise ValueError(
-            f"config: `{key}` gives {steps} steps, and the run in {config.output} has done {done}: give at least as"
-            " many, or start anew with --fresh"
-        )
-
-
 def identity(data: SegmentationData) -> dict[str, Any]:
     """What tells the images of a data set from others, wherever they lie: names, and sizes of files in bytes.
 

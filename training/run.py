@@ -27,7 +27,7 @@ from training.features import FeatureBank
 from training.inference import Windows
 from training.objectives import check_objective
 from training.output import check_output, check_space, prepare_folder, remove_partial, remove_run
-from training.resuming import check_images, check_length, check_same, identity
+from training.resuming import check_images, check_same, identity
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 
@@ -105,7 +105,7 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     if saved is not None:
         with _restoring(where):
             planned, done = saved["config"]["steps"] or saved["config"]["epochs"] * every, saved["state"]["step"]
-        check_length(config, steps, done)
+        _check_length(config, steps, done)
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
     number = clusters(train_data, config)
@@ -309,6 +309,16 @@ def _own_weights(config: Config, saved: dict[str, Any] | None) -> BackboneConfig
     if saved is not None:
         backbone.pretrained, backbone.weights = False, None
     return backbone
+
+
+def _check_length(config: Config, steps: int, done: int) -> None:
+    """Refuse a run of fewer steps than are done."""
+    if steps < done:
+        key = "epochs" if config.steps is None else "steps"
+        raise ValueError(
+            f"config: `{key}` gives {steps} steps, and the run in {config.output} has done {done}: give at least as"
+            " many, or start anew with --fresh"
+        )
 
 
 def clusters(data: SegmentationData, config: Config) -> int:
