@@ -50,7 +50,7 @@ class Run:
     state: TrainingState
     steps: int
     steps_per_epoch: int
-    planned_steps: int  # of the run that goes on, which may have been fewer or more
+    planned_steps: int  # what `steps` was before the run went on
     images: dict[str, Any]  # `identity` of the training images
     backbone_sha256: str
     cluster_centres: Tensor | None = None  # (C, Df), of `loss.objective=clusters`, once they were needed
@@ -111,14 +111,8 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
     steps = planned = config.steps or config.epochs * every
     if saved is not None:
         with _restoring(where):
-            planned = saved["config"]["steps"] or saved["config"]["epochs"] * every
-            done = saved["state"]["step"]
-        if steps < done:
-            key = "epochs" if config.steps is None else "steps"
-            raise ValueError(
-                f"config: `{key}` gives {steps} steps, and the run in {config.output} has done {done}: give at least as"
-                " many, or start anew with --fresh"
-            )
+            planned, done = saved["config"]["steps"] or saved["config"]["epochs"] * every, saved["state"]["step"]
+        _check_length(config, steps, done)
     if config.warmup >= steps:
         raise ValueError(f"config: `warmup` must be less than the {steps} steps of the run, got {config.warmup}")
     number = clusters(train_data, config)
@@ -332,6 +326,16 @@ def _own_weights(config: Config, saved: dict[str, Any] | None) -> BackboneConfig
     if saved is not None:
         backbone.pretrained, backbone.weights = False, None
     return backbone
+
+
+def _check_length(config: Config, steps: int, done: int) -> None:
+    """Refuse a run of fewer steps than are done."""
+    if steps < done:
+        key = "epochs" if config.steps is None else "steps"
+        raise ValueError(
+            f"config: `{key}` gives {steps} steps, and the run in {config.output} has done {done}: give at least as"
+            " many, or start anew with --fresh"
+        )
 
 
 def clusters(data: SegmentationData, config: Config) -> int:

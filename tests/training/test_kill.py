@@ -17,6 +17,7 @@ from tiny import tiny_values
 
 from training import checkpoint, train
 from training.backbones.patch_dictionary import PatchDictionary
+from training.stopping import Stopped, Stopping
 
 # A server that has imported all forks the processes: real ones, which start in no time.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -66,7 +67,6 @@ KILLED = {
 }
 MOMENTS = KILLED | {
     "terminated": told(signal.SIGTERM),
-    "interrupted": told(signal.SIGINT),
     "interrupted twice": told(signal.SIGINT, times=2),
     "disk full": lambda: setattr(train, "train_step", at_call(4, train.train_step, full_disk)),
 }
@@ -81,13 +81,19 @@ def program(arguments, output, moment):
     train.main(arguments)
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs are, of which the one called "whole" is finished."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
     """Start the program on a tiny run of a name, kill it after some seconds, and return the exit status."""
 
     def run(name, moment=None, seconds=None):
-        file, output = tmp_path / f"{name}.yaml", tmp_path / f"{name}.txt"
-        file.write_text(yaml.safe_dump(tiny_values(tmp_path / name)))
+        file, output = folder / f"{name}.yaml", folder / f"{name}.txt"
+        file.write_text(yaml.safe_dump(tiny_values(folder / name)))
         process = CONTEXT.Process(target=program, args=(["--config", str(file)], output, moment))
         process.start()
         process.join(seconds)
@@ -98,10 +104,22 @@ def run(tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def whole(run, folder):
+    """A run that was not killed: its folder, and how many seconds it took."""
+    first = CONTEXT.Process(target=int)
+    first.start()  # the server of processes imports all
+    first.join()
+    begin = time.monotonic()
+    assert run("whole") == 0
+    return folder / "whole", time.monotonic() - begin
+
+
 def scalars(folder):
-    """What TensorBoard shows, by name: steps and values."""
+    """What TensorBoard shows but for times, by name: steps and values."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    names = [name for name in events.Tags()["scalars"] if not re.search("speed|seconds", name)]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
 def leaves(values, path=""):
@@ -129,52 +147,57 @@ def assert_same(one, other):
     assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}, "and nothing is left"
 
 
-def test_killed_at_chosen_moments(run, tmp_path):
-    assert run("whole") == 0
+def test_killed_at_chosen_moments(run, folder, whole):
     for moment in KILLED:
         assert run("killed", moment) == -signal.SIGKILL, moment
     assert run("killed") == 0
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(whole[0], folder / "killed")
 
 
 @pytest.mark.parametrize(
     "moment, status, step, said",
     [
         ("terminated", 143, 4, "train: stopped after step 4 of 6, which is saved: the same command goes on"),
-        ("interrupted", 130, 4, "train: stopped after step 4 of 6, which is saved: the same command goes on"),
         ("interrupted twice", 130, 2, "train: interrupted"),
-        ("disk full", 1, 2, "train: [^\n]*checkpoint.pt cannot be written: File too large"),
+        ("disk full", 1, 2, "train: .*checkpoint.pt cannot be written: File too large"),
     ],
 )
-def test_stopped(run, tmp_path, moment, status, step, said):
-    assert run("stopped", moment) == status
-    assert re.search(rf"\n{said}\n$", (tmp_path / "stopped.txt").read_text())
-    output = tmp_path / "stopped"
-    assert checkpoint.load(output / "checkpoint.pt")["state"]["step"] == step
-    assert {file.name for file in output.iterdir()} == {"backbone.pt", "checkpoint.pt", "run.lock", "tensorboard"}
+def test_stopped(run, folder, moment, status, step, said):
+    assert run(moment, moment) == status
+    assert re.search(rf"\n{said}\n$", (folder / f"{moment}.txt").read_text())
+    assert checkpoint.load(folder / moment / "checkpoint.pt")["state"]["step"] == step
+    left = {file.name for file in (folder / moment).iterdir()}
+    assert left - {"log.jsonl"} == {"backbone.pt", "checkpoint.pt", "run.lock", "tensorboard"}
 
 
-def test_a_stopped_run_goes_on(run, tmp_path):
-    assert run("whole") == 0
+def test_a_stopped_run_goes_on(run, folder, whole):
     assert run("stopped", "terminated") == 143 and run("stopped") == 0
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    assert_same(whole[0], folder / "stopped")
 
 
-def kill_at_random(run, tmp_path, repetitions):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_are_kept_while_training(number, status):
+    before = signal.getsignal(number)
+    with Stopping() as stopping:
+        assert not stopping.requested()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # at once: a launcher repeats it
+        assert stopping.requested() and Stopped("", stopping.number).status == status
+    assert signal.getsignal(number) is before
+
+
+def kill_at_random(run, folder, whole, repetitions):
     """Kill runs at random moments, up to five times each, until as many were killed as there are repetitions."""
-    assert run("whole") == 0
-    begin = time.monotonic()
-    assert run("timed") == 0  # the server of processes is ready by now
-    duration = time.monotonic() - begin
+    whole, duration = whole
     killed = 0
     for number in range(4 * repetitions):
         moments, begin = [], time.monotonic()
         while status := run(f"killed{number}", seconds=random.uniform(0, duration) if len(moments) < 5 else None):
             moments.append(round(time.monotonic() - begin, 2))
             begin = time.monotonic()
-            assert status == -signal.SIGKILL, (tmp_path / f"killed{number}.txt").read_text()
+            assert status == -signal.SIGKILL, (folder / f"killed{number}.txt").read_text()
         duration = time.monotonic() - begin  # of a process that ended by itself, as busy as the machine is now
-        assert_same(tmp_path / "whole", tmp_path / f"killed{number}")
+        assert_same(whole, folder / f"killed{number}")
         killed += bool(moments)
         print(f"killed after {moments} s, whole in {duration:.2f} s")
         if killed == repetitions:
@@ -182,10 +205,10 @@ def kill_at_random(run, tmp_path, repetitions):
     raise AssertionError(f"of {number + 1} runs only {killed} were killed before they were done")
 
 
-def test_killed_at_random(run, tmp_path):
-    kill_at_random(run, tmp_path, 1)
+def test_killed_at_random(run, folder, whole):
+    kill_at_random(run, folder, whole, 1)
 
 
 @pytest.mark.deep
-def test_killed_at_random_many_times(run, tmp_path):
-    kill_at_random(run, tmp_path, 20)
+def test_killed_at_random_many_times(run, folder, whole):
+    kill_at_random(run, folder, whole, 20)

@@ -16,6 +16,13 @@ from training.run import load_run, open_run, open_trained
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Results without the report, which takes most of their time."""
+    monkeypatch.setattr("training.results.describe", lambda *_: None)
+    monkeypatch.setattr("training.results.write_report", lambda *_: None)
+
+
 def test_free_keys_are_keys():
     assert set(_CHOOSING) <= set(_FREE) <= set(known_keys())
 
