@@ -22,6 +22,7 @@ from training.explorer import TITLES, explored
 from training.metrics import class_iou, confusion_matrix, to_json
 from training.precision import positive_precision
 from training.report import Example, Report, duration, write_report
+from training.resuming import fingerprint
 from training.run import Run
 from training.segment import CLUSTERED, map_names, segment, to_classes, why_unusable
 
@@ -64,6 +65,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "commit": _commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "training_images": len(run.train_bank),
+        "training_data_sha256": fingerprint(run.images),
         "scored_images": len(run.val_bank),
         "finished": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "training_seconds": round(run.state.seconds, 1),

@@ -74,8 +74,7 @@ def check_agreement(config: Config, images: dict[str, Any], saved: dict[str, Any
             raise ValueError(f"config: `{key}` must be at least the {ranks} ranks, got {rows}")
     settings = {key: value for key, value in _flat(config.model_dump()).items() if key not in _OF_A_RANK}
     done = saved["state"]["step"] if saved else 0
-    files = hashlib.sha256(images["files"].numpy().tobytes()).hexdigest()
-    parallel.agree("train", **settings, **{"training images": files, "steps done": done})
+    parallel.agree("train", **settings, **{"training images": fingerprint(images), "steps done": done})
 
 
 def identity(data: SegmentationData) -> dict[str, Any]:
@@ -86,6 +85,11 @@ def identity(data: SegmentationData) -> dict[str, Any]:
     rows = [[data.name(index), _mark(data, index), _bytes(data.label_file(index))] for index in range(len(data))]
     packed = zlib.compress(json.dumps(rows).encode())
     return {"number": len(data), "files": torch.from_numpy(np.frombuffer(packed, np.uint8).copy())}
+
+
+def fingerprint(images: dict[str, Any]) -> str:
+    """The SHA-256 of the `identity` of images, as 64 hexadecimal digits."""
+    return hashlib.sha256(_text(images)).hexdigest()
 
 
 def check_images(config: Config, now: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -142,8 +146,12 @@ def _bytes(file: Path | None) -> int | None:
 
 
 def _rows(images: dict[str, Any]) -> list[list[Any]]:
-    rows: list[list[Any]] = json.loads(zlib.decompress(images["files"].numpy().tobytes()))
+    rows: list[list[Any]] = json.loads(_text(images))
     return rows
+
+
+def _text(images: dict[str, Any]) -> bytes:
+    return zlib.decompress(images["files"].numpy().tobytes())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
