@@ -1,14 +1,17 @@
 """What a run may write over: its own files, and no others."""
 
+import errno
 import json
 import os
 import shutil
 import socket
+import threading
 
 import pytest
 
 from training import checkpoint, published
 from training.output import check_output, check_space, output_of_run, remove_run
+from training.progress import named_errors
 from training.results import write_results
 from training.run import expected_sizes, open_run
 from training.train import train
@@ -124,3 +127,18 @@ def test_a_disk_need_have_place_only_for_what_is_new(tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").write_bytes(b"1" * 100)
     (tmp_path / "backbone.pt").write_bytes(b"1" * 500)
     check_space(tmp_path, sizes)
+
+
+def test_a_log_that_cannot_be_written_is_named_once(capsys):
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="^a log in runs/x cannot be written: No space left on device$"):  # noqa: SIM117
+        with named_errors("runs/x"):
+            thread = threading.Thread(target=fail)  # as that of TensorBoard, whose error comes again
+            thread.start()
+            thread.join()
+            fail()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(OSError, match="own name"), named_errors("runs/x"):
+        raise OSError("checkpoint with its own name")
