@@ -71,18 +71,20 @@ def load(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def write_backbone(folder: Path, tensors: dict[str, Tensor], sha256: str) -> None:
-    """Write the frozen weights, of that `sha256_of`, to `folder` unless they are there.
+def write_backbone(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write the frozen weights to `folder` unless they are there; returns their SHA-256 as 64 hexadecimal digits.
 
     Raises:
         OSError: they cannot be written.
     """
+    sha256 = _sha256(tensors)
     try:
-        there = sha256_of(load(folder / BACKBONE)["backbone"])
+        there = _sha256(load(folder / BACKBONE)["backbone"])
     except (ValueError, KeyError):
         there = None
     if there != sha256:
         save(folder / BACKBONE, {"backbone": tensors})
+    return sha256
 
 
 def read_backbone(path: str | Path, sha256: str) -> dict[str, Tensor]:
@@ -97,14 +99,14 @@ def read_backbone(path: str | Path, sha256: str) -> dict[str, Tensor]:
             f"checkpoint: {path} needs the {BACKBONE} that was written beside it, and there is none: copy it along"
         )
     tensors: dict[str, Tensor] = load(beside).get("backbone", {})
-    if sha256_of(tensors) != sha256:
+    if _sha256(tensors) != sha256:
         raise ValueError(
             f"checkpoint: {beside} holds other weights than {path} was trained with: copy the {BACKBONE} of its run"
         )
     return tensors
 
 
-def sha256_of(tensors: dict[str, Tensor]) -> str:
+def _sha256(tensors: dict[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

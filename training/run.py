@@ -152,14 +152,12 @@ def open_run(config: Config, *, fresh: bool = False) -> Run:
         if saved is not None:
             state.pools.renew_specific(train_bank, state.ema_head, seed_step(config.seed, -1))
     val_bank = open_bank(config, backbone, val_data, device, scored=True)
-    written = (saved or {}).get("backbone_sha256")
-    sha256 = written or checkpoint.sha256_of(weights)
-    if parallel.is_first():
+    sha256 = (saved or {}).get("backbone_sha256", "")
+    if parallel.is_first():  # which alone saves
         if saved is None:
             remove_run(output) if fresh else (output / "best.pt").unlink(missing_ok=True)  # of a run that is no more
         remove_partial(output)
-        if written is None:
-            checkpoint.write_backbone(output, weights, sha256)
+        sha256 = sha256 or checkpoint.write_backbone(output, weights)
     return Run(config, device, backbone, train_bank, val_bank, state, steps, every, planned, images, sha256)
 
 
@@ -282,11 +280,12 @@ def open_bank(
     scored: bool = False,
 ) -> FeatureBank:
     """The features of a data set as the configuration wants them kept; of images to score by windows, if it says so."""
+    unused = scored and not parallel.is_first()  # which alone scores
     return FeatureBank(
         data,
         backbone,
         data.size,
-        cache=config.backbone.cache and not (scored and not parallel.is_first()),  # which alone scores
+        cache="none" if unused else config.backbone.cache,
         views=views,
         jitter_after_normalization=config.quirks.jitter_after_normalization,
         seed=config.seed,

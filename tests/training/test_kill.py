@@ -144,6 +144,9 @@ def assert_same(one, other):
     shown = scalars(one)
     assert [step for step, _ in shown["loss"]] == list(range(6)), "each step once"
     assert scalars(other) == shown
+    for run in (one, other):
+        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if "loss" in line] == list(range(6))
     assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}, "and nothing is left"
 
 

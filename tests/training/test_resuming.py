@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import checkpoint, train
+from training import checkpoint, train, validation
 from training.config_file import known_keys
 from training.results import write_results
 from training.resuming import _CHOOSING, _FREE
@@ -75,11 +75,11 @@ def test_a_finished_run_goes_on(tiny_config, capsys):
 def test_a_run_with_a_best_state_goes_on_from_its_last(tiny_config, monkeypatch):
     figures = iter([30.0, 20.0, 10.0] + [5.0] * 9)
 
-    def scores(state, bank, only, how):
+    def scores(state, bank, only, how, images):
         figure = next(figures)
         return {name: {"accuracy": figure, "miou": figure} for name in only}
 
-    monkeypatch.setattr(train, "evaluate", scores)
+    monkeypatch.setattr(validation, "evaluate", scores)
     run = open_run(tiny_config(quirks={"select_on_labels": True}))
     train.train(run)
     last = {name: value.clone() for name, value in run.state.head.state_dict().items()}
