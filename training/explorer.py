@@ -152,18 +152,23 @@ def telling_anchors(found: Mapping[str, Found], labels: Tensor | None, patches: 
     same = elsewhere if labels is None else elsewhere & (labels[:, None] == labels) & (labels >= 0)
     right = "" if labels is None else "right "
 
+    known = elsewhere if labels is None else elsewhere & (labels[:, None] >= 0) & (labels >= 0)
+
     def in_images(pairs: Tensor) -> Tensor:  # in how many images, and to break ties how many
         counts = pairs.unflatten(1, (-1, patches)).sum(dim=2)
         return (counts > 0).sum(dim=1).double() + counts.sum(dim=1) / pairs.shape[1]
 
-    by_both = torch.minimum(in_images(agnostic & same), in_images(specific & same))
+    def telling(pairs: Tensor) -> Tensor:  # in many images, and not at the price of wrong ones
+        precision = (pairs & same).sum(dim=1) / (pairs & known).sum(dim=1).clamp(min=1)
+        return in_images(pairs & same) * precision**4
+
+    by_both = torch.minimum(telling(agnostic), telling(specific))
     scores = {
-        f"{right}in many images": by_both if by_both.any() else in_images(agnostic & same),
+        f"{right}in many images": by_both if by_both.any() else telling(agnostic),
         f"{right}by codes alone": in_images(specific & same & ~agnostic),
     }
     if labels is not None:
-        known = (labels[:, None] >= 0) & (labels >= 0)
-        scores["wrong in many images"] = in_images(agnostic & known & (labels[:, None] != labels))
+        scores["wrong in many images"] = in_images(agnostic & known & ~same)
     anchors = [(int(score.argmax()), title) for title, score in scores.items() if score.any()]
     count = (agnostic | specific).sum(dim=1)
     return [*anchors, (int(count.argsort(stable=True)[len(count) // 2]), "median number")]
