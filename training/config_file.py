@@ -105,13 +105,12 @@ def key_table() -> str:
 
 def settings_of(config: Config) -> list[Setting]:
     """Every key of a configuration with its value and default, as YAML would have them, and its meaning."""
-    values: Any = config.model_dump(mode="json")
-    found = []
-    for key, schema in _keys().items():
-        section, _, name = key.rpartition(".")
-        value = values[section][name] if section else values[name]
-        found.append(Setting(key, _shown(value), _shown(schema["default"]), schema["description"]))
-    return found
+    values = flat(config.model_dump(mode="json"))
+    defaults = flat(Config(steps=1).model_dump(mode="json")) | {"steps": None}  # quirks: as their preset
+    return [
+        Setting(key, _shown(values[key]), _shown(defaults[key]), schema["description"])
+        for key, schema in _keys().items()
+    ]
 
 
 def known_keys() -> list[str]:
@@ -263,9 +262,12 @@ def _expected(schema: dict[str, Any]) -> str:
         side = _expected(schema["prefixItems"][0]).removeprefix("int, ")
         return f"[height, width] or one number for a square, {side}"
     kind = _WORDS.get(schema["type"], schema["type"])
-    low, high, below = (schema.get(name) for name in ("minimum", "maximum", "exclusiveMaximum"))
+    low, high, above, below = (
+        schema.get(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    )
     if high is not None or below is not None:
-        return f"{kind}, in [{low}, {high if below is None else below}{']' if below is None else ')'}"
+        first = f"[{low}" if above is None else f"({above:g}"
+        return f"{kind}, in {first}, {f'{below})' if high is None else f'{high}]'}"
     return kind if low is None else f"{kind}, at least {low:g}"
 
 

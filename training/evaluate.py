@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", required=True, type=expanded, help="written by training.train")
     parser.add_argument("--root", type=expanded, help="where the data to score is, instead of `data.root`")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto: a GPU where there is one (auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. data.val_images=100", keys=False)
     options = parse_with_overrides(parser, arguments)

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--things", type=lambda text: text.split(","), default=[], help="coco: classes whose parts are segments each")
     add("--batch", type=_number(1, 4096, int), default=8, help="images or windows through the backbone at a time (8)")
     add("--max-megapixels", type=_number(1, 10**6), help=f"refuse larger photographs ({LARGEST // 10**6})")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto: a GPU where there is one (auto)")
     add_overrides(parser, f"edits of {', '.join(_EDITABLE)}, e.g. evaluation.flip=true", keys=False)
     options = parse_with_overrides(parser, arguments)
     with one_sentence("predict"):

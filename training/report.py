@@ -193,7 +193,8 @@ def _precision(positives: Mapping[str, Any] | None) -> Table | None:
     columns = dict.fromkeys(name for _, numbers in rows for name in numbers)
     table = [(title.capitalize(), [numbers.get(name) for name in columns]) for title, numbers in rows]
     heads = ("Positives", *(name.replace("_", " ") for name in columns))
-    return Table(heads, table, "How positives agree with the labels.", bars=False) if rows else None
+    caption = "Positives of an anchor, and the share of them that have its class, in percent."
+    return Table(heads, table, caption, bars=False) if rows else None
 
 
 def _figures(values: Mapping[str, Any], title: str = "") -> Iterator[tuple[str, dict[str, float]]]:
@@ -215,7 +216,9 @@ def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         if points and not (name == "loss" and "contrastive" in logged):  # the sum of others that are shown
             shown = points[:-1:every] + points[-1:]
             yield {
-                "title": _CURVES.get(name, name.replace("_", " ").replace("miou", "mIoU")),
+                "title": _CURVES.get(
+                    name, name.replace("val/", "Validation ").replace("_", " ").replace("miou", "mIoU")
+                ),
                 "points": shown,
                 "every": every,
             }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from training.config import Config
-from training.config_file import config_from_dict, edited, key_table, known_keys, load_config, overview
+from training.config_file import config_from_dict, edited, key_table, known_keys, load_config, overview, settings_of
 from training.data import class_names
 
 ALLOWED = ("data.size", "data.val_images")
@@ -229,9 +229,18 @@ def test_all_keys_are_listed_with_bounds_and_comments():
         ("data.size", "[224, 224] [height, width] or one number for a square, in [1, 16384] # in pixels"),
         ("backend", "auto auto or cuda or triton or cpu or reference # of the hpkernels ops"),
         ("epochs", "null int, in [1, 2147483647] or null # length of the run"),
+        ("rank_timeout", "60 float, in (0, 1000000] # minutes"),
     ):
         assert " ".join(lines[key].split()).startswith(f"{key} {text}")
     assert all(" # " in line for key, line in lines.items() if key != "key")
+
+
+def test_settings_that_were_left_alone_are_their_defaults():
+    changed = {setting.key for setting in settings_of(load_config("quickstart")) if setting.value != setting.default}
+    assert {"steps", "head.dim"} <= changed
+    assert not {key for key in changed if key == "rank_timeout" or key.startswith("quirks.")}
+    published = {one.key: (one.value, one.default) for one in settings_of(load_config("camvid,published"))}
+    assert published["quirks.late_lambda"] == ("true", "false")
 
 
 def test_help_names_presets_and_sections():

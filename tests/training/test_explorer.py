@@ -433,7 +433,15 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(chromium, finished):
     page.centred(page.all("#explorer .batch canvas")[1])
     page.run("explorer.choose(31)")
     assert overflow(page) <= 400 and page.one("#panel").is_displayed()
+    row, order = page.one("#compare .bar").rect, page.one("[name=order]").rect
+    assert order["x"] + order["width"] <= row["x"] + row["width"] + 1
     assert page.errors() == []
+
+
+def test_the_table_below_the_explorer_is_not_covered(page):
+    caption = page.centred(page.one("#hidden-positives caption"))
+    line = page.one("#pair").rect
+    assert line["y"] + line["height"] <= caption.rect["y"]
 
 
 def test_without_scripts_it_can_be_read(chromium, finished):

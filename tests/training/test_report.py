@@ -263,9 +263,10 @@ def curves(html: str) -> dict[str, list]:
 
 
 def test_a_sum_is_not_drawn_beside_its_parts_but_any_other_figure_is(tmp_path):
-    history = [{"step": 0, "loss": 3.0, "contrastive": 2.0, "new_term": 1}, {"step": 9, "val_miou": 1 / 3}]
+    history = [{"step": 0, "loss": 3.0, "contrastive": 2.0, "new_term": 1}, {"step": 9, "val/miou_linear": 1 / 3}]
     _, html = written(tmp_path, Report("Sum", {}, history=history))
-    assert curves(html) == {"Contrastive loss": [[0, 2.0]], "new term": [[0, 1]], "val mIoU": [[9, 0.33333]]}
+    validation = {"Validation mIoU linear": [[9, 0.33333]]}
+    assert curves(html) == {"Contrastive loss": [[0, 2.0]], "new term": [[0, 1]]} | validation
 
 
 def test_long_curves_are_thinned_to_their_end(tmp_path):
