@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LOG = "log.jsonl"
 """The file in the output folder with one JSON object for each logged step."""
 
+_BAR = "{percentage:3.0f}% {elapsed}<{remaining}, {rate_fmt}{postfix}"  # a picture of a bar would push the speed out
+
 
 class Progress:
     """The bar and the logs of a run, open inside a ``with`` block."""
@@ -50,9 +52,9 @@ class Progress:
         self.bar = tqdm(
             total=self.run.steps * self.anchors,
             initial=step * self.anchors,
-            unit="anchor",
+            unit=" anchors",
             unit_scale=True,
-            desc="train",
+            bar_format=_BAR,
         )
         return self
 
@@ -91,9 +93,9 @@ class Progress:
         self._write(line)
         self._scalars(step, figures | {f"speed/{name}": value for name, value in speed.items()})
         self.bar.set_postfix_str(
-            f"loss={figures['loss']:.3f}, lam={figures['lambda']:.2f},"
-            f" positives={figures['positives_per_anchor']:.0f}, images/s={speed['images_per_second']:.3g},"
-            f" in loss={speed['loss_share']:.0%}, data wait={speed['data_share']:.0%}, GB={speed['memory_gb']:.1f}"
+            f"{speed['images_per_second']:.3g} images/s, in loss {speed['loss_share']:.0%},"
+            f" data {speed['data_share']:.0%}, {speed['memory_gb']:.1f} GB, loss {figures['loss']:.3f},"
+            f" lambda {figures['lambda']:.2f}, positives {figures['positives_per_anchor']:.0f}"
         )
         self.run.state.history.append({"step": step} | figures)
         self._seconds, self._steps = 0.0, 0
