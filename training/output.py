@@ -163,8 +163,10 @@ def _is_log(file: Path) -> bool:
         first, is_whole, _ = file.read_text(encoding="utf-8").partition("\n")
         if not is_whole:  # killed while it wrote
             return first.startswith('{"step": ') or not first
-        return {"step", "loss", "images_per_second"} <= json.loads(first).keys()
-    except (OSError, ValueError, AttributeError):
+        return "step" in (line := json.loads(first)) and any(
+            key.startswith(("images_per_second", "val/")) for key in line
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

@@ -29,6 +29,13 @@ def test_files_of_the_user_stay(tiny_config, tmp_path, name, fresh):
     assert (tmp_path / name).read_text() == json.dumps({"mine": 1})
 
 
+@pytest.mark.parametrize("first", ['{"step": 9, "val/miou_linear": 5.0}\n', '{"step": 9, "lo', ""])
+def test_a_log_may_begin_anywhere(tiny_config, tmp_path, first):
+    """With the scores of a look, where a run of an older version went on, or cut off."""
+    (tmp_path / "log.jsonl").write_text(first)
+    check_output(tiny_config(str(tmp_path), steps=3, warmup=1), fresh=True)
+
+
 def test_files_of_a_run_may_go(tiny_config, tmp_path):
     run = open_run(tiny_config(str(tmp_path), steps=3, warmup=1))
     train(run)
