@@ -1,5 +1,7 @@
 """Looks at validation images while training: scores and pictures, and no trace in what is trained."""
 
+import time
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -73,6 +75,7 @@ def test_a_resumed_run_looks_where_one_in_one_piece_does(trained, tiny_config, m
     monkeypatch.setattr(run, "save", stop)
     with pytest.raises(InterruptedError):
         train(run)
+    time.sleep(1)  # TensorBoard reads its files by name, which begins with the second
     rest = trained("parts", evaluation=EVERY_TWO)
     assert rest.state.history == whole.state.history
     assert logged(rest)[0]["val/miou_linear"] == logged(whole)[0]["val/miou_linear"] == [1, 3, 5]
