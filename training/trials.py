@@ -20,7 +20,7 @@ BASELINE = "baseline"
 # Keys that say where a run was computed and what was written meanwhile, not what was learnt and scored.
 _PLACE = (
     *("output", "device", "backend", "log_every", "checkpoint_every", "data.root", "data.val_images", "data.workers"),
-    *("backbone.cache", "backbone.cache_dir"),
+    *("backbone.cache", "backbone.cache_dir", "rank_timeout"),
     *WHILE_TRAINING,
 )
 
