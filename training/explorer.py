@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
 from training.backbones.base import Backbone
+from training.data.batches import evenly_spread
 from training.model import patch_classes
 from training.precision import Found, discovered
 from training.run import Run
@@ -122,7 +123,7 @@ def _together(run: Run, number: int) -> Tensor:
     """The indices of `number` training images that have many positives in each other, found greedily."""
     bank = run.train_bank
     searched = max(number, min(len(bank), _SEARCHED_PATCHES // bank.anchors_per_image))
-    candidates = torch.from_numpy(np.linspace(0, len(bank) - 1, searched).round().astype(np.int64))
+    candidates = evenly_spread(len(bank), searched)
     positives = discovered(run, candidates)["agnostic"].positives.to_dense().cpu()
     patches = bank.anchors_per_image
     pairs = positives.view(searched, patches, searched, patches).sum(dim=(1, 3)).double()

@@ -10,13 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import hpkernels
 from training import checkpoint
 from training.config_file import settings_of
+from training.data.batches import evenly_spread
 from training.evaluate import HEADLINE, score
 from training.explorer import TITLES, explored
 from training.metrics import class_iou, confusion_matrix, to_json
@@ -86,7 +86,7 @@ def _commit() -> str | None:
 def describe(run: Run, metrics: dict[str, Any], scores: dict[str, dict] | None) -> Report:
     """The report of a run whose clusters have been matched."""
     about, data = metrics["run"], run.config.data
-    images = _spread(len(run.val_bank), _EXAMPLES)
+    images = evenly_spread(len(run.val_bank), _EXAMPLES)
     # Without a labelled pixel nothing was matched, and no class has an IoU.
     matched = scores is not None and bool(run.state.clusterings.matched.all())
     scored = {title: scores[name] for name, title in TITLES.items() if matched and name in scores}
@@ -171,8 +171,3 @@ def _miou(of_classes: Tensor, label: Tensor, classes: int) -> float:
     """The mIoU in percent of one image over the classes that it or its segmentation has; NaN without labels."""
     values = max(classes, int(of_classes.max()) + 1)  # those from `classes` on are clusters of no class
     return 100 * class_iou(confusion_matrix(of_classes, label, classes, values)).nanmean().item()
-
-
-def _spread(count: int, chosen: int) -> Tensor:
-    """Up to `chosen` indices, evenly spread over `count`."""
-    return torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, chosen)).round().astype(np.int64)))

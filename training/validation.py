@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
+from training.data.batches import evenly_spread
 from training.evaluate import evaluate
 from training.figures import class_palette, colour_map, photograph
 from training.parallel import is_first
@@ -36,13 +35,13 @@ def validate(run: Run, progress: Progress) -> None:
     if not ((look or choose) and is_first()):  # other ranks wait in the next step
         return
     with progress.outside_training("val/seconds", step - 1):
-        images = _spread(len(run.val_bank), len(run.val_bank) if choosing else config.evaluation.curve_images)
+        images = evenly_spread(len(run.val_bank), len(run.val_bank) if choosing else config.evaluation.curve_images)
         how = config.evaluation.model_copy(update={"crf": "none"})  # which takes its time
         scores = evaluate(run.state, run.val_bank, only=_SEGMENTATIONS, how=how, images=images)
         if choose and scores is not None:
             keep_best(run, scores)
         if look:
-            for example in examples(run, _spread(len(run.val_bank), _PICTURES)):
+            for example in examples(run, evenly_spread(len(run.val_bank), _PICTURES)):
                 progress.writer.add_image(f"val/{example.name}", _side_by_side(example), step - 1, dataformats="HWC")
         figures = {
             f"val/{of}_{name}": score[of] for name, score in (scores or {}).items() for of in ("accuracy", "miou")
@@ -70,8 +69,3 @@ def _side_by_side(example: Example) -> np.ndarray:
     parts = [np.asarray(picture.convert("RGB").resize(size, Image.Resampling.NEAREST)) for picture in pictures]
     gap = np.full((size[1], _GAP, 3), 255, np.uint8)
     return np.concatenate([part for picture in parts for part in (picture, gap)][:-1], axis=1)
-
-
-def _spread(count: int, chosen: int) -> Tensor:
-    """Up to `chosen` indices, evenly spread over `count`."""
-    return torch.linspace(0, count - 1, min(count, chosen), dtype=torch.float64).round().long()

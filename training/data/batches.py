@@ -23,3 +23,8 @@ def batch_of_step(step: int, images: int, batch_size: int, seed: int) -> Tensor:
     epoch, batch = divmod(step, steps_per_epoch(images, batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(images)
     return torch.from_numpy(order[batch * batch_size : (batch + 1) * batch_size])
+
+
+def evenly_spread(images: int, chosen: int) -> Tensor:
+    """The indices of up to `chosen` of so many images, evenly spread, int64."""
+    return torch.from_numpy(np.linspace(0, images - 1, min(images, chosen)).round().astype(np.int64))
