@@ -14,6 +14,7 @@ import torch
 
 from training import parallel
 from training.config import WHILE_TRAINING, Config
+from training.config_file import flat
 from training.data import SegmentationData
 
 # Keys that may change: how long, where and how a run is computed, logged and scored, but not what it learns. The images
@@ -47,8 +48,8 @@ def check_same(config: Config, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ.
     """
-    own = _flat(config.model_dump())
-    before = _flat(Config(steps=1).model_dump()) | _flat(saved)
+    own = flat(config.model_dump())
+    before = flat(Config(steps=1).model_dump()) | flat(saved)
     free = set(_FREE) - set(_CHOOSING if config.quirks.select_on_labels else ())
     if not {own["backbone.cache"], before["backbone.cache"]} & {"disk"}:  # where features are rounded to float16
         free |= {"backbone.cache"}
@@ -72,7 +73,7 @@ def check_agreement(config: Config, images: dict[str, Any], saved: dict[str, Any
     for key, rows in (("batch_size", config.batch_size), ("pool.size", config.pool.size)):
         if rows < ranks:
             raise ValueError(f"config: `{key}` must be at least the {ranks} ranks, got {rows}")
-    settings = {key: value for key, value in _flat(config.model_dump()).items() if key not in _OF_A_RANK}
+    settings = {key: value for key, value in flat(config.model_dump()).items() if key not in _OF_A_RANK}
     done = saved["state"]["step"] if saved else 0
     parallel.agree("train", **settings, **{"training images": fingerprint(images), "steps done": done})
 
@@ -152,10 +153,3 @@ def _rows(images: dict[str, Any]) -> list[list[Any]]:
 
 def _text(images: dict[str, Any]) -> bytes:
     return zlib.decompress(images["files"].numpy().tobytes())
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
