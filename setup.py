@@ -245,19 +245,19 @@ def read(file: Path) -> str:
         return ""
 
 
-def description() -> str:
-    """The README with absolute links, to this version: an index shows it without the repository around it."""
+def description(readme: str) -> str:
+    """The README with absolute links to this version: an index shows it without the repository around it."""
     version = runpy.run_path(str(ROOT / "hpkernels" / "_version.py"))["__version__"]
 
     def absolute(found: re.Match[str]) -> str:
         view = "raw" if found[0].startswith(("!", "src")) else "blob"
         return f"{found[0]}{REPOSITORY}/{view}/v{version}/"
 
-    return RELATIVE.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+    return RELATIVE.sub(absolute, readme)
 
 
 setup(
-    long_description=description(),
+    long_description=description((ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     ext_modules=[Extension("hpkernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
