@@ -57,8 +57,8 @@ $(EMULATED): $(NATIVE) | install
 # auditwheel reads from the libraries which glibc they need, and names the wheel after that; PyTorch's stay out of it.
 wheel: $(VENV)/release  ## Build the source archive, and from that the wheel, into dist/
 	rm -rf build/wheel dist
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m build --no-isolation --skip-dependency-check --outdir build/wheel
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m build --no-isolation --skip-dependency-check --outdir build/wheel
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 	$(RUN) -m twine check --strict dist/*
 
