@@ -43,7 +43,7 @@ def test_programs_are_found():
     assert languages <= {"", "python", "math", "json", "yaml", "toml"}, "Python is marked python, commands are not"
 
 
-class Parsed(Exception):  # noqa: N818: no error
+class Parsed(Exception):
     """A command line has been read, and nothing has been done."""
 
 
