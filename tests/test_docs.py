@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import re
@@ -120,3 +121,41 @@ def test_public_names_are_on_a_page():
     )
     assert {f"nn.{name}" for name in hpkernels.nn.__all__} <= documented
     assert {f"distributed.{name}.{name}" for name in hpkernels.distributed.__all__} <= documented
+
+
+# Names of variables, those of other projects that are read here among them.
+_VARIABLE = (
+    r"(?:HPKERNELS|OMP|XDG|TRITON|TORCH|PYTORCH|CMAKE)_[A-Z0-9_]+"
+    r"|CXX|CUDACXX|CUDA_HOME|MAX_JOBS|(?:LOCAL_)?(?:RANK|WORLD_SIZE)"
+)
+
+
+def variables_read():
+    """The variables that programs, libraries and builds ask for or set, by how each language does it."""
+    found = set()
+    for file in python_sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(rf"^({_VARIABLE})$", node.value))
+    for pattern, asked in {
+        "cmake/*.cmake": r"\$ENV\{(\w+)\}",
+        "CMakeLists.txt": r"\$ENV\{(\w+)\}",
+        "csrc/**/*.*": r'getenv\("(\w+)"\)',
+        "Makefile": rf"(?:export |\$\$|^\t)({_VARIABLE})\b",
+        ".ci/run": rf"export ({_VARIABLE})",
+    }.items():
+        for file in ROOT.glob(pattern):
+            found |= set(re.findall(asked, file.read_text(), re.MULTILINE))
+    return found
+
+
+def python_sources():
+    folders = ("hpkernels", "training", "benchmarks", "build_backend", "tests")
+    files = (file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    return [ROOT / "setup.py", *(file for file in files if file.name != "test_docs.py")]
+
+
+def test_environment_variables():
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE)
+    told = [variable for row in rows for variable in re.findall(r"`(\w+)`", row)]
+    assert sorted(told) == sorted(variables_read())
