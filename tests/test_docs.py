@@ -159,3 +159,25 @@ def test_environment_variables():
     rows = re.findall(r"^\| (`[A-Z].*?) \|", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE)
     told = [variable for row in rows for variable in re.findall(r"`(\w+)`", row)]
     assert sorted(told) == sorted(variables_read())
+
+
+def sentences_of_sources():
+    """What programs, libraries and builds can print, a line each; what they fill in is `…`."""
+    for file in python_sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(value.value if isinstance(value, ast.Constant) else "…" for value in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+    for file in (ROOT / "CMakeLists.txt", *ROOT.glob("cmake/*.cmake")):
+        yield from re.findall(r'"([^"\n]*)"', re.sub(r"\$\{\w+\}", "…", file.read_text()))
+
+
+def test_messages_are_those_of_the_sources():
+    page = (ROOT / "docs" / "install.md").read_text().split("\n## Troubleshooting\n")[1]
+    cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 40
+    known = "\n".join(sentences_of_sources())
+    wrong = [text for text in messages if not re.search(".*".join(map(re.escape, text.split("…"))), known)]
+    assert not wrong
