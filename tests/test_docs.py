@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import importlib
 import importlib.util
 import re
@@ -181,3 +182,24 @@ def test_messages_are_those_of_the_sources():
     known = "\n".join(sentences_of_sources())
     wrong = [text for text in messages if not re.search(".*".join(map(re.escape, text.split("…"))), known)]
     assert not wrong
+
+
+def measured(device, op, call, provider, anchors):
+    """Milliseconds and MiB in the committed results, as a page writes them."""
+    with (ROOT / "benchmarks" / "results" / device / f"{op}.csv").open() as file:
+        of = [call, provider, anchors]
+        (row,) = (row for row in csv.DictReader(file) if [row["call"], row["provider"], row["anchors"]] == of)
+    return f"{float(row['median_ms']):.0f} ms", f"{float(row['peak_mib']):.0f} MiB"
+
+
+def test_numbers_of_the_home_page():
+    supcon = ("intel-xeon-2-threads", "contrastive", "own")
+    published = ("amd-epyc-2-threads", "ghp_contrastive", "forward+backward")
+    expected = [
+        *(measured(*supcon, name, "8192") for name in ("cpu", "compiled", "torch-dense", "pytorch-metric-learning")),
+        *(measured(*published, name, "12544") for name in ("cpu", "published")),
+    ]
+    page = (ROOT / "docs" / "index.md").read_text()
+    assert re.findall(r"^\| .* \| (\d+ ms) \| (\d+ MiB) \|$", page, re.MULTILINE) == expected
+    small = [measured(*supcon, name, "1024")[0].removesuffix(" ms") for name in ("torch-dense", "cpu")]
+    assert "At 1024 anchors plain PyTorch takes {} ms, and hpkernels {}.".format(*small) in page
