@@ -185,11 +185,15 @@ def test_messages_are_those_of_the_sources():
 
 
 def measured(device, op, call, provider, anchors):
-    """Milliseconds and MiB in the committed results, as a page writes them."""
+    """Time and memory in the committed results, as a page writes them."""
     with (ROOT / "benchmarks" / "results" / device / f"{op}.csv").open() as file:
         of = [call, provider, anchors]
         (row,) = (row for row in csv.DictReader(file) if [row["call"], row["provider"], row["anchors"]] == of)
-    return f"{float(row['median_ms']):.0f} ms", f"{float(row['peak_mib']):.0f} MiB"
+    ms, mib = float(row["median_ms"]), float(row["peak_mib"])
+    return (
+        f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s",
+        f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB",
+    )
 
 
 def test_numbers_of_the_home_page():
@@ -200,6 +204,6 @@ def test_numbers_of_the_home_page():
         *(measured(*published, name, "12544") for name in ("cpu", "published")),
     ]
     page = (ROOT / "docs" / "index.md").read_text()
-    assert re.findall(r"^\| .* \| (\d+ ms) \| (\d+ MiB) \|$", page, re.MULTILINE) == expected
+    assert re.findall(r"^\| .* \| ([\d.]+ m?s) \| ([\d.]+ .iB) \|$", page, re.MULTILINE) == expected
     small = [measured(*supcon, name, "1024")[0].removesuffix(" ms") for name in ("torch-dense", "cpu")]
     assert "At 1024 anchors plain PyTorch takes {} ms, and hpkernels {}.".format(*small) in page
