@@ -227,3 +227,16 @@ def test_numbers_of_the_home_page():
     assert re.findall(r"^\| .* \| ([\d.]+ m?s) \| ([\d.]+ .iB) \|$", page, re.MULTILINE) == expected
     small = [measured(*supcon, name, "1024")[0].removesuffix(" ms") for name in ("torch-dense", "cpu")]
     assert "At 1024 anchors plain PyTorch takes {} ms, and hpkernels {}.".format(*small) in page
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name)
+def test_lists_and_tables_on_the_site(page):
+    """A list or a table right below a paragraph is one on GitHub, and a part of the paragraph on the site."""
+    before = ""
+    for line in prose(page).splitlines():
+        item = re.match(r"( *)(?:[-*]|\d+\.) ", line)
+        if item:
+            assert not before or re.match(r" *(?:[-*]|\d+\.) |  ", before), line
+            assert len(item[1]) % 4 == 0, f"lists in lists are four spaces further in: {line}"
+        assert not line.startswith("|") or not before or before.startswith("|"), line
+        before = line.rstrip()
