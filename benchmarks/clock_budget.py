@@ -115,12 +115,12 @@ def _kernels() -> list[Kernel]:
         Kernel("discovery", "hidden_positives_fwd_kernel", ("WideGeometry90", "true"), "128 x 256", **wide,
                memory=2 * 128 * 256 / 8, warps=8, trips=(1, boxes), usual="most", tiles=_triangle(128, 256)),
         Kernel("top1", "masked_topk_top1_fwd_kernel", ("WideGeometry90",), "128 x 256", flops=wide["flops"],
-               shared=wide["shared"], cache=wide["cache"] + own_strip / 4, memory=own_strip / 8, warps=8,
-               trips=(1, boxes), usual="fewest", tiles=_STRIPS * _POOL // 256, blocks=2 * _STRIPS),
+               shared=wide["shared"], cache=wide["cache"] + own_strip / 8, memory=own_strip / 8, warps=8,
+               trips=(1, boxes), usual="fewest", tiles=_STRIPS * _POOL // 256, blocks=_STRIPS),
         Kernel("topk", "masked_topk_fwd_kernel", ("Geometry90",), "128 x 128", flops=square["flops"],
-               shared=square["shared"] + 2 * 128 * 128 * 4, cache=square["cache"] + own_strip / 8,
+               shared=square["shared"] + 2 * 128 * 128 * 4, cache=square["cache"] + own_strip / 16,
                memory=own_strip / 16, warps=4, trips=(1, boxes), usual="most", tiles=_STRIPS * _POOL // 128,
-               blocks=2 * _STRIPS),
+               blocks=_STRIPS),
         Kernel("blocks-forward", "contrastive_blocks_fwd_kernel", ("Geometry90", "true"), "128 x 128", **square,
                memory=2 * 128 * 128 / 8, warps=4, trips=(1, boxes), usual="fewest", tiles=_STRIPS**2,
                within=(_IMAGES * 7**2, 2 * 7 * _IMAGES)),
@@ -227,8 +227,8 @@ def table_of(budget: Budget) -> Iterator[str]:
     yield (
         f"Predicted, not measured: {_spaced(kernel.tiles)} tiles, bound by the {budget.bound}, take"
         f" **{budget.milliseconds:.2g} ms**{within}; tensor cores are busy for {share:.0%} of it. At their published"
-        f" rate the products alone take {budget.floor:.2g} ms. The loop has {_spaced(budget.most)} instructions of a thread,"
-        f" the shortest way through it {_spaced(budget.fewest)}; the table counts the"
+        f" rate the products alone take {budget.floor:.2g} ms. The loop has {_spaced(budget.most)} instructions of a"
+        f" thread, the shortest way through it {_spaced(budget.fewest)}; the table counts the"
         f" {'first' if kernel.usual == 'most' else 'second'}."
     )
 
