@@ -177,18 +177,23 @@ def budgets(library: Path) -> list[Budget]:
 
 
 def _functions(library: Path) -> dict[str, str]:
-    """The SASS of each float16 kernel for Hopper, by its readable name."""
-    text = cuda_resources._readable(sass.dump(library, "-arch", "sm_90a", "-sass"))
-    parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
-    return {part.partition("\n")[0]: part for part in parts if "half" in part.partition("\n")[0]}
+    """The SASS of the kernels for Hopper, by their readable names."""
+    listed = sass.dump(library, "-arch", "sm_90a", "--dump-resource-usage")
+    mangled = re.findall(r"^ Function (\S+):$", listed, flags=re.MULTILINE)
+    names = dict(zip(mangled, cuda_resources._readable("\n".join(mangled)).splitlines(), strict=True))
+    wanted = [name for name, readable in names.items() if any(_is_of(kernel, readable) for kernel in _kernels())]
+    text = sass.dump(library, "-arch", "sm_90a", "-sass", "-fun", ",".join(wanted))
+    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
+    return {names[name]: part for name, part in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _is_of(kernel: Kernel, name: str) -> bool:
+    words = (kernel.name, *kernel.variant, "__half")
+    return all(re.search(rf"\b{word}\b", name) for word in words)
 
 
 def _steps(kernel: Kernel, functions: dict[str, str]) -> tuple[Step, Step | None]:
-    found = [
-        text
-        for name, text in functions.items()
-        if re.search(rf"\b{kernel.name}<", name) and all(re.search(rf"\b{part}\b", name) for part in kernel.variant)
-    ]
+    found = [text for name, text in functions.items() if _is_of(kernel, name)]
     if len(found) != 1:
         raise ValueError(f"{kernel.name} must be in the library once with {kernel.variant}, is {len(found)} times")
     gather = None if kernel.gathered is None else step(found[0], "LDGSTS", (1, kernel.gathered))
