@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from xml.etree import ElementTree
@@ -220,3 +224,39 @@ def test_budgets_on_the_page():
             "see benchmarks/clock_budget.py --write"
         )
         assert all(math.isclose(*pair, rel_tol=0.05) for pair in zip(numbers, wanted, strict=True)), budget.kernel.key
+
+
+# The walk-through.
+
+
+def test_the_op_of_the_walk_through(tmp_path):
+    """Its files, put into a copy of the checkout, pass the tests that the page promises."""
+    page = (ROOT / "docs" / "adding_an_op.md").read_text()
+    files = dict(re.findall(r'^```python title="([^"]+)"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL))
+    command = re.search(r"^```\npytest (.*)\n```$", page, re.MULTILINE)[1].split()
+    assert len(files) == 5
+    for folder in ("hpkernels", "tests/ops", "docs"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "images")
+        )
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_layout.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+
+    added = files.pop("hpkernels/__init__.py")
+    names = tmp_path / "hpkernels" / "__init__.py"
+    names.write_text(
+        names.read_text()
+        .replace("\n__all__", f"{added}\n__all__")
+        .replace('    "use_backend"', '    "squared_norms",\n    "use_backend"')
+    )
+    (tmp_path / "docs" / "squared_norms.md").write_text("# squared_norms\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    doctest = "hpkernels/ops/squared_norms/__init__.py"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *command, doctest]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout and "passed" in done.stdout
