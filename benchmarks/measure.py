@@ -63,7 +63,7 @@ def _timers(calls: dict[str, Call], device: str) -> dict[str, WallTimer | GpuTim
 
 
 def _fits(step: Callable[[], None], measured: Times) -> bool:
-    """Take a step; False, and a note, if the memory of the GPU does not suffice, which the graphs of others fill too."""
+    """Take a step; False, and a note, if the memory of the GPU, where the graphs of others lie too, does not suffice."""
     try:
         step()
     except torch.OutOfMemoryError:
