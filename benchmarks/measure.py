@@ -1,4 +1,7 @@
-"""Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process."""
+"""Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process.
+
+benchmarks/timers.py says how one call is timed.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def _timers(calls: dict[str, Call], device: str) -> dict[str, WallTimer | GpuTim
 
 
 def _fits(step: Callable[[], None], measured: Times) -> bool:
-    """Take a step; False, and a note, if the memory of the GPU, where the graphs of others lie too, does not suffice."""
+    """Take a step; False, and a note, if it does not fit into the memory of the GPU, which holds graphs of others too."""
     try:
         step()
     except torch.OutOfMemoryError:
