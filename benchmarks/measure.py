@@ -66,7 +66,7 @@ def _timers(calls: dict[str, Call], device: str) -> dict[str, WallTimer | GpuTim
 
 
 def _fits(step: Callable[[], None], measured: Times) -> bool:
-    """Take a step; False, and a note, if it does not fit into the memory of the GPU, which holds graphs of others too."""
+    """Take a step; False, and a note, if it does not fit into the memory of the GPU beside the graphs of others."""
     try:
         step()
     except torch.OutOfMemoryError:
