@@ -118,9 +118,10 @@ class GpuTimer:
         """Time one call by events, and one by the wall clock."""
         start = time.perf_counter()
         time.sleep(LONG_PAUSE if self._card.last.throttled else PAUSE)
-        self.times.seconds.append(self._device_seconds(lambda: self.times.samples.append(self._card.sample())))
+        seconds = self._device_seconds(lambda: self.times.samples.append(self._card.sample()))
         flush_cache()
         self.times.wall.append(seconds_of(self._call))
+        self.times.seconds.append(seconds)  # of both or of none, where memory does not suffice
         self.times.spent += time.perf_counter() - start
 
     def _device_seconds(self, meanwhile: Call = lambda: None) -> float:
