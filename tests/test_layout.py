@@ -113,7 +113,7 @@ def test_docstring_of_a_public_function(name):
     """What it takes, gives and raises, each argument by name, with an example that runs as a doctest."""
     function = getattr(hpkernels, name)
     text = inspect.getdoc(function)
-    assert "Example:\n    >>> " in text
+    assert "Examples:\n    >>> " in text
     if name == "use_backend":  # a context manager with one argument, which its summary explains
         assert "`backend`" in text
         return
