@@ -143,7 +143,7 @@ REPOSITORY = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (REPOSITORY / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
 CUDA_FILES = [path for path in SOURCES if re.search(r"^HPK_KERNEL\(", path.read_text(), re.MULTILINE)]
 ENGINES = [path for path in SOURCES if re.search(r"^struct \w+Sm[89]0 {", path.read_text(), re.MULTILINE)]
-TRITON_FILES = sorted(path for path in REPOSITORY.glob("hpkernels/ops/**/*triton*.py") if "@triton.jit" in path.read_text())
+TRITON_FILES = [p for p in sorted(REPOSITORY.glob("hpkernels/ops/*/triton*.py")) if "_kernel(\n" in p.read_text()]
 
 
 def _named(paths):

@@ -223,7 +223,7 @@ contrastive_count_and_list_kernel(const __grid_constant__ PairBits bits, int32_t
       [&](int64_t place, int column) { rows.columns[place] = column; });
 }
 
-// ranges[j]: the places that column j takes in its stage, one for each position that has drawn it.
+// ranges[j] = the places that column j takes in its stage, one for each position that has drawn it.
 //
 // Grid (blocks of columns), a thread a column. Bytes: R transposed once. Lanes of a warp are of one stage.
 HPK_KERNEL(kThreads)
@@ -247,7 +247,8 @@ contrastive_take_slots_kernel(const uint32_t* __restrict__ positions, int64_t wo
   ranges[2 * column + 1] = start;
 }
 
-// The set bits of each row of R, and their slots: the first of the column's, and one further for each earlier position.
+// columns = those of the set bits of each row of R, slots = the first place of the column, and one further for each earlier
+// position.
 //
 // Grid (positions). Bytes: R once; 8 written a set bit; for each half of a row of R transposed, from cache.
 template <bool kAligned>

@@ -17,8 +17,8 @@ from torch import Tensor
 from hpkernels._native import supports_cpu as supports
 from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
+from hpkernels.ops._bits import as_bits, words_per_row
 from hpkernels.ops._blocks import blocks
-from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
 from hpkernels.ops.multi_positive_contrastive.reference import images_of, kept_images, loss_of_statistics, stacked
 from hpkernels.ops.multi_positive_contrastive.relations import Transposed
 

@@ -32,12 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
 from hpkernels.ops import _checks as check
+from hpkernels.ops._bits import population_count
 from hpkernels.ops._blocks import row_blocks
-from hpkernels.ops.hidden_positives.bits import population_count
-from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
-from hpkernels.ops.multi_positive_contrastive.relations import Relations, Transposed, negatives_of
+from hpkernels.ops.multi_positive_contrastive.relations import Relations, Transposed, negative_bits, negatives_of
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
