@@ -26,7 +26,7 @@ backward takes the statistics of all anchors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -198,11 +198,12 @@ def prepare(
     *_: Any,
     anchors: int | None = None,
     first: int = 0,
+    bits_of: Callable[..., Tensor] = negative_bits,
 ) -> list[Tensor]:
     """For all anchors nothing: relations are read where they are needed. For a part of N `anchors` `kept_images`."""
     if anchors is None or len(positives) == anchors:
         return []
-    bits = negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
+    bits = bits_of(negatives, seed, anchors_per_image, anchors, negative_rate)
     weighting = (specific_weight, variant, keep_specific_only)
     return [kept_images(positives, specific, bits, first, *weighting)]
 
