@@ -1,4 +1,4 @@
-// Exponentials, and the logs of their sums: of CPU loops that are to be vectorised, without table and branch, and of GPUs.
+// Exponentials and logs of their sums: for CPU loops that are to be vectorised, without table and branch, and for GPUs.
 #pragma once
 
 #include <cmath>
@@ -42,6 +42,7 @@ T log_add_exp(T a, T b) {
   return greater + std::log1p(std::exp(smaller - greater));
 }
 
+// The log of an empty sum.
 constexpr float kLogOfNothing = -std::numeric_limits<float>::infinity();
 
 // exp(x), whose relative error grows with |x|: 2e-7 at 1, 2e-6 at 30.

@@ -110,8 +110,8 @@ local_propagation_apply_fwd_kernel(const T* __restrict__ code, const float* __re
   run_tasks<false>(code, weights, shape, mixed);
 }
 
-// grad_code[b, d, p] = sum over cells of (weights[b, cell, .] * grad_mixed[b, d, .])[p - offset(cell)], a gather too, so that
-// no two threads write to one place and the order of the sum is fixed. Grid and bytes as above.
+// grad_code[b, d, p] = sum over cells of (weights[b, cell, .] * grad_mixed[b, d, .])[p - offset(cell)], a gather too, so
+// that no two threads write to one place and the order of the sum is fixed. Grid and bytes as above.
 template <typename T>
 HPK_KERNEL(kTaskThreads)
 local_propagation_apply_bwd_kernel(const T* __restrict__ grad_mixed, const float* __restrict__ weights,

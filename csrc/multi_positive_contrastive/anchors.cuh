@@ -14,8 +14,8 @@ __device__ __forceinline__ float exp_of_difference(float scale, float product, f
   return exp2_of(kLog2OfE * (__fmul_rn(scale, product) - shift));
 }
 
-// Forward, over the pairs of an anchor that have been seen: log sum over Den of exp of the logits, and sums of those in A
-// and in S.
+// Forward, over the pairs of an anchor that have been seen: log sum over Den of exp of the logits, and sums of those in
+// A and in S.
 struct RowSums {
   LogSum log_sum;
   float agnostic = 0, specific = 0;

@@ -121,8 +121,8 @@ contrastive_greatest_square_kernel(const __grid_constant__ Rows<T> z, float* __r
   raise_to(greatest, square);
 }
 
-// numbers[b, i] = (r_i, f_i, pull_i, specific pull_i) of rows[b, i] = (logDen_i, push_i, pull_i, specific pull_i), the last
-// three divided by one number: see Kernels.scale_rows of routes.py.
+// numbers[b, i] = (r_i, f_i, pull_i, specific pull_i) of rows[b, i] = (logDen_i, push_i, pull_i, specific pull_i), the
+// last three divided by one number: see Kernels.scale_rows of routes.py.
 //
 // Grid (blocks of anchors, branches). Bytes: 32 an anchor.
 HPK_KERNEL(kThreads)

@@ -247,8 +247,8 @@ contrastive_take_slots_kernel(const uint32_t* __restrict__ positions, int64_t wo
   ranges[2 * column + 1] = start;
 }
 
-// columns = those of the set bits of each row of R, slots = the first place of the column, and one further for each earlier
-// position.
+// columns = those of the set bits of each row of R; slots = the first place of the column, and one further for each
+// earlier position.
 //
 // Grid (positions). Bytes: R once; 8 written a set bit; for each half of a row of R transposed, from cache.
 template <bool kAligned>

@@ -1,5 +1,5 @@
-// Kernels of the sampled negatives across images, for sm_90a: one for the gradients of anchors and of columns. Pairs within an
-// image are left to blocks.
+// Kernels of the sampled negatives across images, for sm_90a: one makes the gradients of anchors and of columns. Pairs
+// within an image are left to blocks.
 #include "engines/gathered_sm90.cuh"
 #include "multi_positive_contrastive/anchors.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
