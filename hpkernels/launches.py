@@ -19,10 +19,10 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _triton
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.relations import Relation
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 NEGATIVE_RATE, TEMPERATURE = 0.02, 0.6
 

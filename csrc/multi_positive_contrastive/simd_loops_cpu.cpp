@@ -1,4 +1,5 @@
-#include "multi_positive_contrastive/loops.h"
+// See simd_loops.h.
+#include "multi_positive_contrastive/simd_loops.h"
 
 #include <cmath>
 #include <limits>

@@ -4,7 +4,7 @@
 // rows of a chunk are in different banks.
 #pragma once
 
-#include "common/device.h"
+#include "engines/team.cuh"
 
 namespace hpk {
 

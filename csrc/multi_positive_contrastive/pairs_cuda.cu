@@ -1,4 +1,4 @@
-// Kernels on packed bits: the drawn negatives, the numbers of pairs, and lists of the columns of set bits.
+// Before any logit: the drawn negatives, the numbers of pairs, and lists of their columns, from packed bits.
 #include <initializer_list>
 
 #include "common/bits.h"
@@ -10,58 +10,14 @@
 namespace hpk {
 namespace {
 
+// Types
+
 constexpr int kThreads = 256;
 constexpr int kLaneWords = 4, kWarpWords = 32 * kLaneWords;  // of a row, that are read at a time
 
-// bits[i, j] = Philox(counter (j / 4, i, 0, 0), seed)[j % 4] < threshold.
-//
-// Grid (rows). Bytes: 4 written a word. Integer arithmetic: 8 blocks of Philox a word, which is what takes the time.
-HPK_KERNEL(kThreads)
-contrastive_draw_negatives_kernel(const int64_t* __restrict__ seed, uint64_t threshold, int64_t columns,
-                                  uint32_t* __restrict__ bits) {
-  const uint64_t key = static_cast<uint64_t>(*seed);
-  const uint32_t row = blockIdx.x, words = static_cast<uint32_t>(words_per_row(columns));
-  for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
-    const bool all = threshold > 0xFFFFFFFFu;  // whatever the random words are
-    const uint32_t drawn = all ? ~0u : bernoulli_word(key, row, word, threshold);
-    bits[int64_t{row} * words + word] = drawn & valid_bits(word, columns);
-  }
-}
-
 constexpr int kSide = 8;  // words that a tile of the transpose has across, and blocks of 32 rows
 
-// transposed[j] has bit i set where bits[i] has bit j.
-//
-// Grid (tiles of columns, tiles of rows), of 256 x 256 bits each; a warp transposes the blocks of 32 rows. Bytes: both
-// masks once, by sectors of 32 bytes.
-HPK_KERNEL(32 * kSide)
-contrastive_transpose_bits_kernel(const uint32_t* __restrict__ bits, int64_t rows, int64_t columns,
-                                  uint32_t* __restrict__ transposed) {
-  auto* const tile = reinterpret_cast<uint32_t(*)[kSide + 1]>(shared_memory());
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first_word = int64_t{blockIdx.x} * kSide, first_block = int64_t{blockIdx.y} * kSide;
-  const int64_t pitch = words_per_row(columns), pitch_transposed = words_per_row(rows);
-#pragma unroll
-  for (int i = threadIdx.x; i < 32 * kSide * kSide; i += 32 * kSide) {
-    const int64_t row = 32 * first_block + i / kSide, word = first_word + i % kSide;
-    tile[i / kSide][i % kSide] = row < rows && word < pitch ? bits[row * pitch + word] : 0;
-  }
-  __syncthreads();
-  uint32_t found[kSide];
-#pragma unroll
-  for (int word = 0; word < kSide; ++word) found[word] = transpose_over_lanes(tile[32 * warp + lane][word]);
-  __syncthreads();
-#pragma unroll
-  for (int word = 0; word < kSide; ++word) tile[32 * word + lane][warp] = found[word];
-  __syncthreads();
-#pragma unroll
-  for (int i = threadIdx.x; i < 32 * kSide * kSide; i += 32 * kSide) {
-    const int64_t column = 32 * first_word + i / kSide, block = first_block + i % kSide;
-    if (column < columns && block < pitch_transposed) {
-      transposed[column * pitch_transposed + block] = tile[i / kSide][i % kSide];
-    }
-  }
-}
+// Producer
 
 // Four words of a row of packed bits from `word` on, 0 beyond the last; of no row all are 0.
 template <bool kAligned>
@@ -77,6 +33,8 @@ __device__ __forceinline__ void load_words(const uint32_t* row, int word, int wo
     for (int i = 0; i < kLaneWords; ++i) found[i] = word + i < words ? __ldg(row + word + i) : 0;
   }
 }
+
+// Consumer
 
 // A block lists the set bits of one row, and each of its warps those of some of the words, of all of them in order. The
 // row is read twice: its bits are counted, the block takes a place for them, and they are written there. The second time
@@ -147,6 +105,56 @@ struct RowLister {
   }
 };
 
+// Kernel
+
+// bits[i, j] = Philox(counter (j / 4, i, 0, 0), seed)[j % 4] < threshold.
+//
+// Grid (rows). Bytes: 4 written a word. Integer arithmetic: 8 blocks of Philox a word, which is what takes the time.
+HPK_KERNEL(kThreads)
+contrastive_draw_negatives_kernel(const int64_t* __restrict__ seed, uint64_t threshold, int64_t columns,
+                                  uint32_t* __restrict__ bits) {
+  const uint64_t key = static_cast<uint64_t>(*seed);
+  const uint32_t row = blockIdx.x, words = static_cast<uint32_t>(words_per_row(columns));
+  for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
+    const bool all = threshold > 0xFFFFFFFFu;  // whatever the random words are
+    const uint32_t drawn = all ? ~0u : bernoulli_word(key, row, word, threshold);
+    bits[int64_t{row} * words + word] = drawn & valid_bits(word, columns);
+  }
+}
+
+// bit i of transposed[j] = bit j of bits[i]
+//
+// Grid (tiles of columns, tiles of rows), of 256 x 256 bits each; a warp transposes the blocks of 32 rows. Bytes: both
+// masks once, by sectors of 32 bytes.
+HPK_KERNEL(32 * kSide)
+contrastive_transpose_bits_kernel(const uint32_t* __restrict__ bits, int64_t rows, int64_t columns,
+                                  uint32_t* __restrict__ transposed) {
+  auto* const tile = reinterpret_cast<uint32_t(*)[kSide + 1]>(shared_memory());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first_word = int64_t{blockIdx.x} * kSide, first_block = int64_t{blockIdx.y} * kSide;
+  const int64_t pitch = words_per_row(columns), pitch_transposed = words_per_row(rows);
+#pragma unroll
+  for (int i = threadIdx.x; i < 32 * kSide * kSide; i += 32 * kSide) {
+    const int64_t row = 32 * first_block + i / kSide, word = first_word + i % kSide;
+    tile[i / kSide][i % kSide] = row < rows && word < pitch ? bits[row * pitch + word] : 0;
+  }
+  __syncthreads();
+  uint32_t found[kSide];
+#pragma unroll
+  for (int word = 0; word < kSide; ++word) found[word] = transpose_over_lanes(tile[32 * warp + lane][word]);
+  __syncthreads();
+#pragma unroll
+  for (int word = 0; word < kSide; ++word) tile[32 * word + lane][warp] = found[word];
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x; i < 32 * kSide * kSide; i += 32 * kSide) {
+    const int64_t column = 32 * first_word + i / kSide, block = first_block + i % kSide;
+    if (column < columns && block < pitch_transposed) {
+      transposed[column * pitch_transposed + block] = tile[i / kSide][i % kSide];
+    }
+  }
+}
+
 // counts[i] = the numbers of A_i, S_i and Den_i; and the columns of A_i or S_i in other images are listed.
 //
 // Grid (rows). Bytes: the masks once; 4 written a listed pair.
@@ -215,7 +223,7 @@ contrastive_count_and_list_kernel(const __grid_constant__ PairBits bits, int32_t
       [&](int64_t place, int column) { rows.columns[place] = column; });
 }
 
-// ranges[j]: the places that column j takes in its stage, one for each position that has drawn it.
+// ranges[j] = the places that column j takes in its stage, one for each position that has drawn it.
 //
 // Grid (blocks of columns), a thread a column. Bytes: R transposed once. Lanes of a warp are of one stage.
 HPK_KERNEL(kThreads)
@@ -239,7 +247,8 @@ contrastive_take_slots_kernel(const uint32_t* __restrict__ positions, int64_t wo
   ranges[2 * column + 1] = start;
 }
 
-// The set bits of each row of R, and their slots: the first of the column's, and one further for each earlier position.
+// columns = those of the set bits of each row of R; slots = the first place of the column, and one further for each
+// earlier position.
 //
 // Grid (positions). Bytes: R once; 8 written a set bit; for each half of a row of R transposed, from cache.
 template <bool kAligned>
@@ -269,6 +278,8 @@ contrastive_list_sampled_kernel(const uint32_t* __restrict__ negatives, int64_t 
     slots[place] = static_cast<int32_t>(slot);
   });
 }
+
+// Launch
 
 // Whether 16 bytes of each row can be read at a time.
 bool are_aligned(std::initializer_list<const uint32_t*> masks, int64_t words) {

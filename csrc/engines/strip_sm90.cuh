@@ -13,13 +13,15 @@
 
 #ifdef HPK_WITH_SM90
 
-#include "common/hopper.cuh"
 #include "common/schedule.h"
+#include "engines/hopper.cuh"
 
 namespace hpk {
 
 template <class T, class OfTile = Geometry90>
 struct StripSm90 {
+  // Types
+
   using Element = T;
   using Geometry = OfTile;
   static constexpr int kThreads = hopper::kThreads;
@@ -37,51 +39,7 @@ struct StripSm90 {
             hopper::boxes_across(left.dim)};
   }
 
-  // What run() needs where the kernel has `own` bytes before.
-  static size_t shared_bytes(const Operands& operands, size_t own) {
-    const int stages = stages_after(static_cast<int>(own), operands.blocks);
-    if (operands.blocks > kMostBlocks || stages < 2) {
-      throw std::runtime_error("hpkernels: rows of " + std::to_string(operands.blocks * hopper::kBoxDepth) +
-                               " elements do not fit into the shared memory of sm_90");
-    }
-    return operands.blocks * kLeftBytes + stages * kRightBytes + sizeof(Barriers);
-  }
-
-  // Calls consumer(products, tile, team) for each tile of a range: the products of the strip, left rows from first_row
-  // on, and right rows from kColumns tile + first_column on. If kPrepares, consumer.prepare(tile, team) comes while
-  // they are multiplied, so that what it reads is there in time. All threads of the block call this, but only the teams
-  // return, each warp as soon as it is done. `shared` is what shared_bytes() says, and starts at a multiple of 1024 bytes.
-  template <class Consumer>
-  __device__ static void run(const Operands& operands, int64_t first_row, TileRange tiles, char* shared,
-                             Consumer& consumer, int64_t first_column = 0) {
-    const int stages = stages_after(static_cast<int>(shared - shared_memory()), operands.blocks);
-    auto& barriers = *reinterpret_cast<Barriers*>(shared + operands.blocks * kLeftBytes + stages * kRightBytes);
-    if (threadIdx.x == 0) {
-      Barrier::init(&barriers.strip, 1);
-      for (int stage = 0; stage < stages; ++stage) {
-        Barrier::init(&barriers.full[stage], 1);
-        Barrier::init(&barriers.empty[stage], kTakesTurns ? hopper::kTeamWarps : hopper::kTeams * hopper::kTeamWarps);
-      }
-      for (uint64_t& turn : barriers.turn) Barrier::init(&turn, hopper::kTeamWarps);
-      hopper::fence_barriers();
-    }
-    __syncthreads();
-
-    const int group = hopper::team_of_warp();
-    if (group == hopper::kTeams) {
-      hopper::give_registers<hopper::kLoadRegisters>();
-      if (threadIdx.x % hopper::kTeamThreads == 0) {
-        load(operands, first_row, first_column, tiles, stages, shared, barriers);
-      }
-      hopper::exit_thread();
-    }
-    hopper::take_registers<hopper::kTeamRegisters>();
-    const int thread = threadIdx.x % Geometry::kTeamThreads;
-    multiply(operands.blocks, tiles, stages, shared, barriers, group, {kTakesTurns ? group : 0, thread}, consumer);
-  }
-
  private:
-  using Barrier = hopper::Barrier;
   using Number = hopper::Number<T>;
   static constexpr int kMostBlocks = kMostSm90Bytes / hopper::kBoxBytes, kMostStages = 8;
   static constexpr int kLeftBytes = Geometry::kRows * hopper::kBoxBytes;  // of a box
@@ -97,6 +55,31 @@ struct StripSm90 {
   static_assert(hopper::lies_in_boxes<Geometry::kColumns>(RightBoxes{}, false), "operands lie otherwise");
   static_assert(hopper::lies_as<Geometry>(Mma{}), "accumulators lie otherwise");
 
+  // Shared memory
+
+  // As many as fit, up to a number that covers the latency of memory.
+  HPK_HOST_DEVICE static int stages_after(int own, int blocks) {
+    const int left = hopper::kMostSharedBytes - own - static_cast<int>(sizeof(Barriers)) - blocks * kLeftBytes;
+    const int fit = left / kRightBytes;
+    return fit < kMostStages ? fit : kMostStages;
+  }
+
+ public:
+  // What run() needs where the kernel has `own` bytes before.
+  static size_t shared_bytes(const Operands& operands, size_t own) {
+    const int stages = stages_after(static_cast<int>(own), operands.blocks);
+    if (operands.blocks > kMostBlocks || stages < 2) {
+      throw std::runtime_error("hpkernels: rows of " + std::to_string(operands.blocks * hopper::kBoxDepth) +
+                               " elements do not fit into the shared memory of sm_90");
+    }
+    return operands.blocks * kLeftBytes + stages * kRightBytes + sizeof(Barriers);
+  }
+
+ private:
+  // Barriers
+
+  using Barrier = hopper::Barrier;
+
   // strip     the bytes of the strip are there
   // full[]    the bytes of a stage are
   // empty[]   the warps that multiply them have read them
@@ -109,6 +92,22 @@ struct StripSm90 {
   static_assert(kMostOwnBytes + kMostBlocks * kLeftBytes + 2 * kRightBytes + sizeof(Barriers) <= hopper::kMostSharedBytes,
                 "no room for two stages");
 
+  // Every thread of the block calls it.
+  __device__ static __forceinline__ void init_barriers(Barriers& barriers, int stages) {
+    if (threadIdx.x == 0) {
+      Barrier::init(&barriers.strip, 1);
+      for (int stage = 0; stage < stages; ++stage) {
+        Barrier::init(&barriers.full[stage], 1);
+        Barrier::init(&barriers.empty[stage], kTakesTurns ? hopper::kTeamWarps : hopper::kTeams * hopper::kTeamWarps);
+      }
+      for (uint64_t& turn : barriers.turn) Barrier::init(&turn, hopper::kTeamWarps);
+      hopper::fence_barriers();
+    }
+    __syncthreads();
+  }
+
+  // Scheduler
+
   // A box's place in the ring, and the phase of full[] there that brings it.
   struct Place {
     int stages, stage = 0;
@@ -119,12 +118,7 @@ struct StripSm90 {
     }
   };
 
-  // As many as fit, up to a number that covers the latency of memory.
-  HPK_HOST_DEVICE static int stages_after(int own, int blocks) {
-    const int left = hopper::kMostSharedBytes - own - static_cast<int>(sizeof(Barriers)) - blocks * kLeftBytes;
-    const int fit = left / kRightBytes;
-    return fit < kMostStages ? fit : kMostStages;
-  }
+  // Producer
 
   __device__ static __forceinline__ void load(const Operands& operands, int64_t first_row, int64_t first_column,
                                               TileRange tiles, int stages, char* shared, Barriers& barriers) {
@@ -145,6 +139,8 @@ struct StripSm90 {
       }
     }
   }
+
+  // Consumer
 
   template <class Consumer>
   __device__ static __forceinline__ void multiply(int blocks, TileRange tiles, int stages, char* shared,
@@ -209,6 +205,33 @@ struct StripSm90 {
       consumer(products, tile, team);
       __syncwarp();  // wgmma is an instruction of whole warps
     }
+  }
+
+ public:
+  // Kernel
+
+  // Calls consumer(products, tile, team) for each tile of a range: the products of the strip, left rows from first_row
+  // on, and right rows from kColumns tile + first_column on. If kPrepares, consumer.prepare(tile, team) comes while
+  // they are multiplied, so that what it reads is there in time. All threads of the block call this, but only the teams
+  // return, each warp as soon as it is done. `shared` is what shared_bytes() says, and starts at a multiple of 1024 bytes.
+  template <class Consumer>
+  __device__ static void run(const Operands& operands, int64_t first_row, TileRange tiles, char* shared,
+                             Consumer& consumer, int64_t first_column = 0) {
+    const int stages = stages_after(static_cast<int>(shared - shared_memory()), operands.blocks);
+    auto& barriers = *reinterpret_cast<Barriers*>(shared + operands.blocks * kLeftBytes + stages * kRightBytes);
+    init_barriers(barriers, stages);
+
+    const int group = hopper::team_of_warp();
+    if (group == hopper::kTeams) {
+      hopper::give_registers<hopper::kLoadRegisters>();
+      if (threadIdx.x % hopper::kTeamThreads == 0) {
+        load(operands, first_row, first_column, tiles, stages, shared, barriers);
+      }
+      hopper::exit_thread();
+    }
+    hopper::take_registers<hopper::kTeamRegisters>();
+    const int thread = threadIdx.x % Geometry::kTeamThreads;
+    multiply(operands.blocks, tiles, stages, shared, barriers, group, {kTakesTurns ? group : 0, thread}, consumer);
   }
 };
 

@@ -1,23 +1,24 @@
-// How the threads that share a row of a strip put together what each of them knows of it.
+// The teams of a block, each of which works on one tile at a time, and how their threads put together what each of them
+// knows of a row.
 #pragma once
 
-#include <cstring>
-
 #include "common/warp.cuh"
+#include "engines/geometry.h"
 
 namespace hpk {
 
-// The value of the lane whose number differs by the bits of `other`.
-template <class Row>
-__device__ __forceinline__ Row exchanged(const Row& own, int other) {
-  static_assert(sizeof(Row) % 4 == 0, "32 bits are exchanged at a time");
-  uint32_t words[sizeof(Row) / 4];
-  std::memcpy(words, static_cast<const void*>(&own), sizeof words);
-#pragma unroll
-  for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, other);
-  Row result;
-  std::memcpy(static_cast<void*>(&result), words, sizeof words);
-  return result;
+// A group of threads that works on one tile at a time.
+template <class Geometry>
+struct Team {
+  int index, thread;
+
+  __device__ void sync() const { barrier_sync(1 + index, Geometry::kTeamThreads); }
+};
+
+// Every team of the block, but not the threads that only load.
+template <class Geometry>
+__device__ __forceinline__ void sync_teams() {
+  barrier_sync(1 + Geometry::kTeams, Geometry::kTeams * Geometry::kTeamThreads);
 }
 
 // Adds up the `rows` of a thread with Row::add, in a fixed order: over the four lanes that share a row, then over the warps

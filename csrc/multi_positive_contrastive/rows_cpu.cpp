@@ -1,8 +1,9 @@
+// The pairs in A or S on the CPU, a row of the relations at a time, with what only they put into a denominator.
 #include <initializer_list>
 
 #include "common/exponential.h"
-#include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
+#include "multi_positive_contrastive/simd_loops.h"
 
 namespace hpk {
 namespace {
@@ -124,7 +125,7 @@ void backward_row(const T* z, int64_t dim, T scale, const Relations& relations, 
 }  // namespace
 
 template <typename T>
-void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+void contrastive_rows_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                        const Relations& relations, bool across_images, const AnchorSums<T>& sums) {
   parallel_for(run, relations.rows, 16, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
@@ -135,7 +136,7 @@ void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim,
 }
 
 template <typename T>
-void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+void contrastive_rows_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                         const Relations& relations, bool across_images,
                                         const AnchorCoefficients<T>& anchors, T* grad_z) {
   parallel_for(run, relations.rows, 16, [&](int64_t begin, int64_t end) {
@@ -148,9 +149,9 @@ void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim
 }
 
 #define HPK_INSTANTIATE(T)                                                                                            \
-  template void contrastive_positives_forward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,       \
+  template void contrastive_rows_forward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,       \
                                                      const AnchorSums<T>&);                                           \
-  template void contrastive_positives_backward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,      \
+  template void contrastive_rows_backward_cpu<T>(ParallelFor, const T*, int64_t, T, const Relations&, bool,      \
                                                       const AnchorCoefficients<T>&, T*);
 HPK_INSTANTIATE(float)
 HPK_INSTANTIATE(double)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
+from hpkernels.launches import Inputs, compile_ahead, pairs_of_each_form, recorded
 from hpkernels.ops import _checks as check
 from hpkernels.ops import _triton
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.relations import Relation
-from hpkernels.testing.launches import Inputs, compile_ahead, pairs_of_each_form, recorded
 from hpkernels.testing.rows import row_errors
 
 

@@ -6,30 +6,39 @@
 #pragma once
 
 #include "common/schedule.h"
-#include "common/tile.cuh"
+#include "engines/tile.cuh"
 
 namespace hpk {
 
 template <class T, class OfTile = Geometry80, bool kComparable = false>
 struct StripSm80 {
+  // Types
+
   using Element = T;
   using Geometry = OfTile;
   static constexpr int kThreads = Geometry::kTeams * Geometry::kTeamThreads;
-  static constexpr int kStages = 3;
-  static constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 4;  // steps at a time: TF32 takes more registers
   static constexpr bool kGathers = true;  // any rows may be the columns of a tile
   static constexpr bool kPrepares = false;  // whether a consumer is told of a tile ahead
-  static constexpr int kLeftBytes = Geometry::kRows * kTileBytes, kRightBytes = Geometry::kColumns * kTileBytes;
 
   struct Operands {
     Rows<T> left, right;
   };
 
+  // Shared memory
+
+  static constexpr int kStages = 3;
+  static constexpr int kLeftBytes = Geometry::kRows * kTileBytes, kRightBytes = Geometry::kColumns * kTileBytes;
   static constexpr size_t kSharedBytes = kStages * (kLeftBytes + kRightBytes);
   static constexpr size_t kMostOwnBytes = kSharedBytesAnywhere - kSharedBytes;  // that a kernel may have besides
   static_assert(kSharedBytes <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
 
   static size_t shared_bytes(const Operands&, size_t) { return kSharedBytes; }
+
+  // Registers
+
+  static constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 4;  // steps at a time: TF32 takes more registers
+
+  // Scheduler
 
   // The strip from `first_row` of the left rows on; column c of tile t is right row 128 t + c.
   template <class Consumer>
@@ -63,6 +72,8 @@ struct StripSm80 {
 #pragma unroll
     for (int i = 0; i < kLeftCopies; ++i) left_rows[i] = static_cast<int>(left_row(first_row + i * kApart));
 
+    // Producer
+
     // What is copied next: its tile and the block of each row, and the stage it goes to.
     int next_tile = static_cast<int>(tiles.first), next_block = 0, next_stage = 0;
     const auto load = [&] {
@@ -85,6 +96,8 @@ struct StripSm80 {
       }
       cp_async_commit();  // an empty group as well: groups are counted
     };
+
+    // Consumer
 
     for (int stage = 0; stage < kStages - 1; ++stage) load();
     Fragment<Geometry> products{};

@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "common/bits.h"
-#include "common/device.h"
 #include "common/schedule.h"
 #include "common/warp.cuh"
+#include "engines/team.cuh"
 #include "hidden_positives/hidden_positives.h"
 
 namespace hpk {
@@ -33,11 +33,13 @@ struct Words {
 
   int strip;
   Shared* shared;
+  const float* of_columns;
   float row_thresholds[Geometry::kRowBlocks][2];
   float2 column_thresholds[Geometry::kColumnBlocks];
 
-  __device__ Words(const float* of_rows, int strip_, char* memory)
-      : strip(strip_), shared(reinterpret_cast<Shared*>(memory)) {
+  // From the thresholds of rows and columns.
+  __device__ Words(const float* of_rows, const float* of_columns_, int strip_, char* memory)
+      : strip(strip_), shared(reinterpret_cast<Shared*>(memory)), of_columns(of_columns_) {
     const int thread = threadIdx.x % Geometry::kTeamThreads;
 #pragma unroll
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
@@ -48,7 +50,8 @@ struct Words {
     }
   }
 
-  __device__ void read_thresholds(const float* of_columns, int64_t tile, const Team<Geometry>& team) {
+  // Reads the thresholds of the columns of a tile.
+  __device__ void prepare(int64_t tile, const Team<Geometry>& team) {
     const float* const from = of_columns + tile * Geometry::kColumns + Geometry::column(team.thread, 0, 0);
 #pragma unroll
     for (int n = 0; n < Geometry::kColumnBlocks; ++n) {

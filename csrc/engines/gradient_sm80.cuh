@@ -8,12 +8,14 @@
 #pragma once
 
 #include "common/schedule.h"
-#include "common/tile.cuh"
+#include "engines/tile.cuh"
 
 namespace hpk {
 
 template <class T>
 struct GradientSm80 {
+  // Types
+
   using Element = T;
   using Geometry = GradientGeometry80<64>;  // of products and g
   static constexpr int kFeatureBytes = 512;  // of a row, that a block has sums of
@@ -26,86 +28,11 @@ struct GradientSm80 {
     Rows<T> left, right;
   };
 
-  static constexpr size_t shared_bytes() { return sizeof(Shared); }
-
   static unsigned feature_blocks(int dim) { return static_cast<unsigned>(divide_up(dim, kFeatures)); }
 
-  // The sums of features kFeatures * feature_block and following. left_row(r) and right_row(tile, c) are the rows of the
-  // operands, or -1 for none. The consumer has two members:
-  //   make_g(products, tile, team)  turns products into g, which is 0 where there is no row
-  //   store(sums, team)             gets the gradient, in the end
-  // Every thread of the block calls it.
-  template <class LeftRow, class RightRow, class Consumer>
-  __device__ static void run(const Operands& operands, const LeftRow& left_row, const RightRow& right_row,
-                             TileRange tiles, int feature_block, char* memory, Consumer& consumer) {
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Rows<T>&left = operands.left, &right = operands.right;
-    const int thread = threadIdx.x, chunk = thread % kTileChunks, first_row = thread / kTileChunks;
-    const Team<Geometry> team{0, thread};
-    const int blocks = (left.dim + kTileElements<T> - 1) / kTileElements<T>;
-
-    int left_rows[kCopies], right_rows[kCopies];
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) left_rows[i] = static_cast<int>(left_row(first_row + i * kApart));
-
-    // What is copied next: its tile and the block of each row, and the stage it goes to.
-    const int last_tile = static_cast<int>(tiles.last);
-    int next_tile = static_cast<int>(tiles.first), next_block = 0, next_stage = 0;
-    const auto load = [&] {
-      if (next_tile < last_tile) {
-        if (next_block == 0) {
-#pragma unroll
-          for (int i = 0; i < kCopies; ++i) {
-            right_rows[i] = static_cast<int>(right_row(next_tile, first_row + i * kApart));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-          load_chunk(left, left_rows[i], next_block, shared.stages[next_stage][0], first_row + i * kApart, chunk);
-          load_chunk(right, right_rows[i], next_block, shared.stages[next_stage][1], first_row + i * kApart, chunk);
-        }
-        next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
-        if (++next_block == blocks) next_block = 0, ++next_tile;
-      }
-      cp_async_commit();  // an empty group as well: groups are counted
-    };
-    const auto load_features = [&](int tile) {
-      for (int i = 0; i < kCopies; ++i) {
-        const int row = static_cast<int>(right_row(tile, first_row + i * kApart));
-#pragma unroll 1
-        for (int part = 0; part < kFeatureTiles; ++part) {
-          load_chunk(right, row, feature_block * kFeatureTiles + part, shared.features[part], first_row + i * kApart, chunk);
-        }
-      }
-    };
-
-    for (int stage = 0; stage < kStages - 1; ++stage) load();
-    Fragment<SumGeometry> sums{};
-    int stage = 0;
-    for (int tile = static_cast<int>(tiles.first); tile < last_tile; ++tile) {
-      Fragment<Geometry> products{};
-      for (int block = 0; block < blocks; ++block) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();  // this stage is there for all, and all are done with what comes next
-        if (block == 0) load_features(tile);
-        load();
-        add_products<T, kUnrolled>(products.values, shared.stages[stage][0], first_row_of_warp<Geometry>(thread),
-                                   shared.stages[stage][1], first_column_of_warp<Geometry>(thread));
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-      }
-      consumer.make_g(products, tile, team);
-      write_g(products, thread, shared);
-      if (blocks < kStages) cp_async_wait<0>();  // else the features were there before the last block
-      __syncthreads();
-      add_weighted(sums, shared, thread);
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    consumer.store(sums, team);
-  }
-
  private:
-  static constexpr int kUnrolled = 2;  // steps of a product at a time: sums take most of the registers
+  // Shared memory
+
   static constexpr int kStages = 3, kApart = kThreads / kTileChunks, kCopies = Geometry::kRows / kApart;
   static constexpr int kOperandBytes = Geometry::kRows * kTileBytes;
   static constexpr int kFeatureTiles = kFeatureBytes / kTileBytes;
@@ -117,6 +44,14 @@ struct GradientSm80 {
     char g[kGTiles][kOperandBytes];
   };
   static_assert(sizeof(Shared) <= kSharedBytesAnywhere, "more shared memory than some GPUs have");
+
+ public:
+  static constexpr size_t shared_bytes() { return sizeof(Shared); }
+
+ private:
+  // Registers
+
+  static constexpr int kUnrolled = 2;  // steps of a product at a time: sums take most of the registers
 
   __device__ static __forceinline__ void write_g(const Fragment<Geometry>& g, int thread, Shared& shared) {
 #pragma unroll
@@ -172,6 +107,90 @@ struct GradientSm80 {
   }
 
   __device__ static __forceinline__ int thread_lane() { return static_cast<int>(threadIdx.x) % 32; }
+
+ public:
+  // Scheduler
+
+  // The sums of features kFeatures * feature_block and following. left_row(r) and right_row(tile, c) are the rows of the
+  // operands, or -1 for none. The consumer has two members:
+  //   make_g(products, tile, team)  turns products into g, which is 0 where there is no row
+  //   store(sums, team)             gets the gradient, in the end
+  // Every thread of the block calls it.
+  template <class LeftRow, class RightRow, class Consumer>
+  __device__ static void run(const Operands& operands, const LeftRow& left_row, const RightRow& right_row,
+                             TileRange tiles, int feature_block, char* memory, Consumer& consumer) {
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const Rows<T>&left = operands.left, &right = operands.right;
+    const int thread = threadIdx.x, chunk = thread % kTileChunks, first_row = thread / kTileChunks;
+    const Team<Geometry> team{0, thread};
+    const int blocks = (left.dim + kTileElements<T> - 1) / kTileElements<T>;
+
+    int left_rows[kCopies], right_rows[kCopies];
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) left_rows[i] = static_cast<int>(left_row(first_row + i * kApart));
+
+    // Producer
+
+    // What is copied next: its tile and the block of each row, and the stage it goes to.
+    const int last_tile = static_cast<int>(tiles.last);
+    int next_tile = static_cast<int>(tiles.first), next_block = 0, next_stage = 0;
+    const auto load = [&] {
+      if (next_tile < last_tile) {
+        if (next_block == 0) {
+#pragma unroll
+          for (int i = 0; i < kCopies; ++i) {
+            right_rows[i] = static_cast<int>(right_row(next_tile, first_row + i * kApart));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          load_chunk(left, left_rows[i], next_block, shared.stages[next_stage][0], first_row + i * kApart, chunk);
+          load_chunk(right, right_rows[i], next_block, shared.stages[next_stage][1], first_row + i * kApart, chunk);
+        }
+        next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+        if (++next_block == blocks) next_block = 0, ++next_tile;
+      }
+      cp_async_commit();  // an empty group as well: groups are counted
+    };
+    const auto load_features = [&](int tile) {
+      for (int i = 0; i < kCopies; ++i) {
+        const int row = static_cast<int>(right_row(tile, first_row + i * kApart));
+#pragma unroll 1
+        for (int part = 0; part < kFeatureTiles; ++part) {
+          load_chunk(right, row, feature_block * kFeatureTiles + part, shared.features[part], first_row + i * kApart, chunk);
+        }
+      }
+    };
+
+    // Consumer
+
+    for (int stage = 0; stage < kStages - 1; ++stage) load();
+    Fragment<SumGeometry> sums{};
+    int stage = 0;
+    for (int tile = static_cast<int>(tiles.first); tile < last_tile; ++tile) {
+      Fragment<Geometry> products{};
+      for (int block = 0; block < blocks; ++block) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // this stage is there for all, and all are done with what comes next
+        if (block == 0) load_features(tile);
+        load();
+        add_products<T, kUnrolled>(products.values, shared.stages[stage][0], first_row_of_warp<Geometry>(thread),
+                                   shared.stages[stage][1], first_column_of_warp<Geometry>(thread));
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+      consumer.make_g(products, tile, team);
+      write_g(products, thread, shared);
+      if (blocks < kStages) cp_async_wait<0>();  // else the features were there before the last block
+      __syncthreads();
+      add_weighted(sums, shared, thread);
+    }
+
+    // Epilogue
+
+    cp_async_wait<0>();
+    __syncthreads();
+    consumer.store(sums, team);
+  }
 };
 
 }  // namespace hpk

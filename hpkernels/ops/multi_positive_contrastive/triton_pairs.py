@@ -1,4 +1,4 @@
-"""Triton kernels on packed bits: the drawn negatives, and lists of the columns of a row's set bits.
+"""Triton kernels before any logit: the drawn negatives, the numbers of pairs, and lists of their columns.
 
 Each row takes its place in a list by one atomic addition of its length, so a kernel that counts also lists. Where the
 rows are in memory depends on the order in which programs run; what a row holds does not.
@@ -9,53 +9,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def bits_at(bits, rows, words, columns, inside):
-    """Whether the bits of (rows, columns), of broadcastable shapes, are set; False unless `inside`."""
-    word = tl.load(bits + rows.to(tl.int64) * words + (columns >> 5), mask=inside, other=0)
-    return ((word >> (columns & 31)) & 1) != 0
+from hpkernels.ops._triton_functions import bits_at, low_bits, population_count
 
 
 @triton.jit
-def words_from(bits, rows, words, first, COUNT: tl.constexpr):
-    """COUNT words (rows, COUNT) of bits from column `first` on, a multiple of 32; 0 for rows of -1."""
-    word = first // 32 + tl.arange(0, COUNT)
-    inside = (rows >= 0)[:, None] & (word < words)[None, :]
-    return tl.load(bits + rows.to(tl.int64)[:, None] * words + word[None, :], mask=inside, other=0)
+def take_places(state, length, count, capacity):
+    """Where `count` more entries begin in a list whose length is state[length]; state[0] = 1 if they do not fit."""
+    first = tl.atomic_add(state + length, count.to(tl.int64), sem="relaxed")
+    tl.store(state, 1, mask=first + count > capacity)
+    return first
 
 
 @triton.jit
-def bits_of(words):
-    """The bits of words (R, W) as (R, 32 W) bool."""
-    values = tl.full((), 1, tl.int32) << tl.arange(0, 32)
-    if words.shape[1] == 1:
-        is_set = (words & values[None, :]) != 0
-    else:
-        is_set = tl.reshape((words[:, :, None] & values[None, None, :]) != 0, (words.shape[0], 32 * words.shape[1]))
-    return is_set
+def words_across(words_of_row, row, word, group):
+    """Words of a row without the columns of the row's own image."""
+    start = row // group * group
+    return words_of_row & (~low_bits(start + group - 32 * word) | low_bits(start - 32 * word))
 
 
 @triton.jit
-def population_count(words):
-    """The number of set bits of each int32 word (Warren, Hacker's Delight, 5-1)."""
-    x = words.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def low_bits(count):
-    """Words whose lowest `count` bits are set, none for less than 0 and all for more than 32."""
-    kept = tl.minimum(tl.maximum(count, 0), 32).to(tl.int64)
-    return ((tl.full((), 1, tl.int64) << kept) - 1).to(tl.int32)
+def listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC: tl.constexpr):
+    """Words of A or S of a row, in other images."""
+    at = row.to(tl.int64) * words + word
+    found = tl.load(positives + at, mask=word < words, other=0)
+    if HAS_SPECIFIC:
+        found |= tl.load(specific + at, mask=word < words, other=0)
+    return words_across(found, row, word, group)
 
 
 @triton.jit(do_not_specialize=["columns", "words", "threshold"])
 def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl.constexpr):
-    """Bit j of row i is set if word j % 4 of Philox(counter (j // 4, i, 0, 0), seed) < threshold, j < columns.
+    """Bit j of row i = word j % 4 of Philox(counter (j // 4, i, 0, 0), seed) < threshold, for j < columns.
 
     Grid (rows, blocks of words). Bytes: writes 4 a word; 8 Philox blocks a word.
     """
@@ -72,20 +56,12 @@ def draw_negatives_kernel(bits, seed, columns, words, threshold, BLOCK_WORDS: tl
     tl.store(bits + row.to(tl.int64) * words + word, drawn, mask=word < words)
 
 
-@triton.jit
-def take_places(state, length, count, capacity):
-    """Where `count` more entries begin in a list whose length is state[length]; state[0] = 1 if they do not fit."""
-    first = tl.atomic_add(state + length, count.to(tl.int64), sem="relaxed")
-    tl.store(state, 1, mask=first + count > capacity)
-    return first
-
-
 @triton.jit(do_not_specialize=["rows", "columns", "words", "words_transposed", "stage_columns", "capacity"])
 def transpose_negatives_kernel(
     negatives, transposed, below, slot_ranges, state, rows, columns, words, words_transposed, stage_columns, capacity,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """transposed[j] has bit p set where negatives[p] has bit j; below[j, w] counts them in words before w.
+    """Bit p of transposed[j] = bit j of negatives[p]; below[j, w] = how many are set in words before w.
 
     Column j takes as many places of its stage as it has set bits: slot_ranges[j]. Grid (stages, blocks of columns).
     Bytes: reads each word for 32 columns, from cache but once; writes 8 a word.
@@ -117,7 +93,7 @@ def list_negatives_kernel(
     negatives, transposed, below, slot_ranges, ranges, columns, slots, state, words, words_transposed,
     capacity, longest, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """List the columns of the set bits of each position, and the slot of each: the place in its column's range.
+    """columns = those of the set bits of each position; slots = the place of each in its column's range.
 
     state[0] = 1 also if a list is longer than `longest`. Grid (positions,). Bytes: reads the rows, and 16 a set bit;
     writes 8 a set bit.
@@ -153,30 +129,13 @@ def list_negatives_kernel(
             end += tl.sum(sizes, axis=0)
 
 
-@triton.jit
-def words_across(words_of_row, row, word, group):
-    """Words of a row without the columns of the row's own image."""
-    start = row // group * group
-    return words_of_row & (~low_bits(start + group - 32 * word) | low_bits(start - 32 * word))
-
-
-@triton.jit
-def listed_words(positives, specific, row, word, words, group, HAS_SPECIFIC: tl.constexpr):
-    """Words of A or S of a row, in other images."""
-    at = row.to(tl.int64) * words + word
-    found = tl.load(positives + at, mask=word < words, other=0)
-    if HAS_SPECIFIC:
-        found |= tl.load(specific + at, mask=word < words, other=0)
-    return words_across(found, row, word, group)
-
-
 @triton.jit(do_not_specialize=["anchors", "words", "group", "first", "capacity"])
 def list_positives_kernel(
     positives, specific, negatives, counts, ranges, columns, state, anchors, words, group, first, capacity,
     HAS_SPECIFIC: tl.constexpr, SAMPLED: tl.constexpr, LISTED: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     PART: tl.constexpr = False,
 ):  # fmt: skip
-    """counts (R, 3): of A_i, S_i and Den_i. With LISTED the columns of A or S in other images; else state[0] = 1.
+    """counts (R, 3) = the sizes of A_i, S_i and Den_i. With LISTED columns = A or S in other images; else state[0] = 1.
 
     Rows of a PART are of anchors from `first` on. Grid (R,). Bytes: reads the rows, again from cache where they are
     listed; writes 4 a listed column. A round for each set bit of the word that has most.

@@ -3,7 +3,7 @@
 
 #include "common/warp.cuh"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
-#include "multi_positive_contrastive/scope.h"
+#include "multi_positive_contrastive/strips.h"
 
 namespace hpk {
 

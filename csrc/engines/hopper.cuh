@@ -10,7 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/device.h"
+#include "engines/team.cuh"
 
 #ifdef HPK_EMULATED
 #include "emulation/hopper.h"

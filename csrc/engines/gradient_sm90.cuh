@@ -22,14 +22,16 @@
 
 #ifdef HPK_WITH_SM90
 
-#include "common/hopper.cuh"
 #include "common/schedule.h"
+#include "engines/hopper.cuh"
 
 namespace hpk {
 
 // kDim is the length of a row, rounded up to a multiple of 128.
 template <class T, int kDim>
 struct GradientSm90 {
+  // Types
+
   static_assert(kDim % 128 == 0 && kDim * int{sizeof(T)} <= kMostSm90Bytes, "128, 256, 384 or 512 elements");
   using Element = T;
   using Geometry = GradientGeometry90<64>;           // of products and g
@@ -48,60 +50,11 @@ struct GradientSm90 {
     return {hopper::tensor_map(rows, Geometry::kRows), numbers, rows.count};
   }
 
-  static constexpr size_t shared_bytes() { return sizeof(Shared); }
-
-  static constexpr unsigned feature_blocks(int) { return 1; }  // of all features
-
-  // The gradient of rows from `first_row` on, from the columns of a range of tiles, which start at rows 64 tile +
-  // first_column. The consumer has two members:
-  //   make_g(products, tile, team, of_rows, of_columns)  turns products into g, which is 0 beyond the last row, with
-  //                                                      the operands' numbers of rows and columns
-  //   store(sums, team)                                  gets side team.index of the gradient in the end
-  // Team t has every second tile, from the first + t on. All threads of the block call it, but only the teams return.
-  // `memory` starts at a multiple of 1024 bytes.
-  template <class Consumer>
-  __device__ static void run(const Operands& operands, int64_t first_row, int64_t first_column, TileRange tiles,
-                             char* memory, Consumer& consumer) {
-    auto& shared = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x == 0) {
-      Barrier::init(&shared.own_full, 1);
-      for (int c = 0; c < 2; ++c) {
-        Barrier::init(&shared.ready[c], hopper::kTeamThreads);
-        for (int s = 0; s < 2; ++s) {
-          Barrier::init(&shared.full[c][s], 1);
-          Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
-        }
-      }
-      hopper::fence_barriers();
-    }
-    __syncthreads();
-
-    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
-    if (team == hopper::kTeams) {
-      hopper::give_registers<hopper::kLoadRegisters>();
-      if (thread == 0) load(operands, first_row, first_column, tiles, shared);
-      hopper::exit_thread();
-    }
-    hopper::take_registers<hopper::kTeamRegisters>();
-    multiply(tiles, shared, {team, thread}, consumer);
-  }
-
  private:
-  using Barrier = hopper::Barrier;
   using Number = hopper::Number<T>;
   static constexpr int kBoxes = kDim / hopper::kBoxDepth, kSideBoxes = kBoxes / 2;
   static constexpr int kBoxElements = Geometry::kRows * hopper::kBoxDepth;
   static constexpr int kBoxBytes = kBoxElements * static_cast<int>(sizeof(T));
-
-  struct Shared {
-    T own[kBoxes][kBoxElements];
-    T columns[2][2][kSideBoxes][kBoxElements];
-    T g[2][kBoxElements];
-    float4 own_numbers[Geometry::kRows], numbers[2][Geometry::kColumns];
-    uint64_t own_full, full[2][2], ready[2], empty[2][2];
-  };
-  static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
-  static_assert(sizeof(Shared) <= hopper::kMostSharedBytes, "more shared memory than there is");
 
   // Everything in boxes; and the quarters transposed, with elements for columns.
   using Boxes = hopper::Boxes<T, Geometry::kRows, 3 * kBoxes + 2>;
@@ -117,6 +70,46 @@ struct GradientSm90 {
   static_assert(hopper::lies_in_boxes<Geometry::kColumns>(Quarters{}, true), "columns lie otherwise");
   static_assert(hopper::lies_as<Geometry>(ProductMma{}), "products lie otherwise");
   static_assert(hopper::lies_as<SumGeometry>(SumMma{}), "sums lie otherwise");
+
+  // Shared memory
+
+  struct Shared {
+    T own[kBoxes][kBoxElements];
+    T columns[2][2][kSideBoxes][kBoxElements];
+    T g[2][kBoxElements];
+    float4 own_numbers[Geometry::kRows], numbers[2][Geometry::kColumns];
+    uint64_t own_full, full[2][2], ready[2], empty[2][2];
+  };
+  static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
+  static_assert(sizeof(Shared) <= hopper::kMostSharedBytes, "more shared memory than there is");
+
+ public:
+  static constexpr size_t shared_bytes() { return sizeof(Shared); }
+
+  static constexpr unsigned feature_blocks(int) { return 1; }  // of all features
+
+ private:
+  // Barriers
+
+  using Barrier = hopper::Barrier;
+
+  // Every thread of the block calls it.
+  __device__ static __forceinline__ void init_barriers(Shared& shared) {
+    if (threadIdx.x == 0) {
+      Barrier::init(&shared.own_full, 1);
+      for (int c = 0; c < 2; ++c) {
+        Barrier::init(&shared.ready[c], hopper::kTeamThreads);
+        for (int s = 0; s < 2; ++s) {
+          Barrier::init(&shared.full[c][s], 1);
+          Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
+        }
+      }
+      hopper::fence_barriers();
+    }
+    __syncthreads();
+  }
+
+  // Producer
 
   // Of the numbers of 64 rows from `first` on, as far as there are rows.
   __device__ static __forceinline__ int number_bytes(const Operands& operands, int64_t first) {
@@ -157,6 +150,8 @@ struct GradientSm90 {
       phase ^= c, c ^= 1;
     }
   }
+
+  // Consumer
 
   template <class Consumer>
   __device__ static __forceinline__ void multiply(TileRange tiles, Shared& shared, const Team<Geometry>& team,
@@ -241,6 +236,32 @@ struct GradientSm90 {
       warpgroup_fence_operand(sums);
     }
     consumer.store(gradient, team);
+  }
+
+ public:
+  // Kernel
+
+  // The gradient of rows from `first_row` on, from the columns of a range of tiles, which start at rows 64 tile +
+  // first_column. The consumer has two members:
+  //   make_g(products, tile, team, of_rows, of_columns)  turns products into g, which is 0 beyond the last row, with
+  //                                                      the operands' numbers of rows and columns
+  //   store(sums, team)                                  gets side team.index of the gradient in the end
+  // Team t has every second tile, from the first + t on. All threads of the block call it, but only the teams return.
+  // `memory` starts at a multiple of 1024 bytes.
+  template <class Consumer>
+  __device__ static void run(const Operands& operands, int64_t first_row, int64_t first_column, TileRange tiles,
+                             char* memory, Consumer& consumer) {
+    auto& shared = *reinterpret_cast<Shared*>(memory);
+    init_barriers(shared);
+
+    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
+    if (team == hopper::kTeams) {
+      hopper::give_registers<hopper::kLoadRegisters>();
+      if (thread == 0) load(operands, first_row, first_column, tiles, shared);
+      hopper::exit_thread();
+    }
+    hopper::take_registers<hopper::kTeamRegisters>();
+    multiply(tiles, shared, {team, thread}, consumer);
   }
 };
 

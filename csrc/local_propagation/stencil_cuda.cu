@@ -10,13 +10,25 @@
 namespace hpk {
 namespace {
 
+// Types
+
 constexpr int kTaskThreads = 256;
 
-// mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], cells inside the image only;
-// or the transpose, a gather too, so that no two threads write to one place and the order of the sum is fixed.
-//
-// Grid: blocks of tasks. Bytes: code and mixed once each, batch * dim * patches elements; weights, batch * window^2 *
-// patches * 4, once for every kStencilPlanes planes. The neighbours of a patch come from cache.
+// Such that blocks of half as many threads, as for 28 x 28 patches, have registers for four on a multiprocessor.
+constexpr int kMostRuns = 448, kLeastBlocks = 2;
+
+// Shared memory
+
+constexpr int kPlaneStages = 3, kChunkBytes = 16;
+constexpr int kZeros = 4 * kRunPatches;  // at the start of shared memory, for the rows that are outside the image
+
+// Planes that are copied at a time: with 16 / sizeof(T) of them, a stage is as many chunks of 16 bytes as patches.
+template <typename T>
+constexpr int kStagePlanes = kChunkBytes / static_cast<int>(sizeof(T));
+
+// Scheduler
+
+// Each thread goes through some of the tasks.
 template <bool transposed, typename T>
 __device__ __forceinline__ void run_tasks(const T* input, const float* weights, const StencilShape& shape, T* output) {
   const int64_t step = int64_t{gridDim.x} * kTaskThreads, tasks = stencil_tasks(shape);
@@ -25,35 +37,8 @@ __device__ __forceinline__ void run_tasks(const T* input, const float* weights, 
   }
 }
 
-template <typename T>
-HPK_KERNEL(kTaskThreads)
-local_propagation_apply_fwd_kernel(const T* __restrict__ code, const float* __restrict__ weights, StencilShape shape,
-                                   T* __restrict__ mixed) {
-  run_tasks<false>(code, weights, shape, mixed);
-}
-
-template <typename T>
-HPK_KERNEL(kTaskThreads)
-local_propagation_apply_bwd_kernel(const T* __restrict__ grad_mixed, const float* __restrict__ weights,
-                                   StencilShape shape, T* __restrict__ grad_code) {
-  run_tasks<true>(grad_mixed, weights, shape, grad_code);
-}
-
-// Such that blocks of half as many threads, as for 28 x 28 patches, have registers for four on a multiprocessor.
-constexpr int kMostRuns = 448, kLeastBlocks = 2;
-constexpr int kPlaneStages = 3, kChunkBytes = 16;
-constexpr int kZeros = 4 * kRunPatches;  // at the start of shared memory, for the rows that are outside the image
-
-// Planes that are copied at a time: with 16 / sizeof(T) of them, a stage is as many chunks of 16 bytes as patches.
-template <typename T>
-constexpr int kStagePlanes = kChunkBytes / static_cast<int>(sizeof(T));
-
-// The same sums for a window of 3 x 3 and images of kMostRuns runs at most, whose rows are whole runs. A thread has one run and its weights, for
-// all planes of the block. The planes come through shared memory, kStagePlanes at a time, two stages ahead of the sums.
-//
-// Grid (images x parts of their planes), as many threads as an image has runs. Bytes: code and mixed once each, in
-// pieces of 16 and 4 sizeof(T); weights, batch * 9 * patches * 4, once for every part. For each run and plane, 36
-// additions of products and 9 loads from shared memory.
+// A thread has one run and its weights, for all planes of the block. The planes come through shared memory, kStagePlanes
+// at a time, two stages ahead of the sums.
 template <bool transposed, typename T>
 __device__ __forceinline__ void run_planes(const T* input, const float* weights, const StencilShape& shape, int parts,
                                            T* output) {
@@ -64,6 +49,8 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
   const int first = static_cast<int>(stages.first), last = static_cast<int>(stages.last);
   input += image * dim * patches;
   output += image * dim * patches;
+
+  // Producer
 
   const auto planes_of = [&](int stage) {
     const int left = dim - stage * kStagePlanes<T>;
@@ -83,6 +70,8 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
     }
     cp_async_commit();  // an empty group as well: groups are counted
   };
+
+  // Consumer
 
   for (int stage = first; stage < first + kPlaneStages - 1; ++stage) load(stage);
   auto* const zeros = reinterpret_cast<T*>(shared_memory());
@@ -108,6 +97,33 @@ __device__ __forceinline__ void run_planes(const T* input, const float* weights,
   }
 }
 
+// Kernel
+
+// mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], cells inside the image only
+//
+// Grid (blocks of tasks). Bytes: code and mixed once each, batch * dim * patches elements; weights, batch * window^2 *
+// patches * 4, once for every kStencilPlanes planes. The neighbours of a patch come from cache.
+template <typename T>
+HPK_KERNEL(kTaskThreads)
+local_propagation_apply_fwd_kernel(const T* __restrict__ code, const float* __restrict__ weights, StencilShape shape,
+                                   T* __restrict__ mixed) {
+  run_tasks<false>(code, weights, shape, mixed);
+}
+
+// grad_code[b, d, p] = sum over cells of (weights[b, cell, .] * grad_mixed[b, d, .])[p - offset(cell)], a gather too, so
+// that no two threads write to one place and the order of the sum is fixed. Grid and bytes as above.
+template <typename T>
+HPK_KERNEL(kTaskThreads)
+local_propagation_apply_bwd_kernel(const T* __restrict__ grad_mixed, const float* __restrict__ weights,
+                                   StencilShape shape, T* __restrict__ grad_code) {
+  run_tasks<true>(grad_mixed, weights, shape, grad_code);
+}
+
+// mixed[b, d, p] = as above, for a window of 3 x 3 and images of kMostRuns runs at most, whose rows are whole runs.
+//
+// Grid (images x parts of their planes), as many threads as an image has runs. Bytes: code and mixed once each, in
+// pieces of 16 and 4 sizeof(T); weights, batch * 9 * patches * 4, once for every part. For each run and plane, 36
+// additions of products and 9 loads from shared memory.
 template <typename T>
 HPK_KERNEL(kMostRuns, kLeastBlocks)
 local_propagation_planes_fwd_kernel(const T* __restrict__ code, const float* __restrict__ weights, StencilShape shape,
@@ -115,12 +131,15 @@ local_propagation_planes_fwd_kernel(const T* __restrict__ code, const float* __r
   run_planes<false>(code, weights, shape, parts, mixed);
 }
 
+// grad_code[b, d, p] = as above, for the same images. Grid and bytes as above.
 template <typename T>
 HPK_KERNEL(kMostRuns, kLeastBlocks)
 local_propagation_planes_bwd_kernel(const T* __restrict__ grad_mixed, const float* __restrict__ weights,
                                     StencilShape shape, int parts, T* __restrict__ grad_code) {
   run_planes<true>(grad_mixed, weights, shape, parts, grad_code);
 }
+
+// Launch
 
 template <bool transposed, typename T>
 void apply(const T* input, const float* weights, const StencilShape& shape, T* output, cudaStream_t stream) {

@@ -22,14 +22,16 @@
 
 #include <cstring>
 
-#include "common/hopper.cuh"
 #include "common/schedule.h"
+#include "engines/hopper.cuh"
 
 namespace hpk {
 
 // kDim is the length of a row, rounded up.
 template <class T, int kDim>
 struct GatheredSm90 {
+  // Types
+
   static_assert(kDim == 128 || kDim == 256 || kDim == 512, "lanes share rows evenly");
   static_assert(kDim * int{sizeof(T)} <= kMostSm90Bytes, "longer than the rows that come here");
   using Element = T;
@@ -42,60 +44,10 @@ struct GatheredSm90 {
   static constexpr int kThreads = hopper::kThreads;
   static constexpr int kRows = Geometry::kRows, kHalfColumns = Geometry::kColumns, kTileColumns = 2 * kHalfColumns;
 
-  static constexpr size_t shared_bytes() { return sizeof(Shared); }
-
-  // `rows` with left_row(r) for row i and right_row(j) for column j, or -1 for none, and so many columns, at least one.
-  // The consumer has a member, or for gradients three; half h has the columns from 64 h on.
-  //   add(products, columns, team)               gets the products of a half, and right_row of the thread's columns
-  //   make_g(products, columns, team)            turns them into g, which is 0 where there is no row
-  //   store_columns(sums, half, element, team)   gets 64 elements of gradient_j: j by row
-  //   store(sums, team)                          gets side team.index of gradient_i in the end
-  // All threads of the block call it, but only the teams return. `memory` starts at a multiple of 1024 bytes.
-  template <bool kGradients, class LeftRow, class RightRow, class Consumer>
-  __device__ static void run(const Rows<T>& rows, const LeftRow& left_row, const RightRow& right_row, int columns,
-                             char* memory, Consumer& consumer) {
-    auto& shared = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x == 0) {
-      Barrier::init(&shared.own_full, hopper::kTeamThreads);
-      for (int c = 0; c < 2; ++c) {
-        Barrier::init(&shared.ready[c], hopper::kTeamThreads);
-        Barrier::init(&shared.done[c], hopper::kTeams * hopper::kTeamWarps);
-        for (int s = 0; s < 2; ++s) {
-          Barrier::init(&shared.full[c][s], 32);
-          Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
-        }
-      }
-      hopper::fence_barriers();
-    }
-    __syncthreads();
-
-    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
-    const int tiles = (columns + kTileColumns - 1) / kTileColumns;
-    if (team == hopper::kTeams) {
-      hopper::give_registers<kGatherRegisters>();
-      gather(rows, left_row, right_row, tiles, thread, shared);
-      hopper::exit_thread();
-    }
-    hopper::take_registers<kMultiplyRegisters>();
-    multiply<kGradients>(tiles, shared, {team, thread}, consumer);
-  }
-
  private:
-  using Barrier = hopper::Barrier;
   using Number = hopper::Number<T>;
-  static constexpr int kGatherRegisters = 40, kMultiplyRegisters = 232;
   static constexpr int kBoxes = kDim / hopper::kBoxDepth, kSideBoxes = kBoxes / 2;
   static constexpr int kBoxElements = kRows * hopper::kBoxDepth;
-
-  struct Shared {
-    T own[kBoxes][kBoxElements];
-    T columns[2][2][kSideBoxes][kBoxElements];
-    T g[2][kBoxElements];
-    int32_t names[2][2][kHalfColumns];  // right_row of the columns of each quarter
-    uint64_t own_full, full[2][2], ready[2], empty[2][2], done[2];
-  };
-  static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
-  static_assert(sizeof(Shared) <= hopper::kMostSharedBytes, "more shared memory than there is");
 
   // Everything in boxes, and transposed, with elements for rows; and the quarters transposed.
   using Boxes = hopper::Boxes<T, kRows, 3 * kBoxes + 2>;
@@ -117,6 +69,49 @@ struct GatheredSm90 {
   static_assert(hopper::lies_as<Geometry>(ProductMma{}), "products lie otherwise");
   static_assert(hopper::lies_as<SumGeometry>(SumMma{}), "sums lie otherwise");
   static_assert(hopper::lies_as<Geometry>(ColumnMma{}), "gradients of columns lie otherwise");
+
+  // Shared memory
+
+  struct Shared {
+    T own[kBoxes][kBoxElements];
+    T columns[2][2][kSideBoxes][kBoxElements];
+    T g[2][kBoxElements];
+    int32_t names[2][2][kHalfColumns];  // right_row of the columns of each quarter
+    uint64_t own_full, full[2][2], ready[2], empty[2][2], done[2];
+  };
+  static constexpr int kColumnsBox = kBoxes, kGBox = 3 * kBoxes;  // where columns and g start
+  static_assert(sizeof(Shared) <= hopper::kMostSharedBytes, "more shared memory than there is");
+
+ public:
+  static constexpr size_t shared_bytes() { return sizeof(Shared); }
+
+ private:
+  // Barriers
+
+  using Barrier = hopper::Barrier;
+
+  // Every thread of the block calls it.
+  __device__ static __forceinline__ void init_barriers(Shared& shared) {
+    if (threadIdx.x == 0) {
+      Barrier::init(&shared.own_full, hopper::kTeamThreads);
+      for (int c = 0; c < 2; ++c) {
+        Barrier::init(&shared.ready[c], hopper::kTeamThreads);
+        Barrier::init(&shared.done[c], hopper::kTeams * hopper::kTeamWarps);
+        for (int s = 0; s < 2; ++s) {
+          Barrier::init(&shared.full[c][s], 32);
+          Barrier::init(&shared.empty[c][s], hopper::kTeamWarps);
+        }
+      }
+      hopper::fence_barriers();
+    }
+    __syncthreads();
+  }
+
+  // Registers
+
+  static constexpr int kGatherRegisters = 40, kMultiplyRegisters = 232;
+
+  // Producer
 
   // What a warp copies of a side of rows: a lane has one chunk of 16 bytes of every kApart-th row. Row r goes to the
   // boxes from `boxes` on; what is not there becomes 0.
@@ -172,6 +167,8 @@ struct GatheredSm90 {
       Barrier::arrive(&shared.full[c][s]);
     }
   }
+
+  // Consumer
 
   template <bool kGradients, class Consumer>
   __device__ static __forceinline__ void multiply(int tiles, Shared& shared, const Team<Geometry>& team,
@@ -279,6 +276,33 @@ struct GatheredSm90 {
       }
     }
     if constexpr (kGradients) consumer.store(gradient, team);
+  }
+
+ public:
+  // Kernel
+
+  // `rows` with left_row(r) for row i and right_row(j) for column j, or -1 for none, and so many columns, at least one.
+  // The consumer has a member, or for gradients three; half h has the columns from 64 h on.
+  //   add(products, columns, team)               gets the products of a half, and right_row of the thread's columns
+  //   make_g(products, columns, team)            turns them into g, which is 0 where there is no row
+  //   store_columns(sums, half, element, team)   gets 64 elements of gradient_j: j by row
+  //   store(sums, team)                          gets side team.index of gradient_i in the end
+  // All threads of the block call it, but only the teams return. `memory` starts at a multiple of 1024 bytes.
+  template <bool kGradients, class LeftRow, class RightRow, class Consumer>
+  __device__ static void run(const Rows<T>& rows, const LeftRow& left_row, const RightRow& right_row, int columns,
+                             char* memory, Consumer& consumer) {
+    auto& shared = *reinterpret_cast<Shared*>(memory);
+    init_barriers(shared);
+
+    const int team = hopper::team_of_warp(), thread = threadIdx.x % hopper::kTeamThreads;
+    const int tiles = (columns + kTileColumns - 1) / kTileColumns;
+    if (team == hopper::kTeams) {
+      hopper::give_registers<kGatherRegisters>();
+      gather(rows, left_row, right_row, tiles, thread, shared);
+      hopper::exit_thread();
+    }
+    hopper::take_registers<kMultiplyRegisters>();
+    multiply<kGradients>(tiles, shared, {team, thread}, consumer);
   }
 };
 

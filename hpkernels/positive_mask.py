@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives.bits import (
+from hpkernels.ops._bits import (
     counted_bits,
     equal_label_bits,
     pack_bits,

@@ -1,10 +1,11 @@
+// Before any logit, on the CPU: the drawn negatives, and how many pairs there are.
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
 
 #include <atomic>
 
 #include "common/philox.h"
-#include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
+#include "multi_positive_contrastive/simd_loops.h"
 
 namespace hpk {
 namespace {
