@@ -95,6 +95,16 @@ def times(ratio: float) -> str:
     return (f"{ratio:.2f}" if ratio < 0.995 else _two_digits(ratio)) + "×"
 
 
+def amount(value: float) -> str:
+    """A rate.
+
+    Example:
+        >>> [amount(value).replace(NBSP, " ") for value in (0.0321, 15.51, 412.3, 21333.3)]
+        ['0.032', '16', '412', '21 333']
+    """
+    return count(round(value)) if value >= 9.95 else _two_digits(value)
+
+
 def count(number: int) -> str:
     """A whole number with its thousands apart.
 

@@ -11,12 +11,12 @@ from benchmarks.results import Row, read_folder
 
 BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"
 
-_RATES = (
-    ("images_per_second", "{:.3g} images/s"),
-    ("tflops", "{:.3g} TFLOP/s"),
-    ("of_mm", "{:.0%} of `mm`"),
-    ("of_roofline", "{:.0%} of the roofline"),
-)
+_RATES = {
+    "images_per_second": lambda value: f"{presentation.amount(value)} images/s",
+    "tflops": lambda value: f"{presentation.amount(value)} TFLOP/s",
+    "of_mm": lambda value: f"{value:.0%} of `mm`",
+    "of_roofline": lambda value: f"{value:.0%} of the roofline",
+}
 """Columns that some rows have, and how a table says them."""
 
 
@@ -142,12 +142,12 @@ def _cell(row: Row | None) -> str:
 
 
 def _ratio(line: _Line, column: str) -> str:
-    if line.ours is None or line.other is None:
+    if line.ours is None or line.other is None or line.other.median_ms is None:
         return ""
     ours, other = getattr(line.ours, column), getattr(line.other, column)
     return presentation.times(other / ours) if ours and other else ""
 
 
 def _rates(row: Row | None) -> str:
-    values = ((getattr(row, name, None), text) for name, text in _RATES)
-    return ", ".join(text.format(value) for value, text in values if value is not None)
+    values = ((getattr(row, name, None), say) for name, say in _RATES.items())
+    return ", ".join(say(value) for value, say in values if value is not None)
