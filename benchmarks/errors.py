@@ -1,8 +1,8 @@
 """Rounding errors of every op against float64, beside those of plain PyTorch in the same dtype.
 
 The error of a row is the Euclidean norm of its difference from what float64 makes of the same inputs, as a share of
-the norm of that row, or of a thousandth of the greatest row's if that is more. Of all rows, seeds and sizes the greatest
-is kept.
+the norm of that row, or of a thousandth of the greatest row's if that is more. Of all rows, seeds and sizes the
+greatest is kept.
 """
 
 from __future__ import annotations

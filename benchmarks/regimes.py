@@ -14,8 +14,9 @@ import hpkernels
 from benchmarks.cases import DTYPES, Case, Inputs
 
 USUAL = "usual"
-SIZES = ((2, (5, 7)), (2, (11, 13)), (2, (20, 20)))
-SEEDS = (0, 1, 2)
+SIZES = ((2, (5, 7)), (2, (16, 16)))  # images, and the patches of each
+SEEDS = (0, 1)
+_REFERENCES = 300  # of the pool that queries are ranked with
 
 _CALLS = {
     "masked_topk": ("k=1", "k=8"),
@@ -58,6 +59,8 @@ class Regime:
     def inputs(self, case: Case, seed: int) -> Inputs:
         """The inputs of `case` with other vectors, in its dtype."""
         inputs, generator = case.inputs(), torch.Generator().manual_seed(seed)
+        if case.op == "masked_topk":
+            inputs["pool"] = inputs["pool"][:_REFERENCES]
         for name in _VECTORS[case.op]:
             if isinstance(inputs.get(name), Tensor):
                 rows = self._rows(inputs[name].shape, generator, case.op != "local_propagation")
@@ -102,7 +105,8 @@ REGIMES = {
     USUAL: Regime(),
     "rows nearly equal": Regime(spread=0.01),
     "rows of length 30": Regime(length=30.0),
-    "rows of length 0.001": Regime(length=1e-3),
+    # Not of tokens: attention that is equal up to rounding is decided by rounding.
+    "rows of length 0.001": Regime(length=1e-3, needs=("pool", "features", "z", "anchors")),
     "temperature 0.005": Regime(settings=(("temperature", 0.005),), needs=("settings",)),
     "temperature 10": Regime(settings=(("temperature", 10.0),), needs=("settings",)),
     "all pairs positive": Regime(needs=("labels", "positives"), change=_one_class),
@@ -112,7 +116,7 @@ REGIMES = {
 
 def problems(op: str, device: str, quick: bool = False) -> Iterator[tuple[Case, str, Inputs]]:
     """Each case of `op`, the name of its regime, and its inputs; `quick`: small ones of one seed."""
-    for images, grid in SIZES[:2] if quick else SIZES:
+    for images, grid in SIZES[:1] if quick else SIZES:
         for call in _CALLS[op]:
             for dtype in DTYPES:
                 case = Case(op, call, images, grid, device, dtype)
