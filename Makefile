@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 LINT   := .venv-lint
+DOCS   := .venv-docs
 NATIVE := CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # The CUDA kernels compiled for the CPU: without a GPU they are tested so.
 EMULATED := build/emulated/_C_cuda_emulated.so
@@ -13,7 +14,7 @@ EMULATED := build/emulated/_C_cuda_emulated.so
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install train screenshots test test-all test-deep test-packaging gpu-check lint clean
+.PHONY: help install train screenshots test test-all test-deep test-packaging gpu-check lint docs docs-serve clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,5 +74,21 @@ $(LINT)/installed: pyproject.toml
 	$(LINT)/bin/python -m pip install --quiet "mypy>=1.18" "ruff>=0.6"
 	touch $@
 
+# mkdocs-material tells every build of its end of life in 2027, which pyproject.toml answers by the versions it takes.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/installed  ## Build the documentation site, build/site/index.html; fails on a broken link
+	$(DOCS)/bin/mkdocs build
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(DOCS)/installed  ## Show the site at http://127.0.0.1:8000, and again as pages change
+	$(DOCS)/bin/mkdocs serve --watch hpkernels
+
+# Reads the package's sources without importing them, and so needs neither PyTorch nor a compiler.
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) $(LINT) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LINT) $(DOCS) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache .mypy_cache

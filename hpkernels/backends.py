@@ -204,7 +204,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Under ``torch.compile`` the choice is made when the graph is traced, and stays in it: the first call of the compiled
     function belongs inside the block. The block cannot be inside the function, where `backend` does the same.
 
-    Example:
+    Examples:
         >>> import hpkernels, torch
         >>> with hpkernels.use_backend("reference"):
         ...     values, indices = hpkernels.masked_topk(torch.eye(3), torch.eye(3))

@@ -92,7 +92,7 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
     Raises:
         ValueError: an unknown op, device, dtype or size, or a number out of range.
 
-    Example:
+    Examples:
         >>> import hpkernels
         >>> told = hpkernels.explain("ghp_contrastive", N=50176, D=512, device="H100")
         >>> told.backend, told.steps[0].engine

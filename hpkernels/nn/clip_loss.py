@@ -43,7 +43,7 @@ class ClipLoss(nn.Module):
     Raises:
         TypeError, ValueError: a setting is not as described.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> images, texts = torch.nn.functional.normalize(torch.randn(2, 4, 8, requires_grad=True), dim=2)
         >>> logit_scale = torch.tensor(10.0, requires_grad=True)

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 import hpkernels
 from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
-from training.explorer import Explorer
-from training.precision import Found
+from training.evaluation.precision import Found
+from training.report.explorer import Explorer
 
 
 def tiny_values(output, **top):

@@ -149,7 +149,7 @@ def contrastive(
         otherwise logits are computed again. Where the keys are the anchors and the relations symmetric, pairs i < j
         alone are computed.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> from torch.nn.functional import normalize
         >>> images, texts = normalize(torch.eye(3) + 0.1), normalize(torch.eye(3) - 0.1).requires_grad_()

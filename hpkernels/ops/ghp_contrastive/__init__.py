@@ -69,7 +69,7 @@ def ghp_contrastive(
         Similarities are compared in float32 whatever the dtypes. Deterministic for a given seed. Memory: two packed
         masks of N²/8 bytes; the reference works on blocks of rows in up to 256 MiB besides.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> from torch.nn.functional import normalize
         >>> rows = normalize(torch.eye(8)[:, :4] + torch.eye(8)[:, 4:] + 0.2)

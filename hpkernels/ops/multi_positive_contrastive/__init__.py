@@ -77,7 +77,7 @@ def multi_positive_contrastive(
         Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; on a GPU also R and the lists
         of pairs, of up to half of the bytes of a mask. The reference works on blocks of rows in up to 256 MiB.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> z = torch.nn.functional.normalize(torch.eye(4) + 0.1).requires_grad_()
         >>> positives = hpkernels.PositiveMask.from_labels(torch.tensor([0, 0, 1, 1]))

@@ -18,8 +18,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training.checkpoint import written_whole
-from training.parallel import is_first
+from training.runtime.checkpoint import written_whole
+from training.runtime.parallel import is_first
 
 if TYPE_CHECKING:
     from training.run import Run

@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 from scipy import ndimage
 
-from training.checkpoint import written_whole
 from training.data import DATA_SETS
 from training.data.pairs import VOID
-from training.photographs import MARK, display_name
+from training.data.photographs import MARK, display_name
+from training.runtime.checkpoint import written_whole
 
 IGNORED = {"labels": VOID, "cityscapes": 0, "coco": VOID}
 """The kinds of pseudo-labels, and what pixels without a label have; in the pictures of COCO that becomes black."""

@@ -14,11 +14,11 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from training.checkpoint import written_whole
-from training.figures import class_palette
-from training.photographs import MARK, display_name, is_prediction, list_images, natural, real, visible_files
-from training.prediction import Prediction
-from training.pseudo_labels import IGNORED, label_map, panoptic
+from training.data.photographs import MARK, display_name, is_prediction, list_images, natural, real, visible_files
+from training.prediction.photograph import Prediction
+from training.prediction.pseudo_labels import IGNORED, label_map, panoptic
+from training.report.figures import class_palette
+from training.runtime.checkpoint import written_whole
 
 OUTPUTS = {
     "classes": "{}.png",

@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hpkernels._version import __version__
-from training.checkpoint import written_whole
-from training.output import prepare_folder
+from training.runtime.checkpoint import written_whole
+from training.runtime.output import prepare_folder
 
 VERSION = 1
 """Of what is computed: raise it with any change of the code that changes features, weights or views."""

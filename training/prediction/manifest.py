@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import written_whole
-from training.photographs import MARK, display_name
+from training.data.photographs import MARK, display_name
+from training.runtime.checkpoint import written_whole
 
 NAME = "manifest.jsonl"
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
 from training.backbones.base import Backbone
 from training.data.batches import evenly_spread
+from training.evaluation.precision import Found, discovered
 from training.model import patch_classes
-from training.precision import Found, discovered
 from training.run import Run
 from training.schedule import seed_step
 from training.segment import map_names, segment, to_classes, why_unusable

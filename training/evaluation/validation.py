@@ -7,12 +7,12 @@ from PIL import Image
 
 from training.data.batches import evenly_spread
 from training.evaluate import evaluate
-from training.figures import class_palette, colour_map, photograph
-from training.parallel import is_first
-from training.progress import Progress
-from training.report import Example
+from training.report.figures import class_palette, colour_map, photograph
+from training.report.page import Example
 from training.results import examples
 from training.run import Run
+from training.runtime.parallel import is_first
+from training.runtime.progress import Progress
 
 _LOOKS = 10  # in a run, if `evaluation.every` does not say
 _PICTURES = 4  # images that are shown

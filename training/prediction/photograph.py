@@ -14,12 +14,12 @@ from torch import Tensor
 
 from training.backbones import Backbone
 from training.config import Config
-from training.crf import refined
 from training.data import image_size, resized
+from training.data.photographs import read_rgb
 from training.evaluate import HEADLINE
-from training.inference import Windows, blended_strips, features_of, fitted_size, precision_of
+from training.evaluation.crf import refined
+from training.features.inference import Windows, blended_strips, features_of, fitted_size, precision_of
 from training.model import to_map, to_rows
-from training.photographs import read_rgb
 from training.run import scoring_windows
 from training.segment import check_usable, class_table, decided, feature_maps, log_probabilities, score_strips
 from training.state import TrainingState

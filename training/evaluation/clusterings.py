@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.features import FeatureBank
-from training.kmeans import kmeans
+from training.evaluation.kmeans import kmeans
+from training.features.bank import FeatureBank
 from training.model import SegmentationHead
 
 _IMAGES = 2000  # images that k-means sees at most ...

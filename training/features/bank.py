@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.backbones.base import Backbone
-from training.clock import Clock
 from training.data import SegmentationData
-from training.feature_cache import CHUNK, hash_of, open_cache
-from training.inference import Features, Windows, features_of, patch_features
-from training.loading import Ahead, Decoded, decode
-from training.parallel import Share
-from training.views import Photometric, photometric, photometric_parameters
+from training.data.loading import Ahead, Decoded, decode
+from training.features.cache import CHUNK, hash_of, open_cache
+from training.features.inference import Features, Windows, features_of, patch_features
+from training.features.views import Photometric, photometric, photometric_parameters
+from training.runtime.clock import Clock
+from training.runtime.parallel import Share
 
 _HELD_LABELS = 2**30  # bytes of decoded labels that stay in memory, where features do not need the images
 

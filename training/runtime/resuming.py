@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from training import parallel
 from training.config import WHILE_TRAINING, Config
 from training.config_file import flat
 from training.data import SegmentationData
+from training.runtime import parallel
 
 # Keys that may change: how long, where and how a run is computed, logged and scored, but not what it learns. The images
 # decide whether their number is another one.

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hpkernels
-from training.features import FeatureBank
-from training.metrics import SegmentationMetrics
+from training.evaluation.metrics import SegmentationMetrics
+from training.features.bank import FeatureBank
 from training.model import patch_classes, to_map
 from training.segment import greatest
 from training.state import TrainingState

@@ -1,9 +1,9 @@
-// The explorer of hidden positives in a report: what training/explorer.py packed, drawn and told. Helpers: report.js.
+// The explorer of hidden positives in a report: what explorer.py packed, drawn and told. Helpers: report.js.
 "use strict";
 
 const KINDS = { agnostic: "task-agnostic", specific: "task-specific" };
 
-/** What training/explorer.py packed: N patches with positives, thresholds, features, negatives and weights. */
+/** What explorer.py packed: N patches with positives, thresholds, features, negatives and weights. */
 class Batch {
   static async unpacked(packed) {
     const bytes = Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0));

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from training import checkpoint
 from training.config import Config
-from training.photographs import display_name, real
+from training.data.photographs import display_name, real
+from training.runtime import checkpoint
 
 
 def prepare_folder(folder: Path, what: str) -> None:

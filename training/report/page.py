@@ -19,9 +19,9 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from training import figures
-from training.checkpoint import written_whole
 from training.config_file import Setting
+from training.report import figures
+from training.runtime.checkpoint import written_whole
 
 _METHODS = {
     ("baseline", "unsupervised"): "Baseline: k-means of the frozen features",
@@ -62,7 +62,7 @@ class Report:
     class_names: Sequence[str] = ()
     history: Sequence[Mapping[str, float]] = ()  # figures of the logged steps, each with "step"
     examples: Sequence[Example] = ()
-    explorer: Mapping[str, Any] | None = None  # of training.explorer.packed
+    explorer: Mapping[str, Any] | None = None  # of training.report.explorer.packed
     explorer_images: Sequence[tuple[str, Tensor]] = ()  # name and (3, h, w) uint8 of each image of the explorer
     explorer_note: str = ""
     class_iou: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of each class in percent, by column title

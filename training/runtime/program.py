@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from hpkernels import BackendUnavailableError
-from training import parallel
 from training.config_file import key_table, known_keys
-from training.stopping import Stopped
+from training.runtime import parallel
+from training.runtime.stopping import Stopped
 
 TRACEBACK_VARIABLE = "HPKERNELS_TRACEBACK"
 """Set it to see where an error came from."""
