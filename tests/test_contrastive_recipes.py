@@ -13,6 +13,7 @@ from benchmarks.published import ghp_contrastive as published_ghp_contrastive
 from hpkernels import Labels, PairLists, PositiveMask, contrastive, use_backend
 from hpkernels.testing import available_cases
 from tests.ops.oracles import ntxent_of_metric_learning, supcon_of_metric_learning
+from tests.pages import ROOT, document, heading
 
 RTOL = 1e-5
 # The recipes have tensors on the CPU.
@@ -182,20 +183,16 @@ RECIPES = (
 
 
 @pytest.fixture(scope="module")
-def page(repository):
-    """The programs of each recipe, by its heading as a name; "" is what they begin with."""
-    text = (repository / "docs" / "recipes.md").read_text().split("\n## What it cannot express\n")[0]
-    beginning, *sections = text.split("\n## ")
-    headings = [section.partition("\n")[0] for section in sections]
-    names = [re.sub(r"\W", "_", heading).lower() for heading in headings]
-    return {
-        name: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        for name, section in zip(["", *names], [beginning, *sections], strict=True)
-    }
+def page():
+    """The programs of each recipe, by its heading as a name; "recipes" is what they begin with."""
+    programs = {}
+    for example in document(ROOT / "docs" / "recipes.md").examples():
+        programs.setdefault(re.sub(r"\W", "_", heading(example)).lower(), []).append(example.parsed)
+    return programs
 
 
 def test_every_recipe_is_compared(page):
-    assert list(page) == ["", *(recipe.__name__ for recipe in RECIPES)]
+    assert list(page) == ["recipes", *(recipe.__name__ for recipe in RECIPES)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,7 +200,7 @@ def test_every_recipe_is_compared(page):
 def test_recipe(recipe, backend, page):
     torch.manual_seed(0)
     found = {}
-    exec(page[""][0], found)
+    exec(page["recipes"][0], found)
     programs = page[recipe.__name__]
     assert programs
     for program in programs:

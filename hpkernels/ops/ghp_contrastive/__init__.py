@@ -52,8 +52,8 @@ def ghp_contrastive(
         specific_pool: (Ms, Ds) task-specific reference pool.
         specific_weight: lambda >= 0, a float or a 0-d tensor. The float 0.0 skips task-specific discovery.
         z_mixed: (N, D) projections of the locally propagated codes, dtype of `z`.
-        anchors_per_image, temperature, base_temperature, negative_rate, negatives, seed, variant, reweight,
-            keep_specific_only, backend: see `multi_positive_contrastive`.
+        anchors_per_image, temperature, base_temperature, negative_rate: see `multi_positive_contrastive`.
+        negatives, seed, variant, reweight, keep_specific_only, backend: see the same.
         symmetric: of A and S, see `hidden_positives`.
 
     Returns:
