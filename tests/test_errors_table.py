@@ -16,6 +16,7 @@ from benchmarks.verify import _double
 
 FACTOR = 4.0  # other processors add up in another order
 FILES = sorted(RESULTS.glob(f"*/{ERRORS}"))
+WITH_KERNELS = [op for op in regimes.OPS if op != "ghp_contrastive"]  # which is made of the others
 each_op = pytest.mark.parametrize("op", regimes.OPS)
 
 
@@ -24,9 +25,7 @@ def stated():
     return {row.key: row for row in errors.read(FILES[0])}
 
 
-@pytest.mark.parametrize(
-    "op", [op for op in regimes.OPS if op != "ghp_contrastive"]
-)  # which runs the kernels of others
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_stated_bounds_hold(op, stated):
     """Of small problems of one seed, all of which are in the file; half a unit in the last place is no finding."""
     measured = errors.measure(op, {}, quick=True)
@@ -57,9 +56,9 @@ def test_pages_have_the_tables_of_the_files(op, repository):
     assert between == error_tables.table(op, [errors.read(path) for path in FILES])
 
 
-@pytest.mark.parametrize("op", regimes.OPS)
+@each_op
 def test_plain_formulas_are_the_reference(op):
-    """In float64, where both are exact."""
+    """In float64, but for the published weights of pairs, which are float32."""
     for call in regimes._CALLS[op]:
         case = Case(op, call, images=2, grid=(5, 6))
         inputs = {name: _double(value) for name, value in regimes.REGIMES[regimes.USUAL].inputs(case, 0).items()}
@@ -67,7 +66,7 @@ def test_plain_formulas_are_the_reference(op):
         ours = errors._comparable(plain.outputs_of(op, inputs), inputs)
         assert set(ours) == set(exact)
         for name, value in ours.items():
-            torch.testing.assert_close(value, exact[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(value, exact[name], rtol=1e-7, atol=1e-9)
 
 
 def test_a_wrong_row_is_seen(monkeypatch):
