@@ -69,32 +69,31 @@ def _caption(row: ErrorRow) -> str:
 
 def _lines(rows: list[ErrorRow]) -> list[str]:
     names = [name for name in backends.BACKENDS if any(row.backend == name for row in rows)]
-    columns = [f"`{name}`" for name in names] + ["PyTorch"]
-    heads = ["output", "dtype", *columns, *(f"hardest: {column}" for column in columns), f"hardest for `{names[0]}`"]
+    columns = [*(f"`{name}`" for name in names), "PyTorch"]
+    there = [f"{column} there" for column in columns]
+    heads = ["output", "dtype", *columns, f"hardest for `{names[0]}`", *there, "PyTorch at worst"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for output in dict.fromkeys(row.output for row in rows):
         for dtype in DTYPES:
             by_backend = [
-                [row for row in rows if (row.output, row.dtype, row.backend) == (output, dtype, name)] for name in names
+                {row.regime: row for row in rows if (row.output, row.dtype, row.backend) == (output, dtype, name)}
+                for name in names
             ]
             lines.append("| " + " | ".join([f"`{output}`", dtype, *_cells(by_backend)]) + " |")
     return lines
 
 
-def _cells(by_backend: list[list[ErrorRow]]) -> list[str]:
-    of_usual, of_hardest = [], []
-    for own in by_backend:
-        of_usual.append(next(row.error for row in own if row.regime == USUAL))
-        of_hardest.append(_greatest(row.error for row in own))
+def _cells(by_backend: list[dict[str, ErrorRow]]) -> list[str]:
     first = by_backend[0]
-    plain_usual = next(row.plain for row in first if row.regime == USUAL)
-    plain_hardest = None if plain_usual is None else _greatest(row.plain for row in first if row.plain is not None)
-    hardest = next(row.regime for row in first if row.error == of_hardest[0])
-    return [*map(_number, [*of_usual, plain_usual, *of_hardest, plain_hardest]), hardest]
+    worst = reduce(greater, (row.error for row in first.values()))
+    hardest = next(name for name, row in first.items() if row.error == worst or worst != worst)
+    plain = [row.plain for row in first.values()]
+    of_torch = None if None in plain else reduce(greater, plain)
 
+    def errors_in(regime: str) -> list[str]:
+        return [*(_number(own[regime].error) for own in by_backend), _number(first[regime].plain)]
 
-def _greatest(values: Iterable[float]) -> float:
-    return reduce(greater, values)
+    return [*errors_in(USUAL), hardest, *errors_in(hardest), _number(of_torch)]
 
 
 def _number(value: float | None) -> str:
