@@ -14,7 +14,7 @@ EMULATED := build/emulated/_C_cuda_emulated.so
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install train screenshots test test-all test-deep test-packaging gpu-check lint docs docs-serve clean
+.PHONY: help install train screenshots test test-all test-deep test-packaging wheel gpu-check lint docs docs-serve clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,7 +54,20 @@ $(EMULATED): $(NATIVE) | install
 	then cmake --build $(@D) && touch $@; \
 	else echo "going on without the emulated CUDA kernels, which need CUDA's headers: $(@D).log"; fi
 
-test-packaging: install  ## Try the wheel with another PyTorch, and the kernels with the oldest Triton (gigabytes, minutes)
+# The check of dependencies is skipped since nvidia-cutlass is installed without its own.
+# auditwheel reads from the libraries which glibc they need, and names the wheel after that; PyTorch's stay out of it.
+wheel: $(VENV)/release  ## Build the source archive, and from that the wheel, into dist/
+	rm -rf build/wheel dist
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m build --no-isolation --skip-dependency-check --outdir build/wheel
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(RUN) -m twine check --strict dist/*
+
+$(VENV)/release: pyproject.toml | install
+	$(RUN) -m pip install --quiet --group release
+	touch $@
+
+test-packaging: $(VENV)/release  ## Try the wheel with the oldest and newest PyTorch, the kernels with the oldest Triton; slow
 	$(RUN) -m pytest -m packaging tests
 
 gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes

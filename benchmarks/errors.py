@@ -24,7 +24,7 @@ from benchmarks.regimes import problems
 from benchmarks.results import ERRORS
 from benchmarks.verify import _double
 from hpkernels import backends
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops._bits import unpack_bits
 from hpkernels.testing import row_errors
 
 _SHORTEST = 1e-3  # a row that cancels to less, or underflows, beside the greatest one counts as that long

@@ -15,7 +15,7 @@ from benchmarks import published
 from benchmarks.cases import Inputs
 from benchmarks.peers import _bmm, _dense_loss, _exceeding, _ranked
 from benchmarks.providers import Outputs, contrasted, differentiate, leaf
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops._bits import unpack_bits
 
 
 def outputs_of(op: str, inputs: Inputs) -> Outputs | None:

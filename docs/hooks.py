@@ -55,9 +55,13 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
     def drawn(match: re.Match[str]) -> str:
         formula = html.unescape(match[3]).replace("{aligned}", "{align*}")  # the name that the converter knows
-        mathml = convert(formula, display="inline" if match[2] == "(" else "block")
-        if "\\" in mathml:  # it passes on commands that it does not know
-            _log.warning("%s: the converter to MathML does not know a command of: %s", page.file.src_uri, formula)
+        try:
+            mathml = convert(formula, display="inline" if match[2] == "(" else "block")
+        except Exception as error:
+            _log.warning("%s: %s: no formula: %s", page.file.src_uri, type(error).__name__, formula)
+            return match[0]
+        if "\\" in mathml:  # it leaves commands that it does not know
+            _log.warning("%s: a command that the converter to MathML does not know: %s", page.file.src_uri, formula)
         return mathml
 
     return _FORMULA.sub(drawn, content)

@@ -46,7 +46,8 @@ def reason_not_run(example: Example) -> str | None:
 
 def heading(example: Example) -> str:
     """The heading that a block stands under."""
-    return re.findall(r"^#+ (.*)$", example.document.text[: example.start], re.MULTILINE)[-1]
+    before = _FENCE.sub("", example.document.text[: example.start])  # comments of programs look like headings
+    return re.findall(r"^#+ (.*)$", before, re.MULTILINE)[-1]
 
 
 def fences(page: Path) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,8 @@ def test_programs_that_do_not_run():
 
 
 def test_programs_are_found():
-    languages = {language for page in PAGES for language, _ in fences(page)}
+    # A title is a file's name: tests/test_docs_kernels.py builds an op of such blocks.
+    languages = {re.sub(r' title="[\w./]+"', "", language) for page in PAGES for language, _ in fences(page)}
     assert languages <= {"", "python", "math", "json", "yaml", "toml"}, "Python is marked python, commands are not"
 
 
@@ -134,10 +135,8 @@ _VARIABLE = (
 def variables_read():
     """The variables that programs, libraries and builds ask for or set, by how each language does it."""
     found = set()
-    for file in python_sources():
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found |= set(re.findall(rf"^({_VARIABLE})$", node.value))
+    for text in map(text_of, nodes(python_sources())):
+        found |= set(re.findall(rf"^({_VARIABLE})$", text))
     for pattern, asked in {
         "cmake/*.cmake": r"\$ENV\{(\w+)\}",
         "CMakeLists.txt": r"\$ENV\{(\w+)\}",
@@ -162,34 +161,60 @@ def test_environment_variables():
     assert sorted(told) == sorted(variables_read())
 
 
-def sentences_of_sources():
-    """What programs, libraries and builds can print, a line each; what they fill in is `…`."""
-    for file in python_sources():
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                yield "".join(value.value if isinstance(value, ast.Constant) else "…" for value in node.values)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+def text_of(node):
+    """A text of a program, what it fills in as `…`; "" for what is no text."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(value.value if isinstance(value, ast.Constant) else "…" for value in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def cmake_texts(before=""):
+    """The texts of CMake's files that come after `before`."""
     for file in (ROOT / "CMakeLists.txt", *ROOT.glob("cmake/*.cmake")):
-        yield from re.findall(r'"([^"\n]*)"', re.sub(r"\$\{\w+\}", "…", file.read_text()))
+        yield from re.findall(before + r'"([^"\n]*)"', re.sub(r"\$(ENV)?\{\w+\}", "…", file.read_text()))
 
 
-def test_messages_are_those_of_the_sources():
+def nodes(files):
+    for file in files:
+        yield from ast.walk(ast.parse(file.read_text()))
+
+
+def refusals():
+    """Each reason why something is not built or does not run."""
+    for node in nodes([ROOT / "setup.py", *(ROOT / "hpkernels").rglob("*.py")]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            refused = node.func.id == "CannotBuild" or (
+                node.func.id == "Availability" and ast.unparse(node.args[0]) == "False"
+            )
+            yield text_of(node.args[-1]) if refused else ""
+    yield from cmake_texts("FATAL_ERROR ")
+
+
+def is_said(message, text):
+    return re.search(".*".join(map(re.escape, message.split("…"))), text) is not None
+
+
+def test_messages():
+    """Those on the page are in the sources, and the reasons in the sources are on the page."""
     page = (ROOT / "docs" / "install.md").read_text().split("\n## Troubleshooting\n")[1]
     cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
     assert len(messages) > 40
-    known = "\n".join(sentences_of_sources())
-    wrong = [text for text in messages if not re.search(".*".join(map(re.escape, text.split("…"))), known)]
-    assert not wrong
+    sources = "\n".join([*map(text_of, nodes(python_sources())), *cmake_texts()])
+    assert not [message for message in messages if not is_said(message, sources)]
+    assert not [reason for reason in refusals() if reason and not any(is_said(message, reason) for message in messages)]
 
 
 def measured(device, op, call, provider, anchors):
-    """Milliseconds and MiB in the committed results, as a page writes them."""
+    """Time and memory in the committed results, as a page writes them."""
     with (ROOT / "benchmarks" / "results" / device / f"{op}.csv").open() as file:
         of = [call, provider, anchors]
         (row,) = (row for row in csv.DictReader(file) if [row["call"], row["provider"], row["anchors"]] == of)
-    return f"{float(row['median_ms']):.0f} ms", f"{float(row['peak_mib']):.0f} MiB"
+    ms, mib = float(row["median_ms"]), float(row["peak_mib"])
+    return (
+        f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s",
+        f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB",
+    )
 
 
 def test_numbers_of_the_home_page():
@@ -200,6 +225,19 @@ def test_numbers_of_the_home_page():
         *(measured(*published, name, "12544") for name in ("cpu", "published")),
     ]
     page = (ROOT / "docs" / "index.md").read_text()
-    assert re.findall(r"^\| .* \| (\d+ ms) \| (\d+ MiB) \|$", page, re.MULTILINE) == expected
+    assert re.findall(r"^\| .* \| ([\d.]+ m?s) \| ([\d.]+ .iB) \|$", page, re.MULTILINE) == expected
     small = [measured(*supcon, name, "1024")[0].removesuffix(" ms") for name in ("torch-dense", "cpu")]
     assert "At 1024 anchors plain PyTorch takes {} ms, and hpkernels {}.".format(*small) in page
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name)
+def test_lists_and_tables_on_the_site(page):
+    """A list or a table right below a paragraph is one on GitHub, and a part of the paragraph on the site."""
+    before = ""
+    for line in prose(page).splitlines():
+        item = re.match(r"( *)(?:[-*]|\d+\.) ", line)
+        if item:
+            assert not before or re.match(r" *(?:[-*]|\d+\.) |  ", before), line
+            assert len(item[1]) % 4 == 0, f"lists in lists are four spaces further in: {line}"
+        assert not line.startswith("|") or not before or before.startswith("|"), line
+        before = "" if line.startswith("<!--") else line.rstrip()

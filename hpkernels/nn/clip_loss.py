@@ -114,7 +114,7 @@ class ClipLoss(nn.Module):
         Args:
             image_features, text_features: (N, D) floating-point, row by row of the same pair, usually L2-normalised;
                 gradients reach both.
-            logit_scale: a number above 0 or a tensor of one, which receives a gradient: 1 / temperature.
+            logit_scale: positive, a number or a tensor of one, which receives a gradient: 1 / temperature.
             logit_bias: a number or a tensor of one. Added to all logits it changes nothing: its gradient is 0.
             output_dict: see above.
 
