@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | gpu-check``.
+"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | errors | gpu-check``.
 
 See docs/benchmarks.md.
 """
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import baseline, cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
+from benchmarks.error_tables import add_errors
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="with --check: only Hopper in float16, in a minute")
     command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
+
+    add_errors(commands)
 
     command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
     command.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of logs and results")
