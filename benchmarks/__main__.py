@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if folder is None and not options.quick:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
-    environment = _environment(device)
+    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
     chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
     unknown = set(options.call or ()) - {case.call for case in chosen}
     if unknown:
@@ -127,10 +127,6 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if folder is not None:
         _draw(folder)
     return 1 if failed else 0
-
-
-def _environment(device: str) -> dict[str, str | int]:
-    return results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
 
 
 def _print_row(row: Row) -> None:
@@ -170,11 +166,11 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(f"--tolerance must be a share, 0 or more, got {options.tolerance}")
     if options.relative_to not in (None, *known_names()):
         parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
-    measured = None if options.run is None else _rows(options.run, options.op, parser)
-    environment = _environment("cuda" if torch.cuda.is_available() else "cpu")
+    measured = None if options.run is None else _rows_of(options.run, options.op, parser)
+    environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
     where = vars(measured[0]) if measured else environment
     folder = options.baseline or baseline.folder_of(where["device"], where["threads"])
-    rows = _rows(folder, options.op, parser)
+    rows = _rows_of(folder, options.op, parser)
     if measured is None:
         measured = []
         for row in baseline.again(rows, environment):
@@ -188,7 +184,7 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     return 1 if comparison.failed else 0
 
 
-def _rows(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
     rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
     if not rows:
         parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
