@@ -48,11 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("plot", help="draw the plots of a folder of results again")
-    command.add_argument("folder", type=Path)
+    command = commands.add_parser("plot", help="draw the plots of results again")
+    command.add_argument("folder", type=Path, nargs="?", help="of results (default: each of benchmarks/results)")
     command.set_defaults(command=_plot)
 
-    command = commands.add_parser("tables", help="write plots and tables of all results into docs/benchmarks.md")
+    command = commands.add_parser("tables", help="write the measured part of docs/benchmarks.md from all results")
     command.set_defaults(command=_tables)
 
     command = commands.add_parser("compare", help="compare the times of a run with a baseline; 1 if ours are slower")
@@ -150,9 +150,12 @@ def _draw(folder: Path) -> None:
 
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not any(options.folder.glob("*.csv")):
-        parser.error(f"{options.folder} has no CSV files")
-    _draw(options.folder)
+    folders = [options.folder] if options.folder else sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    measured = [folder for folder in folders if results.read_folder(folder)]
+    if not measured:
+        parser.error(f"{options.folder or RESULTS} has no results")
+    for folder in measured:
+        _draw(folder)
     return 0
 
 
@@ -185,7 +188,10 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 
 def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
-    rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+    try:
+        rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+    except ValueError as error:
+        parser.error(str(error))
     if not rows:
         parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
     return rows
