@@ -151,6 +151,13 @@ def test_comparisons_that_cannot_be(arguments, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_files_that_are_no_results(tmp_path, capsys):
+    (tmp_path / "old.csv").write_text("op,time\ncontrastive,3\n")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["compare", str(tmp_path)])
+    assert stopped.value.code == 2 and "must have the columns op, call" in capsys.readouterr().err
+
+
 def test_runs_of_another_device_are_refused(tmp_path, capsys):
     records.write(tmp_path / "run", [row()])
     records.write(tmp_path / "old", [row(device="Another")])
@@ -197,6 +204,18 @@ def test_plots(tmp_path):
     assert "contrastive, own · A Processor, 2 threads, float32, 2030-01-02" in texts
     assert command.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "contrastive.svg").read_text() == first, "the same rows must give the same file"
+
+
+def test_all_plots_are_drawn_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        command.main(["plot"])
+    for device in ("one", "two"):
+        records.write(tmp_path / device, measured())
+    (tmp_path / "compiler").mkdir()
+    assert command.main(["plot"]) == 0
+    assert {path.parent.name for path in tmp_path.glob("*/*.svg")} == {"one", "two"}
 
 
 def test_plots_do_not_boast(tmp_path):
