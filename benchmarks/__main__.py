@@ -8,13 +8,25 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
-from benchmarks.cases import DTYPES, OPS, cases
-from benchmarks.providers import known_names
+from benchmarks import (
+    catalogue,
+    cuda_resources,
+    distributed,
+    estimates,
+    gpu_check,
+    plots,
+    resources,
+    results,
+    sweeps,
+    tables,
+)
+from benchmarks.cases import DTYPES, OPS, Case, cases
+from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
 from benchmarks.verify import WrongResultError
@@ -46,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", action="append", type=int, metavar="B", help="only this size; may be repeated")
     command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
+    command.add_argument(
+        "--sweep", choices=sweeps.SWEEPS, help="vary the share of positives, or N until it does not fit"
+    )
+    command.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="of a call, with --sweep memory (default: what there is)"
+    )
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plot", help="draw the plots of a folder of results again")
@@ -102,21 +120,40 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
-    chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
+    if options.sweep:
+        try:
+            chosen = sweeps.sweep_cases(options.sweep, options.op, device, dtype, options.images, options.memory_limit)
+        except ValueError as error:
+            parser.error(str(error))
+    else:
+        chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
     unknown = set(options.call or ()) - {case.call for case in chosen}
     if unknown:
         known = ", ".join(dict.fromkeys(case.call for case in chosen))
         parser.error(f"unknown call {', '.join(sorted(unknown))}; known are {known}")
     chosen = [case for case in chosen if not options.call or case.call in options.call]
-    failed = False
+    for line in limits(chosen, options.provider):
+        print(line)
+    failed, swept = False, []
+    all_sizes = options.all_sizes or options.sweep == "memory"
+
+    def measured(some: list[Case], names: Iterable[str] | None) -> Iterator[Row]:
+        return run(some, names, environment, _print_row, options.keep_going, all_sizes)
+
+    growing = options.sweep == "memory"
     try:
-        for row in run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes):
+        for row in (
+            sweeps.until_it_ends(chosen, options.provider, measured) if growing else measured(chosen, options.provider)
+        ):
+            swept.append(row)
             failed |= row.note.startswith(WRONG)
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
                 results.write(folder, [row])
     except WrongResultError as error:
         print(f"not timed, wrong result: {error}", file=sys.stderr)
         return 1
+    if options.sweep == "memory":
+        print("\n".join(["", *sweeps.largest(swept)]))
     if folder is not None:
         _draw(folder)
     return 1 if failed else 0
@@ -129,7 +166,8 @@ def _print_row(row: Row) -> None:
     else:
         memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
         spread = f"[{row.q1_ms:.4g}, {row.q3_ms:.4g}]"
-        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}"
+        rate = "" if row.images_per_second is None else f" {row.images_per_second:8.4g} images/s"
+        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}{rate}"
     print(f"{name:48} {row.provider:24} {result}", flush=True)
 
 
@@ -150,6 +188,7 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    tables.replace_between(_DOCS / "benchmarks.md", catalogue.BEGIN, catalogue.END, catalogue.table())
     tables.write_tables(_DOCS / "benchmarks.md", RESULTS)
     return 0
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import hpkernels
+from benchmarks.end_to_end import open_step
 from hpkernels.ops._philox import bernoulli
 from hpkernels.testing import Problem, random_problem
 from training.model import Projection, SegmentationHead
@@ -23,6 +24,10 @@ HEADS, HEAD_DIM, PREFIX_TOKENS = 6, 64, 1  # ViT-S
 NEGATIVE_RATE, SPECIFIC_WEIGHT, TEMPERATURE, SEED = 0.02, 0.5, 0.6, 0
 CLASSES, QUEUE, CLIP_DIM = 100, 65536, 768
 LARGEST_VERIFIED = 1568  # anchors: more are verified by the same case with this many
+END_TO_END = "end-to-end"
+"""The call of `training_step` that is a whole step of the training loop."""
+IN_IMAGES = ("sampled", "rate=", "density=")
+"""The calls of `multi_positive_contrastive` whose anchors are those of images, with their own negatives."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Case:
         grid: (H, W), the patches of an image.
         device: "cpu" or "cuda".
         dtype: of the rows and codes; thresholds and weights are float32.
+        memory_limit: GiB that a call may take beyond its inputs; None: what there is.
     """
 
     op: str
@@ -44,11 +50,20 @@ class Case:
     grid: tuple[int, int] = (28, 28)
     device: str = "cpu"
     dtype: str = "float32"
+    memory_limit: float | None = None
 
     @property
     def anchors(self) -> int:
         """N = B * H * W."""
         return self.images * self.grid[0] * self.grid[1]
+
+    @property
+    def tolerance(self) -> float:
+        """By how much results may differ beyond rounding, in units of the greatest row.
+
+        The features of a whole step are not exact, so a pair at the threshold may be found or not.
+        """
+        return 0.01 if self.call == END_TO_END else 0.0
 
     def __str__(self) -> str:
         name = f"{self.op} {self.call} N={self.anchors}"
@@ -56,7 +71,11 @@ class Case:
 
     def verified(self) -> Case:
         """The same case at the size at which its results are compared with the reference."""
-        return replace(self, images=min(self.images, max(1, LARGEST_VERIFIED // (self.grid[0] * self.grid[1]))))
+        return replace(
+            self,
+            images=min(self.images, max(1, LARGEST_VERIFIED // (self.grid[0] * self.grid[1]))),
+            memory_limit=None,
+        )
 
     def inputs(self) -> Inputs:
         """The tensors and settings of the call, the same every time and, up to rounding, on every device.
@@ -90,20 +109,20 @@ _FULL = {
         "apply+backward": (4, 16),
         "whole+backward": (1, 4),
     },
-    "contrastive": {"keys": (1, 4, 8), "own": (1, 4, 8, 98), "queue": (1,), "both": (1, 4, 8)},
+    "contrastive": {"keys": (1, 4, 8), "own": (1, 4, 8, 98), "queue": (1,), "both": (1, 4, 8), "clip": (1, 4)},
     "ghp_contrastive": {"forward+backward": (1, 4, 8, 16, 64)},
-    "training_step": {"forward+backward": (1, 4)},
+    "training_step": {"forward+backward": (1, 4), END_TO_END: (4,)},
 }
 _ONLY_ON_GPU = {
     "multi_positive_contrastive": ("rate=0.2", "rate=1", "density=0.001", "density=0.1"),
-    "contrastive": ("dim=768", "clip"),
+    "contrastive": ("dim=768",),
     "ghp_contrastive": ("rate=1",),
 }
-"""Negative rates other than the published 0.02; the share of pairs that are positives, by random labels; another D, and
-pairs of an image and its caption."""
+"""Negative rates other than the published 0.02; the share of pairs that are positives, by random labels; another D."""
 _SIZES_ON_GPU = (16, 64)
-_GRIDS = {"contrastive": (32, 32)}  # sizes of batches, which are powers of two
 _QUICK_IMAGES = {"masked_topk": 4, "local_propagation": 4}
+_END_TO_END_DTYPES = {"cpu": "float32", "cuda": "float16"}
+"""What the training loop computes in on a device."""
 
 OPS = tuple(_FULL)
 """What can be asked for by ``--op``."""
@@ -124,8 +143,18 @@ def cases(
         sizes = dict.fromkeys((*sizes, *_ONLY_ON_GPU.get(op, ())), _SIZES_ON_GPU)
     if images is not None or quick:
         sizes = dict.fromkeys(sizes, tuple(images or (_QUICK_IMAGES.get(op, 1),)))
-    grid = _GRIDS.get(op, Case.grid)
-    return [Case(op, call, count, grid, device, dtype) for call, counts in sizes.items() for count in counts]
+    return [
+        Case(op, call, count, _grid(op, call, device), device, dtype)
+        for call, counts in sizes.items()
+        for count in counts
+        if call != END_TO_END or dtype == _END_TO_END_DTYPES[device]
+    ]
+
+
+def _grid(op: str, call: str, device: str) -> tuple[int, int]:
+    if op == "contrastive":  # sizes of batches, which are powers of two
+        return 32, 32
+    return (14, 14) if call == END_TO_END and device == "cpu" else Case.grid
 
 
 @lru_cache(maxsize=1)
@@ -134,10 +163,10 @@ def _kept(case: Case) -> Inputs:
 
 
 @lru_cache(maxsize=1)  # the calls of an op follow each other, and large problems must not pile up
-def _problem(images: int, grid: tuple[int, int], dim: int) -> Problem:
+def _problem(images: int, grid: tuple[int, int], dim: int, pool_size: int = POOL_SIZE) -> Problem:
     height, width = grid
     return random_problem(
-        SEED, images=images, height=height, width=width, dim=dim, feature_dim=FEATURE_DIM, pool_size=POOL_SIZE
+        SEED, images=images, height=height, width=width, dim=dim, feature_dim=FEATURE_DIM, pool_size=pool_size
     )
 
 
@@ -238,16 +267,37 @@ def _contrastive(case: Case) -> Inputs:
 
 def _ghp_contrastive(case: Case) -> Inputs:
     problem = _problem(case.images, case.grid, DIM)
+    similar = _of_labels(case) if case.call.startswith("density=") else _of_problem(problem)
     return {
         "z": problem.z,
         "z_mixed": problem.z_mixed,
-        "features": _exact(problem.features),
-        "pool": _exact(problem.pool),
-        "specific": _exact(problem.specific),
-        "specific_pool": _exact(problem.specific_pool),
+        **similar,
         "negatives": _negatives(case),
         "settings": _ghp_settings(case, problem),
     }
+
+
+def _of_problem(problem: Problem) -> dict[str, Tensor]:
+    """The features that positives are found by, and the pools."""
+    return {name: _exact(getattr(problem, name)) for name in ("features", "pool", "specific", "specific_pool")}
+
+
+def _of_labels(case: Case) -> dict[str, Tensor]:
+    """Such features that the positives of an anchor are those of its random label, which give the density of the call.
+
+    Rows of one label are alike (0.9), and the pool has a row for each label, half as like (0.5); others are orthogonal.
+    """
+    generator, labels = _generator(), round(1 / float(case.call.partition("=")[2]))
+    made = {}
+    for rows, pool, dim in (("features", "pool", FEATURE_DIM), ("specific", "specific_pool", DIM)):
+
+        def unit(count: int, dim: int = dim) -> Tensor:
+            return normalize(torch.randn((count, dim), generator=generator))
+
+        centres, chosen = unit(labels), torch.randint(labels, (case.anchors,), generator=generator)
+        made[rows] = _exact(normalize(centres[chosen] + 0.33 * unit(case.anchors)))
+        made[pool] = _exact(normalize(centres[torch.arange(POOL_SIZE) % labels] + 1.7 * unit(POOL_SIZE)))
+    return made
 
 
 @lru_cache(maxsize=1)
@@ -272,6 +322,8 @@ def _ghp_settings(case: Case, problem: Problem) -> dict[str, Any]:
 
 
 def _training_step(case: Case) -> Inputs:
+    if case.call == END_TO_END:
+        return open_step(case.images, case.grid, case.device)
     problem = _problem(case.images, case.grid, DIM)
     local = _local_propagation(replace(case, call="apply"))
     with torch.random.fork_rng(devices=[]):

@@ -52,6 +52,13 @@ class Row:
     command: str = ""
 
     @property
+    def images_per_second(self) -> float | None:
+        """Of a step of training that was timed."""
+        if self.op != "training_step" or not self.median_ms:
+            return None
+        return 1e3 * self.images / self.median_ms
+
+    @property
     def key(self) -> tuple:
         """What was measured: rows of the same key are measurements of the same thing."""
         return self.op, self.call, self.anchors, self.dtype, self.provider

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from benchmarks import measure
 from benchmarks.cases import Case
+from benchmarks.end_to_end import seconds_of_parts
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
 from benchmarks.verify import WrongResultError, verify
@@ -75,6 +77,11 @@ def run(
         for row in rows.values():
             report(row)
             yield row
+            for part, seconds in seconds_of_parts(inputs, row.provider, row.repetitions).items():
+                of_part = replace(row, call=f"part={part}", peak_mib=None)
+                of_part.set_times(seconds)
+                report(of_part)
+                yield of_part
 
 
 def _verified_once(case: Case, tried: Provider, verified: dict[tuple[Case, str], int], too_slow: set[str]) -> int:

@@ -60,9 +60,10 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _cell(row: Row) -> str:
     if row.median_ms is None:
-        return "does not fit" if row.note == "does not fit into memory" else ""
+        return row.note if row.note.startswith("does not fit") else ""
     spread = f" ({_short(row.q1_ms)}-{_short(row.q3_ms)})" if row.repetitions > 1 else " (one run)"
-    return _short(row.median_ms) + spread + ("" if row.peak_mib is None else f", {_short(row.peak_mib)} MiB")
+    rate = "" if row.images_per_second is None else f", {_short(row.images_per_second)} images/s"
+    return _short(row.median_ms) + spread + ("" if row.peak_mib is None else f", {_short(row.peak_mib)} MiB") + rate
 
 
 def _short(value: float) -> str:
