@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.add_argument(
-        "--sweep", choices=sweeps.SWEEPS, help="vary the share of positives, or N until it does not fit"
+        "--sweep", choices=sweeps.SWEEPS, help="vary the share of positives, or N till a call does not fit"
     )
     command.add_argument(
         "--memory-limit", type=float, metavar="GIB", help="of a call, with --sweep memory (default: what there is)"

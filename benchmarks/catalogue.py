@@ -1,4 +1,4 @@
-"""What each provider is and what it cannot express, in words: the run prints it, and docs/benchmarks.md has the table."""
+"""What each provider is and what it cannot express, in words that the run prints and docs/benchmarks.md has."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ PROVIDERS = {
         "masks and lists of pairs, excluded pairs, weights",
     ),
     "torch-chunked": About(
-        "plain PyTorch in blocks of rows: `torch.mm`, an epilogue, and the gradient of the block at once by two products"
-        " more; on a GPU in the dtype of the inputs, with float32 products",
+        "plain PyTorch in blocks of rows: `torch.mm`, an epilogue, and at once the gradient of the block by two"
+        " products more; on a GPU in the dtype of the inputs, with float32 products",
         "excluded pairs, weights of pairs; of the losses, those that need all rows before a gradient",
     ),
     "compiled-chunked": About(
@@ -53,8 +53,8 @@ PROVIDERS = {
         "masks, groups, gradients",
     ),
     "cuvs": About(
-        f"brute force of cuVS by inner product, built and searched in each call; its own memory is not in the peak; API of"
-        f" 26.10; {_NOT_RUN}",
+        f"brute force of cuVS by inner product, built and searched in each call; its own memory is not in the peak; API"
+        f" of 26.10; {_NOT_RUN}",
         "groups, gradients, bfloat16",
     ),
     "flashlib": About(

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _BACKBONES = {"cpu": ("vit_tiny_patch16_224", 16), "cuda": ("vit_small_patch8_224.dino", 8)}
 """The ViT by device, and the side of its patches in pixels."""
-_IMAGES, _POOL, _DIM = 64, 2048, 512
+_POOL, _POOL_IMAGES, _DIM = 2048, 16, 512
+NEGATIVE_RATE = 0.02
 _STEPS, _STEP = 4, 1  # lambda is 0.5
 
 Step = dict[str, Any]
@@ -51,25 +52,30 @@ def open_step(images: int, grid: tuple[int, int], device: str) -> Step:
         data={
             "name": "procedural",
             "size": [side * length for length in grid],
-            "train_images": max(images, _IMAGES),
+            "train_images": images,
+            "val_images": _POOL_IMAGES,
             "workers": 0,
         },
         backbone={"name": name},
         head={"dim": _DIM},
         pool={"size": _POOL},
+        # So that each anchor has a negative even in small tests: the published loss has no gradient without.
+        loss={"negative_rate": max(NEGATIVE_RATE, 10 / (images * grid[0] * grid[1]))},
         optim=dict.fromkeys(rates, 0.0),
         quirks={"drop_specific_only_anchors": True},
     )
     where, data = torch.device(device), open_data(config, "train")
+    # A pool with patches of the batch would make ties of pairs and thresholds, which rounding decides.
+    others = open_data(config, "val")
     with torch.random.fork_rng():
         backbone = build_backbone(config.backbone, config.seed, where, config.local)
         torch.manual_seed(config.seed)
         state = TrainingState(config, backbone.features_dim, len(data.classes), where)
-        bank = open_bank(config, backbone, data, where)
+        bank, other_bank = (open_bank(config, backbone, some, where) for some in (data, others))
         generator = seed_step(config.seed, -1)
-        state.pools.fill_agnostic(bank, generator)
-        state.pools.renew_specific(bank, state.ema_head, generator)
-    run = Run(config, where, backbone, bank, bank, state, _STEPS, _STEPS, _STEPS, {}, "")
+        state.pools.fill_agnostic(other_bank, generator)
+        state.pools.renew_specific(other_bank, state.ema_head, generator)
+    run = Run(config, where, backbone, bank, other_bank, state, _STEPS, _STEPS, _STEPS, {}, "")
     return {"run": run, "images": torch.arange(images), "parts": defaultdict(list)}
 
 

@@ -23,10 +23,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, keys: Tensor) -> Tensor:
+        if not rows.is_cuda:  # CPUs multiply in half precision slowly, and cannot give the products in float32
+            rows, keys = rows.float(), keys.float()
         ctx.save_for_backward(rows, keys)
-        if rows.is_cuda and rows.element_size() == 2:
-            return torch.mm(rows, keys.T, out_dtype=torch.float32)
-        return rows.float() @ keys.float().T
+        return rows @ keys.T if rows.dtype == torch.float32 else torch.mm(rows, keys.T, out_dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
