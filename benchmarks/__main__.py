@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -120,9 +120,36 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+    chosen = _chosen(options, parser, device, dtype)
+    if options.sweep == "memory" and options.output is None and folder is not None:
+        # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
+        folder /= "memory" if options.memory_limit is None else f"memory-{options.memory_limit:g}-gib"
+    for line in limits(chosen, options.provider):
+        print(line)
+    rows = []
+    try:
+        for row in _rows(options, chosen, environment):
+            rows.append(row)
+            if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
+                results.write(folder, [row])
+    except WrongResultError as error:
+        print(f"not timed, wrong result: {error}", file=sys.stderr)
+        return 1
+    if options.sweep == "memory":
+        print("\n".join(["", *sweeps.largest(rows)]))
+    if folder is not None:
+        _draw(folder)
+    return 1 if any(row.note.startswith(WRONG) for row in rows) else 0
+
+
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser, device: str, dtype: str) -> list[Case]:
+    """The cases that were asked for."""
+    limit = options.memory_limit
+    if limit is not None and (options.sweep != "memory" or limit <= 0):
+        parser.error(f"--memory-limit must be more than 0, with --sweep memory, got {limit:g}")
     if options.sweep:
         try:
-            chosen = sweeps.sweep_cases(options.sweep, options.op, device, dtype, options.images, options.memory_limit)
+            chosen = sweeps.sweep_cases(options.sweep, options.op, device, dtype, options.images, limit)
         except ValueError as error:
             parser.error(str(error))
     else:
@@ -131,32 +158,18 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if unknown:
         known = ", ".join(dict.fromkeys(case.call for case in chosen))
         parser.error(f"unknown call {', '.join(sorted(unknown))}; known are {known}")
-    chosen = [case for case in chosen if not options.call or case.call in options.call]
-    for line in limits(chosen, options.provider):
-        print(line)
-    failed, swept = False, []
-    all_sizes = options.all_sizes or options.sweep == "memory"
+    return [case for case in chosen if not options.call or case.call in options.call]
 
-    def measured(some: list[Case], names: Iterable[str] | None) -> Iterator[Row]:
-        return run(some, names, environment, _print_row, options.keep_going, all_sizes)
 
-    growing = options.sweep == "memory"
-    try:
-        for row in (
-            sweeps.until_it_ends(chosen, options.provider, measured) if growing else measured(chosen, options.provider)
-        ):
-            swept.append(row)
-            failed |= row.note.startswith(WRONG)
-            if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
-                results.write(folder, [row])
-    except WrongResultError as error:
-        print(f"not timed, wrong result: {error}", file=sys.stderr)
-        return 1
-    if options.sweep == "memory":
-        print("\n".join(["", *sweeps.largest(swept)]))
-    if folder is not None:
-        _draw(folder)
-    return 1 if failed else 0
+def _rows(options: argparse.Namespace, chosen: list[Case], environment: dict) -> Iterator[Row]:
+    """The rows of the cases, each printed."""
+    if options.sweep != "memory":
+        return run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes)
+    return sweeps.until_it_ends(
+        chosen,
+        options.provider,
+        lambda some, names: run(some, names, environment, _print_row, options.keep_going, all_sizes=True),
+    )
 
 
 def _print_row(row: Row) -> None:

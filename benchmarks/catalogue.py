@@ -15,11 +15,11 @@ class About(NamedTuple):
     cannot: str = ""
 
 
-_NOT_RUN = "has not run, and no test here but one with a stand-in"
+_NOT_RUN = "not run yet, tested with a stand-in"
 
 PROVIDERS = {
     "reference": About("hpkernels in plain PyTorch, in blocks of rows"),
-    "cpu": About('hpkernels with `backend="cpu"`; so `cuda` and `triton`, where there is a GPU'),
+    "cpu": About('hpkernels with `backend="cpu"`; `cuda` and `triton` likewise, on a GPU'),
     "cpu-float32": About("`cpu` on a processor without int8 products (`masked_topk` only)"),
     "published": About(
         "`benchmarks/published.py`: eager PyTorch in the structure of the published code, blocks of all pairs, plain"
@@ -37,12 +37,12 @@ PROVIDERS = {
     "torch-shifts": About("nine shifted products", "windows other than 3 x 3"),
     "torch-dense": About(
         "plain PyTorch: all logits, positives by equal labels, plain autograd, in float32",
-        "masks and lists of pairs, excluded pairs, weights",
+        "masks and lists of pairs, excluded pairs, pairs with a weight",
     ),
     "torch-chunked": About(
         "plain PyTorch in blocks of rows: `torch.mm`, an epilogue, and at once the gradient of the block by two"
         " products more; on a GPU in the dtype of the inputs, with float32 products",
-        "excluded pairs, weights of pairs; of the losses, those that need all rows before a gradient",
+        "excluded pairs, pairs with a weight, learnable temperatures",
     ),
     "compiled-chunked": About(
         "`torch.compile` of a block of `torch-chunked`", "what that cannot, and a new size without compiling anew"

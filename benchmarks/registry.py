@@ -31,6 +31,7 @@ _STEPS = {
 # reference, which takes minutes beyond, as far; what is compiled stops before, which shows its growth as well and keeps
 # a full run short.
 PAIRS_LIMIT, COMPILED_LIMIT = 12544, 6272
+BLOCKS_LIMIT = 16384  # anchors; what goes through all pairs in blocks fits, but takes minutes on a CPU beyond
 PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
 # The memory of a GPU holds about 20 GB of matrices of the published way at the size of the paper.
 _LIMITS_ON_GPU = dict.fromkeys((PAIRS_LIMIT, PRODUCTS_LIMIT), 50176)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import IN_IMAGES, Inputs
 from benchmarks.peers.plain import sum_of_rows
-from benchmarks.registry import COMPILED_LIMIT, PAIRS_LIMIT, Outputs, compiled, leaf, provides
+from benchmarks.registry import BLOCKS_LIMIT, COMPILED_LIMIT, Outputs, compiled, leaf, provides
 from hpkernels.cost import CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU
 from hpkernels.ops.hidden_positives.bits import unpack_bits
 
@@ -72,8 +72,8 @@ def _exceeding(rows: Tensor, features: Tensor, row_threshold: Tensor, threshold:
     return _product(rows, features) > torch.minimum(row_threshold[:, None], threshold)
 
 
-@provides("contrastive", "torch-chunked")
-@provides("multi_positive_contrastive", "torch-chunked", "labels")
+@provides("contrastive", "torch-chunked", most_anchors=BLOCKS_LIMIT)
+@provides("multi_positive_contrastive", "torch-chunked", "labels", most_anchors=BLOCKS_LIMIT)
 def _by_labels(inputs: Inputs, loss_of_block: Callable | None = None) -> Outputs:
     settings, labels = inputs["settings"], inputs["labels"]
     anchors = inputs["z"] if "z" in inputs else inputs["anchors"]
@@ -145,14 +145,14 @@ def _of_block(
     return sum_of_rows(logits, positives)
 
 
-@provides("multi_positive_contrastive", "torch-chunked", *IN_IMAGES)
+@provides("multi_positive_contrastive", "torch-chunked", *IN_IMAGES, most_anchors=BLOCKS_LIMIT)
 def _in_images(inputs: Inputs, loss_of_image: Callable | None = None) -> Outputs:
     bits, columns = inputs["positives"].bits, len(inputs["z"])
     masks = ((own, unpack_bits(bits[own], columns), None) for own in _images(inputs))
     return _image_by_image(inputs, ("z",), masks, loss_of_image)
 
 
-@provides("ghp_contrastive", "torch-chunked")
+@provides("ghp_contrastive", "torch-chunked", most_anchors=BLOCKS_LIMIT)
 def _ghp(inputs: Inputs, loss_of_image: Callable | None = None) -> Outputs:
     thresholds = [_product(inputs[rows], inputs[pool]).amax(dim=1) for rows, pool in _SIMILAR]
 
@@ -233,12 +233,12 @@ def _compiled_topk(inputs: Inputs) -> Outputs:
     return _topk(inputs, compiled(_ranked))
 
 
-@provides("hidden_positives", "compiled-chunked", most_anchors=PAIRS_LIMIT, compiles=True)
+@provides("hidden_positives", "compiled-chunked", most_anchors=COMPILED_LIMIT, compiles=True)
 def _compiled_discovered(inputs: Inputs) -> Outputs:
     return _discovered(inputs, compiled(_exceeding))
 
 
-@provides("contrastive", "compiled-chunked", most_anchors=PAIRS_LIMIT, compiles=True)
+@provides("contrastive", "compiled-chunked", most_anchors=COMPILED_LIMIT, compiles=True)
 @provides("multi_positive_contrastive", "compiled-chunked", "labels", most_anchors=COMPILED_LIMIT, compiles=True)
 def _compiled_by_labels(inputs: Inputs) -> Outputs:
     return _by_labels(inputs, compiled(_of_block))
