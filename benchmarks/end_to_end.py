@@ -34,7 +34,7 @@ Step = dict[str, Any]
 
 
 def open_step(images: int, grid: tuple[int, int], device: str) -> Step:
-    """A run of the training loop, the images of its batch, and the seconds of the parts of each step, by provider."""
+    """A run of the training loop whose images are one batch, and the seconds of the parts of each step, by provider."""
     from training.backbones import build_backbone
     from training.config import Config
     from training.data import open_data
@@ -76,7 +76,7 @@ def open_step(images: int, grid: tuple[int, int], device: str) -> Step:
         state.pools.fill_agnostic(other_bank, generator)
         state.pools.renew_specific(other_bank, state.ema_head, generator)
     run = Run(config, where, backbone, bank, other_bank, state, _STEPS, _STEPS, _STEPS, {}, "")
-    return {"run": run, "images": torch.arange(images), "parts": defaultdict(list)}
+    return {"run": run, "parts": defaultdict(list)}
 
 
 def end_to_end(inputs: Step, backend: str) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def _step(inputs: Step, provider: str, replaced: Iterable[Any]) -> dict[str, Ten
         for replacement in replaced:
             stack.enter_context(replacement)
         with run.train_bank.clock.step() as seconds:
-            terms = train_step(run, inputs["images"])
+            terms = train_step(run, torch.arange(run.config.batch_size))
     inputs["parts"][provider].append(dict(seconds))
     return {"loss": terms["contrastive"], "grad_w1": run.state.head.w1.weight.grad.clone()}
 

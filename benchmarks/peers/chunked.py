@@ -85,13 +85,13 @@ def _by_labels(inputs: Inputs, loss_of_block: Callable | None = None) -> Outputs
 
     gradients = {id(rows): torch.zeros_like(rows, dtype=torch.float32) for rows in (anchors, keys)}
     loss = torch.zeros((), device=anchors.device)
-    for rows, row_labels, columns, column_labels in directions:
+    for direction in directions:
         total, of_rows, of_columns = _direction(
-            rows, row_labels, columns, column_labels, given is None, settings["temperature"], loss_of_block or _of_block
+            *direction, given is None, settings["temperature"], loss_of_block or _of_block
         )
         loss += total / len(directions)
-        gradients[id(rows)] += of_rows / len(directions)
-        gradients[id(columns)] += of_columns / len(directions)
+        for rows, gradient in ((direction[0], of_rows), (direction[2], of_columns)):
+            gradients[id(rows)] += gradient / len(directions)
 
     named = {"grad_z" if "z" in inputs else "grad_anchors": gradients[id(anchors)].to(anchors.dtype)}
     if given is not None and inputs["call"] != "queue":
@@ -110,23 +110,14 @@ def _direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss of rows against keys, which `own` says are the rows themselves, and the gradients of both."""
     place = torch.arange(len(rows), device=rows.device) if own else None
-
-    def sums() -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-        for block in _blocks(rows, len(keys)):
-            row, key = leaf(rows[block]), leaf(keys)
-            own_place = None if place is None else place[block]
-            total, count = loss_of_block(row, key, row_labels[block], key_labels, own_place, temperature)
-            yield block, total.detach(), count, *torch.autograd.grad(total, (row, key))
-
-    return _accumulated(rows, keys, sums())
-
-
-def _accumulated(rows: Tensor, keys: Tensor, sums: Iterable) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean over the counted rows of all blocks, and its gradients in float32."""
     loss, number = torch.zeros((), device=rows.device), torch.zeros((), device=rows.device)
     of_rows, of_keys = (torch.zeros_like(value, dtype=torch.float32) for value in (rows, keys))
-    for block, total, count, grad_rows, grad_keys in sums:
-        loss += total
+    for block in _blocks(rows, len(keys)):
+        row, key = leaf(rows[block]), leaf(keys)
+        own_place = None if place is None else place[block]
+        total, count = loss_of_block(row, key, row_labels[block], key_labels, own_place, temperature)
+        grad_rows, grad_keys = torch.autograd.grad(total, (row, key))
+        loss += total.detach()
         number += count
         of_rows[block] += grad_rows
         of_keys += grad_keys
