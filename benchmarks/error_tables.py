@@ -21,6 +21,7 @@ from benchmarks.tables import replace_between
 from hpkernels import backends
 
 BEGIN, END = "<!-- begin measured errors -->", "<!-- end measured errors -->"
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -70,8 +71,8 @@ def _caption(row: ErrorRow) -> str:
 def _lines(rows: list[ErrorRow]) -> list[str]:
     names = [name for name in backends.BACKENDS if any(row.backend == name for row in rows)]
     columns = [*(f"`{name}`" for name in names), "PyTorch"]
-    there = [f"{column} there" for column in columns]
-    heads = ["output", "dtype", *columns, f"hardest for `{names[0]}`", *there, "PyTorch at worst"]
+    hardest = [f"hardest for {columns[0]}", f"{columns[0]} there", "PyTorch there", "PyTorch at worst"]
+    heads = ["output", "dtype", *columns, *hardest]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for output in dict.fromkeys(row.output for row in rows):
         for dtype in DTYPES:
@@ -90,13 +91,14 @@ def _cells(by_backend: list[dict[str, ErrorRow]]) -> list[str]:
     plain = [row.plain for row in first.values()]
     of_torch = None if None in plain else reduce(greater, plain)
 
-    def errors_in(regime: str) -> list[str]:
-        return [*(_number(own[regime].error) for own in by_backend), _number(first[regime].plain)]
-
-    return [*errors_in(USUAL), hardest, *errors_in(hardest), _number(of_torch)]
+    usual = [*(own[USUAL].error for own in by_backend), first[USUAL].plain]
+    return [*map(_number, usual), hardest, *map(_number, (first[hardest].error, first[hardest].plain, of_torch))]
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "no operator"
-    return format(value, ".1e") if value else "0"
+    if not 0 < value < 0.01:
+        return format(value, ".2g" if value < 10 else ".0f")
+    digits, _, exponent = format(value, ".1e").partition("e-")
+    return f"{digits}·10⁻{exponent.lstrip('0').translate(_SUPERSCRIPTS)}"

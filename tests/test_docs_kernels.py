@@ -249,7 +249,9 @@ def test_the_op_of_the_walk_through(tmp_path):
         .replace("\n__all__", f"{added}\n__all__")
         .replace('    "use_backend"', '    "squared_norms",\n    "use_backend"')
     )
-    (tmp_path / "docs" / "squared_norms.md").write_text("# squared_norms\n")
+    sections = "Formula", "Contract\n\n::: hpkernels.squared_norms", "Numerics", "Memory and time", "Limits", "Backends"
+    parts = ["# squared_norms", "```python\nimport hpkernels\n```", *(f"## {section}\n" for section in sections)]
+    (tmp_path / "docs" / "squared_norms.md").write_text("\n\n".join(parts))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
