@@ -67,7 +67,7 @@ $(VENV)/release: pyproject.toml | install
 	$(RUN) -m pip install --quiet --group release
 	touch $@
 
-test-packaging: $(VENV)/release  ## Try the wheel with the oldest and the newest PyTorch, and the kernels with the oldest Triton (gigabytes, minutes)
+test-packaging: $(VENV)/release  ## Try the wheel with the oldest and newest PyTorch, the kernels with the oldest Triton; slow
 	$(RUN) -m pytest -m packaging tests
 
 gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | gpu-check``.
+"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | errors | gpu-check``.
 
 See docs/benchmarks.md.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
+from benchmarks import baseline, cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
 from benchmarks.cases import DTYPES, OPS, cases
+from benchmarks.error_tables import add_errors
 from benchmarks.providers import known_names
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
@@ -48,16 +49,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("plot", help="draw the plots of a folder of results again")
-    command.add_argument("folder", type=Path)
+    command = commands.add_parser("plot", help="draw the plots of results again")
+    command.add_argument("folder", type=Path, nargs="?", help="of results (default: each of benchmarks/results)")
     command.set_defaults(command=_plot)
 
-    command = commands.add_parser("tables", help="write the tables of all results into docs/benchmarks.md")
+    command = commands.add_parser("tables", help="write the measured part of docs/benchmarks.md from all results")
     command.set_defaults(command=_tables)
 
-    command = commands.add_parser("compare", help="compare the times of two folders of results")
-    command.add_argument("before", type=Path)
-    command.add_argument("after", type=Path)
+    command = commands.add_parser("compare", help="compare the times of a run with a baseline; 1 if ours are slower")
+    command.add_argument("run", type=Path, nargs="?", help="folder of a run (default: measures what the baseline has)")
+    command.add_argument(
+        "--baseline", type=Path, nargs="?", help="folder of results (default: benchmarks/results/<device>)"
+    )
+    command.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
+    command.add_argument(
+        "--tolerance", type=float, default=baseline.TOLERANCE, metavar="SHARE", help="default: %(default)s"
+    )
+    command.add_argument("--relative-to", metavar="PROVIDER", help="compare times in units of this provider's")
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
@@ -78,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="with --check: only Hopper in float16, in a minute")
     command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
+
+    add_errors(commands)
 
     command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
     command.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of logs and results")
@@ -143,9 +153,12 @@ def _draw(folder: Path) -> None:
 
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not any(options.folder.glob("*.csv")):
-        parser.error(f"{options.folder} has no CSV files")
-    _draw(options.folder)
+    folders = [options.folder] if options.folder else sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    measured = [folder for folder in folders if results.read_folder(folder)]
+    if not measured:
+        parser.error(f"{options.folder or RESULTS} has no results")
+    for folder in measured:
+        _draw(folder)
     return 0
 
 
@@ -155,9 +168,36 @@ def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
+    if not options.tolerance >= 0:
+        parser.error(f"--tolerance must be a share, 0 or more, got {options.tolerance}")
+    if options.relative_to not in (None, *known_names()):
+        parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
+    measured = None if options.run is None else _rows_of(options.run, options.op, parser)
+    environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
+    where = vars(measured[0]) if measured else environment
+    folder = options.baseline or baseline.folder_of(where["device"], where["threads"])
+    rows = _rows_of(folder, options.op, parser)
+    if measured is None:
+        measured = []
+        for row in baseline.again(rows, environment):
+            _print_row(row)
+            measured.append(row)
+    comparison = baseline.compare(rows, measured, options.tolerance, options.relative_to)
+    if not comparison.changes and not comparison.wrong:
+        parser.error(f"{folder} and the run have nothing in common: device, threads, op, call, N, dtype and provider")
+    for line in baseline.report(comparison, rows, measured, options.tolerance):
         print(line)
-    return 0
+    return 1 if comparison.failed else 0
+
+
+def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+    try:
+        rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+    except ValueError as error:
+        parser.error(str(error))
+    if not rows:
+        parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
+    return rows
 
 
 def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

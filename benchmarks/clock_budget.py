@@ -267,12 +267,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if reason := cuda_resources.reason_to_skip():
         sys.exit(f"clock_budget: {reason}")
-    for budget in budgets(_native._file("_C_cuda")):
-        lines = "\n".join(table_of(budget)) + "\n"
-        if options.write:
-            replace_between(options.write, *marks(budget.kernel.key), lines)
-        else:
-            print(lines)
+    library = _native._file("_C_cuda")
+    if newer := cuda_resources.newer_sources(library):
+        sys.exit(f"clock_budget: {library.name} must be built after its sources were changed, is older than {newer[0]}")
+    if options.write and not options.write.is_file():
+        parser.error(f"--write must name a page, got {options.write}")
+    try:
+        for budget in budgets(library):
+            lines = "\n".join(table_of(budget)) + "\n"
+            if options.write:
+                replace_between(options.write, *marks(budget.kernel.key), f"\n{lines}\n")
+            else:
+                print(lines)
+    except ValueError as error:
+        sys.exit(f"clock_budget: {error}")
 
 
 if __name__ == "__main__":

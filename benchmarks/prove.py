@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.timers import captured
-from hpkernels import PositiveMask, _native, backends, ghp_contrastive, multi_positive_contrastive
+from hpkernels import PositiveMask, _native, backends, examination, ghp_contrastive, multi_positive_contrastive
+from hpkernels.examination import Sizes
+from hpkernels.launches import Inputs
+from hpkernels.ops._bits import unpack_bits
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import unpack_bits
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
-from hpkernels.testing import examination, row_errors
-from hpkernels.testing.examination import Sizes
-from hpkernels.testing.launches import Inputs
+from hpkernels.testing import row_errors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DIMENSIONS = (8, 90, 384, 512, 520)

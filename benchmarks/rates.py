@@ -20,7 +20,7 @@ from benchmarks.timers import seconds_of
 from hpkernels import PositiveMask
 from hpkernels.cost import CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU, DEVICES, Device, RouteCost
 from hpkernels.ops import _coarse
-from hpkernels.ops.hidden_positives.bits import bits_of_columns, population_count
+from hpkernels.ops._bits import bits_of_columns, population_count
 
 MOST_FLOPS_ON_CPU = 2**36
 """Of the product that `torch.mm` is timed with there: of a larger one the first rows, which have the same rate."""

@@ -21,6 +21,8 @@ from hpkernels.ops import _triton
 RESULTS = Path(__file__).parent / "results"
 RESOURCES = "resources.csv"
 """What benchmarks/resources.py writes: no times, and other columns."""
+ERRORS = "errors.csv"
+"""What benchmarks/errors.py writes: no times either."""
 
 
 @dataclass
@@ -66,6 +68,13 @@ class Row:
     commit: str = ""
     date: str = ""
     command: str = ""
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of a step of training that was timed."""
+        if self.op != "training_step" or not self.median_ms:
+            return None
+        return 1e3 * self.images / self.median_ms
 
     @property
     def key(self) -> tuple:
@@ -170,8 +179,8 @@ def _parse(kind: str, text: str) -> str | int | float | None:
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of all CSV files of a folder, but for those of the compiler."""
-    return [row for path in sorted(folder.glob("*.csv")) if path.name != RESOURCES for row in read(path)]
+    """The rows of all CSV files of a folder, but for those that are no times."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in (RESOURCES, ERRORS) for row in read(path)]
 
 
 def write(folder: Path, rows: Iterable[Row]) -> list[Path]:

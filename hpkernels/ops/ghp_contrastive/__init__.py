@@ -8,10 +8,11 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
+from hpkernels.ops.hidden_positives import hidden_positives
 from hpkernels.ops.masked_topk import masked_topk
 from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options
+from hpkernels.positive_mask import PositiveMask
 
 Source = tuple[Tensor, Tensor]
 """Features of the anchors, and the pool of their kind."""

@@ -9,7 +9,7 @@ from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import registration
-from hpkernels.ops.hidden_positives.positive_mask import PositiveMask
+from hpkernels.positive_mask import PositiveMask
 
 __all__ = ["PositiveMask", "hidden_positives"]
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives import PositiveMask
-from hpkernels.ops.hidden_positives.bits import words_per_row
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import registration
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options, without_ignored
+from hpkernels.positive_mask import PositiveMask
 
 
 def multi_positive_contrastive(
