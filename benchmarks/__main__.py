@@ -8,14 +8,27 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import baseline, cuda_resources, distributed, estimates, gpu_check, plots, resources, results, tables
-from benchmarks.cases import DTYPES, OPS, cases
+from benchmarks import (
+    baseline,
+    catalogue,
+    cuda_resources,
+    distributed,
+    estimates,
+    gpu_check,
+    plots,
+    resources,
+    results,
+    sweeps,
+    tables,
+)
+from benchmarks.cases import DTYPES, OPS, Case, cases
 from benchmarks.error_tables import add_errors
-from benchmarks.providers import known_names
+from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
 from benchmarks.verify import WrongResultError
@@ -47,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", action="append", type=int, metavar="B", help="only this size; may be repeated")
     command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
+    command.add_argument(
+        "--sweep", choices=sweeps.SWEEPS, help="vary the share of positives, or N till a call does not fit"
+    )
+    command.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="of a call, with --sweep memory (default: what there is)"
+    )
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plot", help="draw the plots of results again")
@@ -112,24 +131,56 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
-    chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
-    unknown = set(options.call or ()) - {case.call for case in chosen}
-    if unknown:
-        known = ", ".join(dict.fromkeys(case.call for case in chosen))
-        parser.error(f"unknown call {', '.join(sorted(unknown))}; known are {known}")
-    chosen = [case for case in chosen if not options.call or case.call in options.call]
-    failed = False
+    chosen = _chosen(options, parser, device, dtype)
+    if options.sweep == "memory" and options.output is None and folder is not None:
+        # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
+        folder /= "memory" if options.memory_limit is None else f"memory-{options.memory_limit:g}-gib"
+    for line in limits(chosen, options.provider):
+        print(line)
+    rows = []
     try:
-        for row in run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes):
-            failed |= row.note.startswith(WRONG)
+        for row in _rows(options, chosen, environment):
+            rows.append(row)
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
                 results.write(folder, [row])
     except WrongResultError as error:
         print(f"not timed, wrong result: {error}", file=sys.stderr)
         return 1
+    if options.sweep == "memory":
+        print("\n".join(["", *sweeps.largest(rows)]))
     if folder is not None:
         _draw(folder)
-    return 1 if failed else 0
+    return 1 if any(row.note.startswith(WRONG) for row in rows) else 0
+
+
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser, device: str, dtype: str) -> list[Case]:
+    """The cases that were asked for."""
+    limit = options.memory_limit
+    if limit is not None and (options.sweep != "memory" or limit <= 0):
+        parser.error(f"--memory-limit must be more than 0, with --sweep memory, got {limit:g}")
+    if options.sweep:
+        try:
+            chosen = sweeps.sweep_cases(options.sweep, options.op, device, dtype, options.images, limit)
+        except ValueError as error:
+            parser.error(str(error))
+    else:
+        chosen = [case for op in options.op or OPS for case in cases(op, options.quick, device, dtype, options.images)]
+    unknown = set(options.call or ()) - {case.call for case in chosen}
+    if unknown:
+        known = ", ".join(dict.fromkeys(case.call for case in chosen))
+        parser.error(f"unknown call {', '.join(sorted(unknown))}; known are {known}")
+    return [case for case in chosen if not options.call or case.call in options.call]
+
+
+def _rows(options: argparse.Namespace, chosen: list[Case], environment: dict) -> Iterator[Row]:
+    """The rows of the cases, each printed."""
+    if options.sweep != "memory":
+        return run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes)
+    return sweeps.until_it_ends(
+        chosen,
+        options.provider,
+        lambda some, names: run(some, names, environment, _print_row, options.keep_going, all_sizes=True),
+    )
 
 
 def _print_row(row: Row) -> None:
@@ -139,7 +190,8 @@ def _print_row(row: Row) -> None:
     else:
         memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
         spread = f"[{row.q1_ms:.4g}, {row.q3_ms:.4g}]"
-        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}"
+        rate = "" if row.images_per_second is None else f" {row.images_per_second:8.4g} images/s"
+        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}{rate}"
     print(f"{name:48} {row.provider:24} {result}", flush=True)
 
 
@@ -163,6 +215,7 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    tables.replace_between(_DOCS / "benchmarks.md", catalogue.BEGIN, catalogue.END, catalogue.table())
     tables.write_tables(_DOCS / "benchmarks.md", RESULTS)
     return 0
 

@@ -100,10 +100,13 @@ def _peak_on_gpu(case: Case, provider_name: str) -> Memory:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        _limit_memory_of_gpu(case, before)
         seconds = seconds_of(lambda: run(inputs))
         return Memory(torch.cuda.max_memory_allocated() - before, seconds)
     except torch.OutOfMemoryError:
-        return Memory(error="does not fit into memory")
+        return Memory(error=_too_large(case))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _peak_on_cpu(case: Case, provider_name: str, patience: float | None) -> Memory:
@@ -136,16 +139,28 @@ def _measure(sender: Connection, case: Case, provider_name: str, threads: int) -
         run(warm_up.inputs())
         inputs = case.inputs()
         before = _reset_peak()
+        _limit_memory(case.memory_limit)
         seconds = seconds_of(lambda: run(inputs))
         sender.send(Memory(None if before is None else max(0, _status("VmHWM") - before), seconds))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        sender.send(Memory(error="does not fit into memory"))
+        sender.send(Memory(error=_too_large(case)))
 
 
-def _limit_memory() -> None:
-    """Make an allocation that the machine cannot serve fail in this process, before others suffer from it."""
+def _too_large(case: Case) -> str:
+    return "does not fit into " + ("memory" if case.memory_limit is None else f"{case.memory_limit:g} GiB")
+
+
+def _limit_memory_of_gpu(case: Case, used: int) -> None:
+    """Make an allocation of a call beyond its limit fail, as one beyond the memory of the device does."""
+    if case.memory_limit is not None:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (used + case.memory_limit * 2**30) / total))
+
+
+def _limit_memory(gib: float | None = None) -> None:
+    """Make an allocation fail in this process beyond so much more, or, before others suffer, what the machine has."""
     if sys.platform == "linux":
         available = next(
             int(line.split()[1]) * 1024
@@ -153,7 +168,8 @@ def _limit_memory() -> None:
             if line.startswith("MemAvailable:")
         )
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + int(0.9 * available), hard))
+        more = 0.9 * available if gib is None else min(0.9 * available, gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + int(more), hard))
 
 
 def _reset_peak() -> int | None:

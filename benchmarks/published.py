@@ -7,10 +7,20 @@ published code runs parts in half precision on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class ImagePairs(NamedTuple):
+    """What the anchors of an image are compared with, as 0 and 1."""
+
+    own: slice  # the anchors
+    positives: Tensor  # (G, N)
+    specific_positives: Tensor  # (G, N)
+    denominator: Tensor  # (G, N)
 
 
 def ghp_contrastive(
@@ -30,25 +40,30 @@ def ghp_contrastive(
 ) -> Tensor:
     """The reweighted loss of both branches; `image_loss` may be a compiled version of the function of that name."""
     image_loss = image_loss or globals()["image_loss"]
-    anchors, group = len(z), anchors_per_image
-    images = anchors // group
+    images = len(z) // anchors_per_image
+    loss = torch.zeros((), device=z.device)
+    for own, *pairs in image_pairs(features, pool, specific, specific_pool, negatives, anchors_per_image):
+        for branch in (z, z_mixed):
+            loss = loss + image_loss(branch[own], branch, *pairs, specific_weight, temperature)
+    return loss * (temperature / base_temperature) / images / 2
+
+
+def image_pairs(
+    features: Tensor, pool: Tensor, specific: Tensor, specific_pool: Tensor, negatives: Tensor, group: int
+) -> Iterator[ImagePairs]:
+    """The positives of the anchors of one image after another, and what their probabilities are divided by."""
+    anchors = len(features)
     reference = (features @ pool.T).max(dim=1).values
     specific_reference = (specific @ specific_pool.T).max(dim=1).values
     # 0 where an anchor meets itself; moved on by G columns from image to image.
-    not_self = torch.eye(group, anchors, device=z.device).logical_not().float()
-
-    loss = torch.zeros((), device=z.device)
-    for image in range(images):
-        own = slice(image * group, (image + 1) * group)
+    not_self = torch.eye(group, anchors, device=features.device).logical_not().float()
+    for start in range(0, anchors, group):
+        own = slice(start, start + group)
         positives = positive_pairs(features, reference, own) * not_self
         specific_positives = positive_pairs(specific, specific_reference, own) * not_self
         denominator = torch.logical_or(positives, negatives).float() * not_self
-        for branch in (z, z_mixed):
-            loss = loss + image_loss(
-                branch[own], branch, positives, specific_positives, denominator, specific_weight, temperature
-            )
+        yield ImagePairs(own, positives, specific_positives, denominator)
         not_self = torch.roll(not_self, group, dims=1)
-    return loss * (temperature / base_temperature) / images / 2
 
 
 def positive_pairs(features: Tensor, reference: Tensor, own: slice) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from benchmarks import measure, nvml, rates
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Inputs
+from benchmarks.end_to_end import seconds_of_parts
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
 from benchmarks.verify import WrongResultError, verify
@@ -73,16 +75,22 @@ def run(
                 row.set_times([memory.seconds])
             elif not memory.error:
                 calls[tried.name] = tried.run
-        if calls or any(row.median_ms for row in rows.values()):
-            _time(case, rows, calls)
+        # Not before: processes that measure memory need what there is.
+        inputs = case.inputs() if calls or any(row.median_ms for row in rows.values()) else {}
+        if inputs:
+            _time(case, inputs, rows, calls)
         for row in rows.values():
             report(row)
             yield row
+            for part, seconds in seconds_of_parts(inputs, row.provider, row.repetitions).items():
+                of_part = replace(row, call=f"part={part}", peak_mib=None)
+                of_part.set_times(seconds)
+                report(of_part)
+                yield of_part
 
 
-def _time(case: Case, rows: dict[str, Row], calls: dict[str, Callable[..., object]]) -> None:
+def _time(case: Case, inputs: Inputs, rows: dict[str, Row], calls: dict[str, Callable[..., object]]) -> None:
     """Time the calls, and a matrix product of the same shape among them, and fill the rows."""
-    inputs = case.inputs()  # not before: processes that measure memory need what there is
     product = rates.product(case, inputs)
     timed = {name: partial(call, inputs) for name, call in calls.items()}
     timed |= {} if product is None else {_PRODUCT: product.call}

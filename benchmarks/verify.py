@@ -39,7 +39,7 @@ def verify(case: Case, tried: Provider) -> int:
         raise WrongResultError(f"{small}: {tried.name} gives {sorted(actual)}, expected {sorted(plain)}")
     for name, value in actual.items():
         try:
-            assert_rows_close(value, exact[name], plain[name], factor=_FACTOR, eps=_slack(exact[name], case.dtype))
+            assert_rows_close(value, exact[name], plain[name], factor=_FACTOR, eps=_slack(exact[name], case))
         except (AssertionError, ValueError) as error:
             raise WrongResultError(f"{small}: {name} of {tried.name}: {error}") from error
     return small.anchors
@@ -54,10 +54,10 @@ def _expected(case: Case) -> tuple[Inputs, Outputs, Outputs]:
     return inputs, _comparable(reference(double), double), _comparable(reference(inputs), inputs)
 
 
-def _slack(exact: Tensor, dtype: str) -> float:
+def _slack(exact: Tensor, case: Case) -> float:
     rows = exact.reshape(len(exact) if exact.dim() else 1, -1)
-    of_results = 0 if dtype == "float32" else _HALF_ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps
-    return (_ROUNDINGS * torch.finfo(torch.float32).eps + of_results) * rows.norm(dim=1).max().item()
+    of_results = 0 if case.dtype == "float32" else _HALF_ROUNDINGS * torch.finfo(getattr(torch, case.dtype)).eps
+    return (_ROUNDINGS * torch.finfo(torch.float32).eps + of_results + case.tolerance) * rows.norm(dim=1).max().item()
 
 
 def _double(value: object) -> object:

@@ -187,7 +187,7 @@ def test_contrastive_cases():
         sizes.setdefault(case.call, []).append(case.anchors)
         assert case.verified().anchors == 1024
     squares = [1024, 4096, 8192]
-    assert sizes == {"keys": squares, "own": [*squares, 100352], "queue": [1024], "both": squares}
+    assert sizes == {"keys": squares, "own": [*squares, 100352], "queue": [1024], "both": squares, "clip": [1024, 4096]}
 
 
 def test_contrastive_keys():
@@ -197,7 +197,7 @@ def test_contrastive_keys():
     assert found["queue"][0]["keys"].shape == (65536, 512) and found["keys"][0]["keys"].shape == (60, 512)
     gradients = {call: set(provider(case, "cpu").run(inputs)) - {"loss"} for call, (inputs, case) in found.items()}
     both = {"grad_anchors", "grad_keys"}
-    assert gradients == {"keys": both, "both": both, "own": {"grad_anchors"}, "queue": {"grad_anchors"}}
+    assert gradients == {"keys": both, "both": both, "clip": both, "own": {"grad_anchors"}, "queue": {"grad_anchors"}}
 
 
 def test_sizes_can_be_chosen():
@@ -347,7 +347,7 @@ def test_calls_can_be_chosen(monkeypatch):
         (["--provider", "abacus"], "unknown provider abacus; known are"),
         (
             ["--op", "contrastive", "--call", "k=1", "--call", "own"],
-            "unknown call k=1; known are keys, own, queue, both",
+            "unknown call k=1; known are keys, own, queue, both, clip",
         ),
     ],
 )
