@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import published
 from benchmarks.cases import Inputs
-from benchmarks.peers import _bmm, _dense_loss, _exceeding, _ranked
+from benchmarks.peers.plain import _bmm, _dense_loss, _exceeding, _ranked
 from benchmarks.providers import Outputs, contrasted, differentiate, leaf
 from hpkernels.ops._bits import unpack_bits
 
