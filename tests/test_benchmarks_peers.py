@@ -265,8 +265,8 @@ def test_sweep_of_the_memory(tmp_path, capsys):
     if not sys.platform.startswith("linux"):
         pytest.skip("the memory of a process is limited on Linux alone")
     arguments = ["--sweep", "memory", "--op", "hidden_positives", "--provider", "torch-matmul"]
-    output = ["--output", str(tmp_path)]
-    assert command.main(["run", *arguments, "--memory-limit", "0.015625", *output]) == 0
+    arguments += ["--images", "1", "--images", "2", "--memory-limit", "0.015625", "--output", str(tmp_path)]
+    assert command.main(["run", *arguments]) == 0
     assert "| torch-matmul | 784 |" in capsys.readouterr().out
     notes = {found.anchors: found.note for found in records.read_folder(tmp_path)}
     assert notes == {784: "", 1568: "does not fit into 0.015625 GiB"}
