@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    baseline,
     catalogue,
     cuda_resources,
     distributed,
@@ -70,12 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path)
     command.set_defaults(command=_plot)
 
-    command = commands.add_parser("tables", help="write the tables of all results into docs/benchmarks.md")
+    command = commands.add_parser("tables", help="write plots and tables of all results into docs/benchmarks.md")
     command.set_defaults(command=_tables)
 
-    command = commands.add_parser("compare", help="compare the times of two folders of results")
-    command.add_argument("before", type=Path)
-    command.add_argument("after", type=Path)
+    command = commands.add_parser("compare", help="compare the times of a run with a baseline; 1 if ours are slower")
+    command.add_argument("run", type=Path, nargs="?", help="folder of a run (default: measures what the baseline has)")
+    command.add_argument(
+        "--baseline", type=Path, nargs="?", help="folder of results (default: benchmarks/results/<device>)"
+    )
+    command.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
+    command.add_argument(
+        "--tolerance", type=float, default=baseline.TOLERANCE, metavar="SHARE", help="default: %(default)s"
+    )
+    command.add_argument("--relative-to", metavar="PROVIDER", help="compare times in units of this provider's")
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
@@ -119,7 +127,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if folder is None and not options.quick:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
-    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+    environment = _environment(device)
     chosen = _chosen(options, parser, device, dtype)
     if options.sweep == "memory" and options.output is None and folder is not None:
         # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
@@ -172,6 +180,10 @@ def _rows(options: argparse.Namespace, chosen: list[Case], environment: dict) ->
     )
 
 
+def _environment(device: str) -> dict[str, str | int]:
+    return results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+
+
 def _print_row(row: Row) -> None:
     name = f"{row.op} {row.call} N={row.anchors} {row.dtype}"
     if row.median_ms is None:
@@ -207,9 +219,33 @@ def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    for line in tables.comparison(results.read_folder(options.before), results.read_folder(options.after)):
+    if not options.tolerance >= 0:
+        parser.error(f"--tolerance must be a share, 0 or more, got {options.tolerance}")
+    if options.relative_to not in (None, *known_names()):
+        parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
+    measured = None if options.run is None else _rows(options.run, options.op, parser)
+    environment = _environment("cuda" if torch.cuda.is_available() else "cpu")
+    where = vars(measured[0]) if measured else environment
+    folder = options.baseline or baseline.folder_of(where["device"], where["threads"])
+    rows = _rows(folder, options.op, parser)
+    if measured is None:
+        measured = []
+        for row in baseline.again(rows, environment):
+            _print_row(row)
+            measured.append(row)
+    comparison = baseline.compare(rows, measured, options.tolerance, options.relative_to)
+    if not comparison.changes and not comparison.wrong:
+        parser.error(f"{folder} and the run have nothing in common: device, threads, op, call, N, dtype and provider")
+    for line in baseline.report(comparison, rows, measured, options.tolerance):
         print(line)
-    return 0
+    return 1 if comparison.failed else 0
+
+
+def _rows(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+    rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+    if not rows:
+        parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
+    return rows
 
 
 def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

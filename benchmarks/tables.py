@@ -1,23 +1,42 @@
-"""Tables of results: Markdown for the documentation, and the comparison of two runs."""
+"""The measured part of docs/benchmarks.md: for each device and op a plot and a short table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from pathlib import Path
+from typing import NamedTuple
 
+from benchmarks import plots, presentation
 from benchmarks.results import Row, read_folder
 
 BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"
 
+_RATES = {
+    "images_per_second": lambda value: f"{presentation.amount(value)} images/s",
+    "tflops": lambda value: f"{presentation.amount(value)} TFLOP/s",
+    "of_mm": lambda value: f"{value:.0%} of `mm`",
+    "of_roofline": lambda value: f"{value:.0%} of the roofline",
+}
+"""Columns that some rows have, and how a table says them."""
+
+
+class _Line(NamedTuple):
+    """A line of a table: what was measured of one call at one size."""
+
+    call: str
+    anchors: int
+    ours: Row | None
+    other: Row | None
+    rival: Row | None
+
 
 def write_tables(page: Path, results: Path) -> None:
-    """Replace what stands between the page's two comments by the tables of every device.
+    """Replace what stands between the page's two comments by the plots and tables of every device.
 
     Raises:
         ValueError: the page has not both comments, in this order.
     """
-    tables = [_device_tables(read_folder(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    replace_between(page, BEGIN, END, "\n".join(filter(None, tables)))
+    replace_between(page, BEGIN, END, measured(page.parent, results))
 
 
 def replace_between(page: Path, begin: str, end: str, lines: str) -> None:
@@ -33,53 +52,102 @@ def replace_between(page: Path, begin: str, end: str, lines: str) -> None:
     page.write_text(text[: first + len(begin)] + "\n" + lines + text[last:])
 
 
-def _device_tables(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    first = rows[0]
-    lines = [f"### {first.device}, {first.threads} threads, {first.instructions}", ""]
-    lines += [
-        f"hpkernels {first.hpkernels}, torch {first.torch}, Python {first.python}; "
-        + "; ".join(sorted({f"commit {row.commit}, {row.date[:10]}" for row in rows}))
-        + ".",
-        "",
-    ]
-    for op, call, dtype in dict.fromkeys((row.op, row.call, row.dtype) for row in rows):
-        own = [row for row in rows if (row.op, row.call, row.dtype) == (op, call, dtype)]
-        lines += [f"**{op}, {call}, {dtype}**: median ms (quartiles), peak MiB", "", *_table(own), ""]
+def measured(folder_of_page: Path, results: Path) -> str:
+    """The sections of all devices, with links that are relative to a page in `folder_of_page`."""
+    lines = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if rows := read_folder(folder):
+            lines += _device(rows, Path(os.path.relpath(folder, folder_of_page)))
     return "\n".join(lines)
 
 
+def _device(rows: list[Row], folder: Path) -> list[str]:
+    lines = ["", f"### {presentation.machine(rows[0])}", "", f"{rows[0].instructions}. {_measured(rows)}", ""]
+    drawn = {plots.file_name(shown[0]): shown for shown in plots.selected(rows)}
+    for op in dict.fromkeys(row.op for row in rows):
+        lines += [f"#### {op}", ""]
+        for name, shown in drawn.items():
+            if shown[0].op == op:
+                lines += [f"![{plots.summary(shown)}]({(folder / name).as_posix()})", ""]
+        for dtype in dict.fromkeys(row.dtype for row in rows if row.op == op):
+            own = [row for row in rows if (row.op, row.dtype) == (op, dtype)]
+            lines += [f"{dtype}; [quartiles and all providers]({(folder / op).as_posix()}.csv)", "", *_table(own), ""]
+    return lines
+
+
+def _measured(rows: list[Row]) -> str:
+    commits: dict[str, set[str]] = {}
+    for row in rows:
+        commits.setdefault(row.date[:10], set()).add(row.commit)
+    runs = (f"{date} at commit {', '.join(sorted(commits[date]))}" for date in sorted(commits))
+    versions = sorted({f"hpkernels {row.hpkernels}, PyTorch {row.torch}, Python {row.python}" for row in rows})
+    return f"{'; '.join(versions)}. Measured {'; '.join(runs)}."
+
+
 def _table(rows: list[Row]) -> list[str]:
-    sizes = sorted({row.anchors for row in rows})
-    cells = {(row.provider, row.anchors): _cell(row) for row in rows}
-    names = [name for name in dict.fromkeys(row.provider for row in rows) if any(cells.get((name, n)) for n in sizes)]
-    lines = ["| provider | " + " | ".join(f"N = {size}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
-    return lines + [f"| {name} | " + " | ".join(cells.get((name, size), "") for size in sizes) + " |" for name in names]
+    pairs = dict.fromkeys((row.call, row.anchors) for row in sorted(rows, key=_place))
+    lines = [line for line in (_line(rows, *pair) for pair in pairs) if line.ours or line.other]
+    columns = [
+        ("call", "---", [line.call for line in lines]),
+        ("N", "--:", [presentation.count(line.anchors) for line in lines]),
+        _providers("hpkernels", [line.ours for line in lines]),
+        _providers("against", [line.other for line in lines]),
+        ("faster", "--:", [_ratio(line, "median_ms") for line in lines]),
+        ("less memory", "--:", [_ratio(line, "peak_mib") for line in lines]),
+        _providers("fastest other", [line.rival for line in lines]),
+        ("rate", "---", [_rates(line.ours) for line in lines]),
+    ]
+    filled = [column for column in columns if any(column[2])]
+    table = [[name for name, _, _ in filled], [rule for _, rule, _ in filled]]
+    table += [list(cells) for cells in zip(*(cells for _, _, cells in filled), strict=True)]
+    return [f"| {' | '.join(cells)} |" for cells in table]
 
 
-def _cell(row: Row) -> str:
+def _place(row: Row) -> tuple[str, float, int]:
+    """Where a table has a row: k=8 is before k=32."""
+    name, _, value = row.call.partition("=")
+    return name, float(value or 0), row.anchors
+
+
+def _line(rows: list[Row], call: str, anchors: int) -> _Line:
+    of_call = [row for row in rows if row.call == call]
+    here = [row for row in of_call if row.anchors == anchors]
+    timed = sorted((row for row in here if row.median_ms is not None), key=lambda row: row.median_ms)
+    ours = next((row for row in timed if presentation.is_best_of_ours(row.provider)), None)
+    other = next((row for row in here if row.provider == presentation.yardstick(of_call)), None)
+    if other is None or not _cell(other):
+        other = presentation.at(here, presentation.yardstick(here), anchors)
+    rivals = (row for row in timed if not presentation.is_ours(row.provider) and row is not other)
+    return _Line(call, anchors, ours, other, next(rivals, None))
+
+
+def _providers(title: str, rows: list[Row | None]) -> tuple[str, str, list[str]]:
+    """A column of times and memory. If all are of one provider its name is in the title and not in the cells."""
+    names = {row.provider for row in rows if row is not None}
+    if len(names) == 1:
+        return f"`{names.pop()}`", "---", [_cell(row) for row in rows]
+    cells = [f"`{row.provider}` {_cell(row)}" if row is not None and _cell(row) else "" for row in rows]
+    return title, "---", cells
+
+
+def _cell(row: Row | None) -> str:
+    """Time and memory; why there is none, if memory is the reason."""
+    if row is None:
+        return ""
     if row.median_ms is None:
         return row.note if row.note.startswith("does not fit") else ""
-    spread = f" ({_short(row.q1_ms)}-{_short(row.q3_ms)})" if row.repetitions > 1 else " (one run)"
-    rate = "" if row.images_per_second is None else f", {_short(row.images_per_second)} images/s"
-    return _short(row.median_ms) + spread + ("" if row.peak_mib is None else f", {_short(row.peak_mib)} MiB") + rate
+    peak = "" if row.peak_mib is None else f", {presentation.memory(row.peak_mib)}"
+    once = ", one run" if row.repetitions == 1 else ""
+    return presentation.duration(row.median_ms) + peak + once
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _ratio(line: _Line, column: str) -> str:
+    if line.ours is None or line.other is None or line.other.median_ms is None:
+        return ""
+    ours, other = getattr(line.ours, column), getattr(line.other, column)
+    return presentation.times(other / ours) if ours and other else ""
 
 
-def comparison(before: Iterable[Row], after: Iterable[Row]) -> list[str]:
-    """A line for all that both runs measured; it is "slower" or "faster" only where the quartiles do not overlap."""
-    earlier = {row.key: row for row in before if row.median_ms is not None}
-    lines = []
-    for row in after:
-        old = earlier.get(row.key)
-        if old is None or row.median_ms is None:
-            continue
-        verdict = "slower" if row.q1_ms > old.q3_ms else "faster" if row.q3_ms < old.q1_ms else "same"
-        name = f"{row.op} {row.call} N={row.anchors} {row.dtype} {row.provider}"
-        change = f"{old.median_ms:.4g} -> {row.median_ms:.4g} ms, x{row.median_ms / old.median_ms:.2f}"
-        lines.append(f"{name:64} {change}  {verdict}")
-    return lines
+def _rates(row: Row | None) -> str:
+    values = ((getattr(row, name, None), say) for name, say in _RATES.items())
+    return ", ".join(say(value) for value, say in values if value is not None)

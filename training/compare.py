@@ -16,9 +16,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy import stats
 
-from training.checkpoint import written_whole
-from training.metrics import to_json
-from training.program import Parser, expanded, one_sentence
+from training.evaluation.metrics import to_json
+from training.runtime.checkpoint import written_whole
+from training.runtime.program import Parser, expanded, one_sentence
 from training.trials import (
     BASELINE,
     METRICS,
@@ -261,7 +261,10 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 def write_page(path: Path, comparison: Comparison, metrics: Sequence[str] = ()) -> None:
     """Write one HTML file that needs no other file, no network and no script."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent / "report"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.filters["shown"] = shown
     html = environment.get_template("compare.html.j2").render(

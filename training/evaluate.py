@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from training.config import WHILE_TRAINING, Config, EvaluationConfig
 from training.config_file import known_keys
-from training.crf import refined
 from training.data import open_data
-from training.features import FeatureBank
-from training.metrics import SegmentationMetrics, merge_clusters, to_json
+from training.evaluation.crf import refined
+from training.evaluation.metrics import SegmentationMetrics, merge_clusters, to_json
+from training.evaluation.neighbours import knn_scores
+from training.evaluation.position import position_score
+from training.features.bank import FeatureBank
 from training.model import patch_classes
-from training.neighbours import knn_scores
-from training.position import position_score
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import open_bank, open_trained
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.segment import CLUSTERED, SEGMENTATIONS, log_probabilities, segment, why_unusable
 from training.state import TrainingState
 

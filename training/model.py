@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from training.parallel import Share
+from training.runtime.parallel import Share
 
 
 class SegmentationHead(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hpkernels
-from training.clock import timed
-from training.kmeans import closeness, kmeans
-from training.parallel import gathered
+from training.evaluation.kmeans import closeness, kmeans
+from training.runtime.clock import timed
+from training.runtime.parallel import gathered
 from training.schedule import specific_weight
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from training import parallel
-from training.features import FeatureBank
+from training.features.bank import FeatureBank
 from training.model import SegmentationHead, channel_dropout
+from training.runtime import parallel
 
 
 def draw_patches(images: int, patches: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -25,15 +25,15 @@ from tqdm import tqdm
 import hpkernels
 from training.config import Config
 from training.data import class_names
+from training.data.photographs import LARGEST, allow_pixels, display_name, read_rgb
 from training.evaluate import HEADLINE
-from training.manifest import Manifest, sha256
-from training.output import prepare_folder
-from training.photographs import LARGEST, allow_pixels, display_name, read_rgb
-from training.pictures import OUTPUTS, Writer, outputs, write_names
-from training.prediction import Prediction, predict, predict_together, windows_of
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.pseudo_labels import IGNORED, check_panoptic, class_ids, read_ids, write_panoptic
+from training.prediction.manifest import Manifest, sha256
+from training.prediction.photograph import Prediction, predict, predict_together, windows_of
+from training.prediction.pictures import OUTPUTS, Writer, outputs, write_names
+from training.prediction.pseudo_labels import IGNORED, check_panoptic, class_ids, read_ids, write_panoptic
 from training.run import open_trained
+from training.runtime.output import prepare_folder
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.segment import SEGMENTATIONS, check_usable, is_matched, map_names
 from training.state import TrainingState
 

@@ -20,6 +20,7 @@ from training.config_file import load_config
 from training.data import DATA_SETS, root_of
 from training.data.crops import CROPS, RATIO, FiveCrops, crops_folder
 from training.data.making import Made, make, written_whole
+from training.data.photographs import opened
 from training.data.potsdam import (
     LABELLED,
     LISTS,
@@ -31,8 +32,7 @@ from training.data.potsdam import (
     labels_folder,
     photographs_folder,
 )
-from training.photographs import opened
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 
 
 class Tiles(NamedTuple):

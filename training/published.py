@@ -24,20 +24,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from training import checkpoint
 from training.backbones import Backbone, build_backbone
 from training.backbones.timm_vit import TimmViT
 from training.backbones.weights import load_weights
-from training.clusterings import check_clusters
 from training.config import Config
 from training.config_file import config_from_dict, edited, known_keys, load_config
 from training.data import open_data
+from training.data.photographs import display_name
 from training.evaluate import evaluate, matched_on
+from training.evaluation.clusterings import check_clusters
 from training.model import SegmentationHead
-from training.output import is_of_run, locked
-from training.photographs import display_name
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import check_backend, open_bank, open_trained, resolve_device
+from training.runtime import checkpoint
+from training.runtime.output import is_of_run, locked
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.segment import CLUSTERED
 from training.state import TrainingState
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from training import checkpoint
 from training.config_file import settings_of
 from training.data.batches import evenly_spread
 from training.evaluate import HEADLINE, score
-from training.explorer import TITLES, explored
-from training.metrics import class_iou, confusion_matrix, to_json
-from training.precision import positive_precision
-from training.report import Example, Report, duration, write_report
-from training.resuming import fingerprint
+from training.evaluation.metrics import class_iou, confusion_matrix, to_json
+from training.evaluation.precision import positive_precision
+from training.report.explorer import TITLES, explored
+from training.report.page import Example, Report, duration, write_report
 from training.run import Run
+from training.runtime import checkpoint
+from training.runtime.resuming import fingerprint
 from training.segment import CLUSTERED, map_names, segment, to_classes, why_unusable
 
 _EXAMPLES = 8  # images segmented in the report

@@ -16,20 +16,20 @@ from tqdm import tqdm
 
 from hpkernels import BackendUnavailableError
 from hpkernels.backends import select
-from training import checkpoint, parallel
 from training.backbones import Backbone, build_backbone
-from training.clusterings import check_clusters
 from training.config import BackboneConfig, Config
 from training.config_file import config_from_dict, edited
-from training.crf import check_crf
 from training.data import SegmentationData, image_size, open_data, steps_per_epoch
-from training.feature_cache import default_folder
-from training.features import FeatureBank
-from training.inference import Windows, precision_of
-from training.loading import default_workers
+from training.data.loading import default_workers
+from training.evaluation.clusterings import check_clusters
+from training.evaluation.crf import check_crf
+from training.features.bank import FeatureBank
+from training.features.cache import default_folder
+from training.features.inference import Windows, precision_of
 from training.objectives import check_objective
-from training.output import check_output, check_space, prepare_folder, remove_partial, remove_run
-from training.resuming import check_agreement, check_images, check_same, identity
+from training.runtime import checkpoint, parallel
+from training.runtime.output import check_output, check_space, prepare_folder, remove_partial, remove_run
+from training.runtime.resuming import check_agreement, check_images, check_same, identity
 from training.schedule import seed_step
 from training.state import TrainingState, output_sizes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.kmeans import closeness
+from training.evaluation.kmeans import closeness
 from training.model import to_map
 from training.state import TrainingState
 

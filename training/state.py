@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.clusterings import Clusterings
 from training.config import Config
+from training.evaluation.clusterings import Clusterings
 from training.model import FrozenHead, Projection, SegmentationHead, ema_copy
 from training.pools import Pools
 from training.probes import ClusterProbe, LinearProbe

@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hpkernels
-from training import parallel
 from training.backbones.timm_vit import TimmViT
-from training.clock import timed
 from training.config import Config
 from training.config_file import load_config, overview
 from training.data import batch_of_step
 from training.evaluate import metrics_table
+from training.evaluation.validation import validate
 from training.model import channel_dropout, to_map, to_rows, update_ema
 from training.objectives import current_lambda, objective_term
-from training.output import output_of_run
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
-from training.progress import Progress, named_errors
 from training.results import write_results
 from training.run import Run, open_run, resolve_device
+from training.runtime import parallel
+from training.runtime.clock import timed
+from training.runtime.output import output_of_run
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
+from training.runtime.progress import Progress, named_errors
+from training.runtime.stopping import Stopped, Stopping
 from training.schedule import renewal_due, seed_step, specific_weight
-from training.stopping import Stopped, Stopping
-from training.validation import validate
 
 
 class Views(NamedTuple):

@@ -15,7 +15,7 @@ from benchmarks.cases import IN_IMAGES, Inputs
 from benchmarks.peers.plain import sum_of_rows
 from benchmarks.registry import BLOCKS_LIMIT, COMPILED_LIMIT, Outputs, compiled, leaf, provides
 from hpkernels.cost import CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops._bits import unpack_bits
 
 
 class _Product(torch.autograd.Function):

@@ -23,7 +23,7 @@ from benchmarks.registry import (
     provides,
     training_step,
 )
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops._bits import unpack_bits
 
 
 def _published_loss(inputs: Inputs, z: Tensor, z_mixed: Tensor, image_loss: Callable | None = None) -> Tensor:

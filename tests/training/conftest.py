@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import tiny_values
 
 from training.config_file import config_from_dict
-from training.procedural import CLASSES, ProceduralData
+from training.data.procedural import CLASSES, ProceduralData
 
 
 @pytest.fixture

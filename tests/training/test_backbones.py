@@ -13,7 +13,7 @@ from training.backbones import build_backbone
 from training.backbones.patch_dictionary import PatchDictionary
 from training.backbones.timm_vit import TimmViT
 from training.config import BackboneConfig
-from training.procedural import ProceduralData
+from training.data.procedural import ProceduralData
 
 VIT = "vit_tiny_patch16_224"
 

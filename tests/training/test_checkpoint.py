@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from training import checkpoint
+from training.runtime import checkpoint
 
 
 def test_round_trip(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import crf
+from training.evaluation import crf
 
 HEIGHT, WIDTH, CLASSES = 9, 11, 3
 

@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.cluster import KMeans
 
 from training.data import FolderData, batch_of_step, load_image, open_data
-from training.metrics import SegmentationMetrics
-from training.photographs import list_images, read_rgb, size_of
-from training.procedural import CLASSES, ProceduralData
+from training.data.photographs import list_images, read_rgb, size_of
+from training.data.procedural import CLASSES, ProceduralData
+from training.evaluation.metrics import SegmentationMetrics
 
 
 def test_folder_reads_images_and_labels(photo_folder):

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 import hpkernels
 from hpkernels.ops._philox import bernoulli
-from training import explorer as explorer_module
 from training.config_file import config_from_dict
-from training.explorer import explore, explored, packed, telling_anchors
-from training.report import Report, write_report
+from training.report import explorer as explorer_module
+from training.report.explorer import explore, explored, packed, telling_anchors
+from training.report.page import Report, write_report
 from training.results import write_results
 from training.run import open_run
 from training.train import train

@@ -10,12 +10,13 @@ from collections import namedtuple
 import pytest
 import torch
 
-from training import checkpoint, feature_cache
 from training.config_file import config_from_dict
-from training.feature_cache import CHUNK, default_folder, hash_of, open_cache
-from training.features import FeatureBank
-from training.parallel import share
+from training.features import cache as feature_cache
+from training.features.bank import FeatureBank
+from training.features.cache import CHUNK, default_folder, hash_of, open_cache
 from training.run import open_run
+from training.runtime import checkpoint
+from training.runtime.parallel import share
 from training.train import train, train_step
 
 IMAGES = 2 * CHUNK + 5

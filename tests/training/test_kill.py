@@ -15,9 +15,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_values
 
-from training import checkpoint, train
+from training import train
 from training.backbones.patch_dictionary import PatchDictionary
-from training.stopping import Stopped, Stopping
+from training.runtime import checkpoint
+from training.runtime.stopping import Stopped, Stopping
 
 # A server that has imported all forks the processes: real ones, which start in no time.
 CONTEXT = multiprocessing.get_context("forkserver")

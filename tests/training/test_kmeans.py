@@ -5,8 +5,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
-from training import kmeans as module
-from training.kmeans import closeness, kmeans
+from training.evaluation import kmeans as module
+from training.evaluation.kmeans import closeness, kmeans
 
 
 def blobs(per_cluster: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

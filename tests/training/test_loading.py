@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training import features
 from training import train as loop
-from training.loading import Ahead, decode, default_workers
+from training.data.loading import Ahead, decode, default_workers
+from training.features import bank as features
 from training.run import open_run
 from training.train import batch, train
 

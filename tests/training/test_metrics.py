@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import (
+from training.evaluation.metrics import (
     UNMATCHED,
     SegmentationMetrics,
     accuracy,

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from tiny import tiny_values
 
-from training import checkpoint, evaluate, predict, train
+from training import evaluate, predict, train
+from training.runtime import checkpoint
 
 
 @pytest.mark.parametrize(

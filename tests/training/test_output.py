@@ -9,11 +9,12 @@ import threading
 
 import pytest
 
-from training import checkpoint, published
-from training.output import check_output, check_space, output_of_run, remove_run
-from training.progress import named_errors
+from training import published
 from training.results import write_results
 from training.run import expected_sizes, open_run
+from training.runtime import checkpoint
+from training.runtime.output import check_output, check_space, output_of_run, remove_run
+from training.runtime.progress import named_errors
 from training.train import train
 
 FILES = ("checkpoint.pt", "best.pt", "backbone.pt", "metrics.json", "report.html", "log.jsonl")

@@ -17,11 +17,11 @@ from tiny import tiny_values
 from torch.nn import functional as F
 
 import hpkernels
-from training import checkpoint, parallel
 from training.config_file import config_from_dict
 from training.data import batch_of_step
 from training.results import write_results
 from training.run import open_run, resolve_device
+from training.runtime import checkpoint, parallel
 from training.schedule import seed_step
 from training.state import TrainingState
 from training.train import train, train_step

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import hpkernels
 from training.data import batch_of_step
+from training.evaluation.position import position_score
+from training.evaluation.precision import discovered, positive_precision
 from training.model import patch_classes
-from training.position import position_score
-from training.precision import discovered, positive_precision
 from training.run import open_run
 from training.schedule import seed_step
 from training.train import train

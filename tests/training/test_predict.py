@@ -13,13 +13,13 @@ from tiny import tiny_values
 
 from training import predict as program
 from training.config_file import config_from_dict, edited
-from training.figures import class_palette
-from training.inference import Windows, blended_strips, fitted_size
-from training.output import prepare_folder
-from training.photographs import is_prediction, read_rgb
-from training.pictures import Writer, class_picture, outputs, overlay, write_names
-from training.prediction import Prediction, predict
+from training.data.photographs import is_prediction, read_rgb
+from training.features.inference import Windows, blended_strips, fitted_size
+from training.prediction.photograph import Prediction, predict
+from training.prediction.pictures import Writer, class_picture, outputs, overlay, write_names
+from training.report.figures import class_palette
 from training.run import checkpoint_path, open_run
+from training.runtime.output import prepare_folder
 from training.segment import _interpolated, decided, greatest, upsample
 
 
@@ -130,7 +130,7 @@ def test_names_that_differ_in_case_alone(tmp_path, monkeypatch):
     if len(list(images.iterdir())) == 1:
         pytest.skip("the file system does not tell upper from lower case")
     assert sorted(paths["classes"].name for paths in outputs(images, tmp_path / "out").values()) == ["A.png", "a.png"]
-    monkeypatch.setattr("training.pictures._folds_case", lambda folder: True)
+    monkeypatch.setattr("training.prediction.pictures._folds_case", lambda folder: True)
     with pytest.raises(ValueError, match="A.jpg and .*a.jpg would both be written to .*a.jpg.png"):
         outputs(images, tmp_path / "out")
 
@@ -295,7 +295,7 @@ def test_files_pictures_and_tensors_are_photographs(run, mosaics, kind, edit):
 
 
 def test_a_photograph_too_large_for_a_crf(run, segment_folder, monkeypatch):
-    monkeypatch.setattr("training.prediction._CRF_NUMBERS", 6 * 32 * 40 - 1)
+    monkeypatch.setattr("training.prediction.photograph._CRF_NUMBERS", 6 * 32 * 40 - 1)
     with pytest.raises(
         SystemExit, match="frame_2.png cannot be segmented: a CRF takes all of .* got 40 x 32: give a sm"
     ):
@@ -413,7 +413,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_result(segment_folder, tmp_
             errno.ENOSPC, "No space left on device"
         )
 
-    monkeypatch.setattr("training.pictures.overlay", fail)
+    monkeypatch.setattr("training.prediction.pictures.overlay", fail)
     with pytest.raises(SystemExit, match="^predict: x cannot be written: No space left on device$"):
         segment_folder()
     assert not list((tmp_path / "out").rglob("*.png")) and len(lines(tmp_path / "out")) == 1

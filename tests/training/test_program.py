@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import evaluate, predict, published, train
-from training.program import TRACEBACK_VARIABLE, expanded, one_sentence
+from training.runtime.program import TRACEBACK_VARIABLE, expanded, one_sentence
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), OSError("a b"), MemoryError("a  b")])

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from training import features
 from training import train as loop
-from training.clock import Clock
-from training.progress import LOG
+from training.features import bank as features
 from training.run import open_run
+from training.runtime.clock import Clock
+from training.runtime.progress import LOG
 from training.train import positives_per_anchor, train, train_step
 
 

@@ -12,10 +12,10 @@ from training import predict as prediction
 from training.backbones.base import Backbone, PatchFeatures
 from training.config import EvaluationConfig
 from training.config_file import edited
-from training.crf import refined
-from training.inference import Windows, features_of, fitted_size
+from training.evaluation.crf import refined
+from training.evaluation.neighbours import knn_scores
+from training.features.inference import Windows, features_of, fitted_size
 from training.model import patch_classes, to_map
-from training.neighbours import knn_scores
 from training.predict import predict
 from training.results import write_results
 from training.run import checkpoint_path, open_run, scoring_windows

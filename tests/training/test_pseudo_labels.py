@@ -11,9 +11,9 @@ from torchvision.datasets import Cityscapes
 from training.data.cityscapes import CITYSCAPES27
 from training.data.folder import FolderData
 from training.data.pairs import read_classes
-from training.pictures import Writer, outputs
-from training.prediction import Prediction
-from training.pseudo_labels import check_panoptic, class_ids, label_map, panoptic, read_ids, write_panoptic
+from training.prediction.photograph import Prediction
+from training.prediction.pictures import Writer, outputs
+from training.prediction.pseudo_labels import check_panoptic, class_ids, label_map, panoptic, read_ids, write_panoptic
 
 CLASSES = CITYSCAPES27.classes
 

@@ -5,9 +5,9 @@ import argparse
 import pytest
 import torch
 
-from training import checkpoint
 from training.backbones import build_backbone
 from training.published import export_state, import_state, main
+from training.runtime import checkpoint
 from training.state import TrainingState
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import torch
 import yaml
 from tiny import tiny_values
 
-from training import checkpoint, evaluate, predict, published, train
+from training import evaluate, predict, published, train
 from training.config_file import config_from_dict
+from training.runtime import checkpoint
 
 
 def published_file(dim, width, patch, classes, iterations=4):

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny import tiny_explorer
 
 from training.config_file import Setting
-from training.explorer import packed
-from training.figures import IGNORED, class_palette, colour_map, jpeg_uri, png_uri
-from training.report import Example, Report, duration, percent, write_report
+from training.report.explorer import packed
+from training.report.figures import IGNORED, class_palette, colour_map, jpeg_uri, png_uri
+from training.report.page import Example, Report, duration, percent, write_report
 
 NAMES = ("sky", "road <wet>", "tree & bush")
 METRICS = {

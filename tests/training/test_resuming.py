@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from training import checkpoint, train, validation
+from training import train
 from training.config_file import known_keys
+from training.evaluation import validation
 from training.results import write_results
-from training.resuming import _CHOOSING, _FREE
 from training.run import load_run, open_run, open_trained
+from training.runtime import checkpoint
+from training.runtime.resuming import _CHOOSING, _FREE
 
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 
@@ -161,7 +163,7 @@ def test_moved_and_touched_images_are_the_same(run_on_photographs, tmp_path):
 
 def test_other_images_made_on_the_spot_are_noticed(tiny_config, monkeypatch):
     open_run(tiny_config()).save()
-    monkeypatch.setattr("training.procedural._CELLS", 5)
+    monkeypatch.setattr("training.data.procedural._CELLS", 5)
     with pytest.raises(ValueError, match="mosaic_0000 has pixels of checksum .*, and had pixels of checksum "):
         open_run(tiny_config())
     with pytest.raises(ValueError, match="a run on 10 training images, and the 8 of now are not the same: mosaic_0000"):

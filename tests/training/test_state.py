@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from training import checkpoint
 from training import evaluate as evaluation
 from training import predict as prediction
 from training.backbones import build_backbone
@@ -18,6 +17,7 @@ from training.evaluate import evaluate, metrics_table, summary
 from training.published import export_state, import_state
 from training.results import write_results
 from training.run import checkpoint_path, load_run, open_run, open_trained
+from training.runtime import checkpoint
 from training.segment import SEGMENTATIONS, check_usable, map_names, to_classes
 from training.state import TrainingState
 from training.train import train

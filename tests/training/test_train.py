@@ -11,12 +11,12 @@ import torch
 import hpkernels
 from hpkernels import backends
 from training import evaluate as evaluation
-from training import progress
 from training import train as loop
 from training.data import batch_of_step
-from training.explorer import explore
+from training.report.explorer import explore
 from training.results import write_results
 from training.run import load_run, open_run, open_trained, resolve_device
+from training.runtime import progress
 from training.train import train, train_step
 
 
@@ -158,7 +158,7 @@ def test_the_best_checkpoint_is_chosen_by_four_scores_in_each_epoch_and_at_its_e
         figure = {2: 10.0, 4: 30.0, 5: 30.0, 6: 20.0}[state.step]
         return {name: {"accuracy": figure, "miou": 1.0} for name in only}
 
-    monkeypatch.setattr("training.validation.evaluate", evaluate)
+    monkeypatch.setattr("training.evaluation.validation.evaluate", evaluate)
     run = tiny_run(steps=6, batch_size=2, checkpoint_every=2, quirks={"select_on_labels": True})
     assert run.steps_per_epoch == 5
     train(run)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training import validation
+from training.evaluation import validation
 from training.run import open_run
 from training.train import train
 
@@ -108,7 +108,7 @@ def test_its_time_is_not_that_of_training(trained, monkeypatch):
         now[0] += 1e-6
         return now[0]
 
-    monkeypatch.setattr("training.progress.time.perf_counter", clock)
+    monkeypatch.setattr("training.runtime.progress.time.perf_counter", clock)
     monkeypatch.setattr(validation, "evaluate", slow)
     run = trained(evaluation=EVERY_TWO)
     assert run.state.seconds < 1

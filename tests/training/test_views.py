@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from training.views import photometric, photometric_parameters
+from training.features.views import photometric, photometric_parameters
 
 # The published recipe as torchvision has it, image by image.
 RECIPE = v2.Compose(

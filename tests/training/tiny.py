@@ -4,9 +4,9 @@ import torch
 from torch.nn import functional as F
 
 import hpkernels
-from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
-from training.explorer import Explorer
-from training.precision import Found
+from hpkernels.ops.multi_positive_contrastive.relations import drawn_negatives
+from training.evaluation.precision import Found
+from training.report.explorer import Explorer
 
 
 def tiny_values(output, **top):

@@ -7,7 +7,7 @@ import scipy.io
 from PIL import Image
 
 from training.data.potsdam import COLOURS, LABELLED
-from training.procedural import ProceduralData
+from training.data.procedural import ProceduralData
 
 SIDES = (40, 56)  # height and width of an image
 CITIES = {"train": ("aachen", "bochum"), "val": ("munster",)}

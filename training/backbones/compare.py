@@ -20,10 +20,10 @@ from training.backbones import Backbone, build_backbone
 from training.config import Config
 from training.config_file import load_config
 from training.data import SegmentationData, open_data
-from training.kmeans import closeness, kmeans
+from training.evaluation.kmeans import closeness, kmeans
 from training.model import patch_classes
-from training.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 from training.run import check_backend, resolve_device
+from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
 
 _CHUNK = 16  # images at a time
 

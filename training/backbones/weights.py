@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.checkpoint import load_plain
+from training.runtime.checkpoint import load_plain
 
 _WRAPPERS = ("teacher", "target_encoder", "student", "state_dict", "model", "encoder")  # the first that is there
 _PREFIXES = ("module.", "backbone.", "encoder.")

@@ -15,8 +15,8 @@ from training.data.folder import FolderData
 from training.data.frame import IGNORE, Frame, load_image, resized
 from training.data.pairs import DataSet, paired
 from training.data.potsdam import POTSDAM3
-from training.procedural import CLASSES as PROCEDURAL_CLASSES
-from training.procedural import ProceduralData
+from training.data.procedural import CLASSES as PROCEDURAL_CLASSES
+from training.data.procedural import ProceduralData
 
 __all__ = [
     "DATA_SETS",

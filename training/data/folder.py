@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
-from training.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
+from training.data.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
 
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Formats that keep the value of every pixel."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.photographs import read_rgb
+from training.data.photographs import read_rgb
 
 IGNORE = -1
 """The label of pixels that belong to no class."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
-from training.photographs import display_name, opened
+from training.data.photographs import display_name, opened
 
 VOID = 255
 """The class of pixels that belong to none, in class maps of one byte a pixel."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.pairs import VOID, DataSet, Found, Pair, below, first_folder, id_table, read_list
-from training.photographs import display_name, opened
+from training.data.photographs import display_name, opened
 
 CLASSES = ("roads and cars", "buildings and clutter", "vegetation and trees")
 

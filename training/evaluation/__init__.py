@@ -1,0 +1,1 @@
+"""How good a run is: clusterings, matching to classes, scores, CRF, and looks while training."""
