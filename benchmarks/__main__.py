@@ -139,7 +139,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(line)
     rows = []
     try:
-        for row in _rows(options, chosen, environment):
+        for row in _measured(options, chosen, environment):
             rows.append(row)
             if folder is not None:  # at once, so that a run that is cut off leaves what it has measured
                 results.write(folder, [row])
@@ -172,7 +172,7 @@ def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser, device
     return [case for case in chosen if not options.call or case.call in options.call]
 
 
-def _rows(options: argparse.Namespace, chosen: list[Case], environment: dict) -> Iterator[Row]:
+def _measured(options: argparse.Namespace, chosen: list[Case], environment: dict) -> Iterator[Row]:
     """The rows of the cases, each printed."""
     if options.sweep != "memory":
         return run(chosen, options.provider, environment, _print_row, options.keep_going, options.all_sizes)

@@ -83,7 +83,7 @@ def run(
             report(row)
             yield row
             for part, seconds in seconds_of_parts(inputs, row.provider, row.repetitions).items():
-                of_part = replace(row, call=f"part={part}", peak_mib=None)
+                of_part = replace(row, call=f"{case.call} {part}", peak_mib=None)
                 of_part.set_times(seconds)
                 report(of_part)
                 yield of_part
