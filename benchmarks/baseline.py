@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import presentation
 from benchmarks.cases import Case
-from benchmarks.results import RESULTS, Row, folder_name
+from benchmarks.results import PART, RESULTS, Row, folder_name
 from benchmarks.run import WRONG, run
 
 TOLERANCE = 0.05
@@ -60,8 +60,9 @@ def folder_of(device: str, threads: int) -> Path:
 def again(baseline: Iterable[Row], environment: dict) -> Iterator[Row]:
     """Measure once more what a baseline has of this device; the rows, each as soon as it is there."""
     providers: dict[Case, list[str]] = {}
+    here = environment["device"], environment["threads"]
     for row in baseline:
-        if row.median_ms is not None and _machine(row) == (environment["device"], environment["threads"]):
+        if row.median_ms is not None and _machine(row) == here and not row.call.startswith(PART):
             device = "cuda" if row.instructions.startswith("sm_") else "cpu"
             case = Case(row.op, row.call, row.images, (row.height, row.width), device, row.dtype)
             providers.setdefault(case, []).append(row.provider)

@@ -21,6 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 RESOURCES = "resources.csv"
 """What benchmarks/resources.py writes: no times, and other columns."""
 
+PART = "part="
+"""How the call of a row begins that is a part of another call, timed with it."""
+
 
 @dataclass
 class Row:
@@ -53,8 +56,8 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of a step of training that was timed."""
-        if self.op != "training_step" or not self.median_ms:
+        """Of a whole step of training that was timed."""
+        if self.op != "training_step" or self.call.startswith(PART) or not self.median_ms:
             return None
         return 1e3 * self.images / self.median_ms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,10 +104,10 @@ def _table(rows: list[Row]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in table]
 
 
-def _place(row: Row) -> tuple[str, float, int]:
+def _place(row: Row) -> tuple[str, float, str, int]:
     """Where a table has a row: k=8 is before k=32."""
     name, _, value = row.call.partition("=")
-    return name, float(value or 0), row.anchors
+    return name, float(value) if re.fullmatch(r"[\d.]+", value) else 0.0, value, row.anchors
 
 
 def _line(rows: list[Row], call: str, anchors: int) -> _Line:
