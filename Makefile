@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 LINT   := .venv-lint
+DOCS   := .venv-docs
 NATIVE := CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # The CUDA kernels compiled for the CPU: without a GPU they are tested so.
 EMULATED := build/emulated/_C_cuda_emulated.so
@@ -13,7 +14,7 @@ EMULATED := build/emulated/_C_cuda_emulated.so
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install train screenshots test test-all test-deep test-packaging gpu-check lint clean
+.PHONY: help install train screenshots test test-all test-deep test-packaging wheel gpu-check lint docs docs-serve clean
 
 help:           ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,7 +54,20 @@ $(EMULATED): $(NATIVE) | install
 	then cmake --build $(@D) && touch $@; \
 	else echo "going on without the emulated CUDA kernels, which need CUDA's headers: $(@D).log"; fi
 
-test-packaging: install  ## Try the wheel with another PyTorch, and the kernels with the oldest Triton (gigabytes, minutes)
+# The check of dependencies is skipped since nvidia-cutlass is installed without its own.
+# auditwheel reads from the libraries which glibc they need, and names the wheel after that; PyTorch's stay out of it.
+wheel: $(VENV)/release  ## Build the source archive, and from that the wheel, into dist/
+	rm -rf build/wheel dist
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m build --no-isolation --skip-dependency-check --outdir build/wheel
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(RUN) -m twine check --strict dist/*
+
+$(VENV)/release: pyproject.toml | install
+	$(RUN) -m pip install --quiet --group release
+	touch $@
+
+test-packaging: $(VENV)/release  ## Try the wheel with the oldest and newest PyTorch, the kernels with the oldest Triton; slow
 	$(RUN) -m pytest -m packaging tests
 
 gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes
@@ -73,5 +87,21 @@ $(LINT)/installed: pyproject.toml
 	$(LINT)/bin/python -m pip install --quiet "mypy>=1.18" "ruff>=0.6"
 	touch $@
 
+# mkdocs-material tells every build of its end of life in 2027, which pyproject.toml answers by the versions it takes.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/installed  ## Build the documentation site, build/site/index.html; fails on a broken link
+	$(DOCS)/bin/mkdocs build
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(DOCS)/installed  ## Show the site at http://127.0.0.1:8000, and again as pages change
+	$(DOCS)/bin/mkdocs serve --watch hpkernels
+
+# Reads the package's sources without importing them, and so needs neither PyTorch nor a compiler.
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:          ## Remove what the commands above made, except runs
-	rm -rf $(VENV) $(LINT) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LINT) $(DOCS) build gpu-check dist *.egg-info hpkernels/_C* .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""Builds the compiled libraries with CMake; everything else about the package is in pyproject.toml.
+"""Builds the compiled libraries with CMake, and makes a description of the README; all else is in pyproject.toml.
 
 Environment:
     HPKERNELS_BUILD: ``auto`` (what the machine can build; the default), ``cuda`` (both libraries, or fail), ``cpu``
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,11 @@ try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
     sys.exit("hpkernels: the build needs setuptools 77 or newer: pip install --upgrade 'setuptools>=77'")
+
+ROOT = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/hpkernels/hpkernels"
+RELATIVE = re.compile(r"""(?:!\[[^]]*\]\(|\]\(|\b(?:src|srcset|href)=")(?![a-z]+:|#)""")
+"""What stands before a relative link or picture, in Markdown or HTML."""
 
 # Each library and the name that CMake's options have for it, the more demanding first: what must fail fails soon.
 LIBRARIES = {"_C_cuda": "CUDA", "_C": "CPU"}
@@ -111,10 +117,9 @@ def build(directory: Path, package: Path, kind: str) -> None:
     if not (directory / "tools").exists() or (directory / "tools").read_text() != tools:
         options += ["--fresh"]  # CMake keeps those of the last build, which with pip are gone with its environment
         (directory / "tools").write_text(tools)
-    source = Path(__file__).resolve().parent
     variables = {name: value for name, value in os.environ.items() if value}
     for step, command in {
-        "configure": ["cmake", "-S", source, "-B", directory, f"-DHPKERNELS_TORCH={torch}", *options],
+        "configure": ["cmake", "-S", ROOT, "-B", directory, f"-DHPKERNELS_TORCH={torch}", *options],
         "compile": ["cmake", "--build", directory, "--parallel", jobs],
         "install": ["cmake", "--install", directory, "--prefix", package],
     }.items():
@@ -240,7 +245,20 @@ def read(file: Path) -> str:
         return ""
 
 
+def description(readme: str) -> str:
+    """The README with absolute links to this version: an index shows it without the repository around it."""
+    version = runpy.run_path(str(ROOT / "hpkernels" / "_version.py"))["__version__"]
+
+    def absolute(found: re.Match[str]) -> str:
+        view = "raw" if found[0].startswith(("!", "src")) else "blob"
+        return f"{found[0]}{REPOSITORY}/{view}/v{version}/"
+
+    return RELATIVE.sub(absolute, readme)
+
+
 setup(
+    long_description=description((ROOT / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("hpkernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

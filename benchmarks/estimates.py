@@ -1,15 +1,13 @@
-"""How near the CPU backend comes to `hpkernels.estimate`, with the rates of PyTorch's products on this machine."""
+"""How near the CPU backend comes to `hpkernels.estimate`, with the rates that PyTorch has on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-
 import hpkernels
 from benchmarks.measure import seconds_of
-from hpkernels.cost import DEVICES, Device, estimate
-from hpkernels.ops import _coarse
+from benchmarks.rates import ceilings
+from hpkernels.cost import estimate
 from hpkernels.testing import random_problem
 
 _IMAGES, _SIDE, _DIM, _FEATURES, _POOL, _RATE = 4, 28, 512, 384, 2048, 0.02
@@ -18,7 +16,7 @@ _REPETITIONS = 5  # of which the least counts: the model knows no other processe
 
 def lines() -> Iterator[str]:
     """A line an op: the time measured, the time estimated, and how many times as long that is."""
-    device = _this_machine()
+    device = ceilings("cpu", "float32")
     for op, call, density in _calls():
         sizes = {"N": _IMAGES * _SIDE**2, "anchors_per_image": _SIDE**2, "M": _POOL, "features_dim": _FEATURES, "k": 1}
         sizes |= {"D": _DIM, "negative_rate": _RATE, "density": density, "within_image_share": 1.0}
@@ -43,16 +41,6 @@ def _calls() -> Iterator[tuple[str, Callable[[], object], float]]:
     yield "masked_topk", lambda: hpkernels.masked_topk(features, pool, backend="cpu"), density
     yield "hidden_positives", lambda: hpkernels.hidden_positives(features, threshold, backend="cpu"), density
     yield "multi_positive_contrastive", loss, density
-
-
-def _this_machine() -> Device:
-    """A device with the rates that PyTorch's matrix products have here."""
-    left, right = torch.rand(512, 512), torch.rand(2048, 512)
-    codes, other_codes = (127 * left).to(torch.int8), (127 * right).to(torch.int8)
-    flops = 2 * 512 * 2048 * 512
-    single = flops / _least(lambda: left @ right.T)
-    ranking = flops / _least(lambda: torch._int_mm(codes, other_codes.T)) if _coarse.int8_is_fast() else None
-    return Device({"float32": single}, single, DEVICES["CPU"].bandwidth, "measured", ranking=ranking)
 
 
 def _least(call: Callable[[], object]) -> float:

@@ -31,7 +31,7 @@ from benchmarks.results import Row, read_folder
 from benchmarks.verify import WrongResultError, verify
 from hpkernels import __main__ as installed
 from hpkernels import _native, backends
-from hpkernels.testing.launches import Sizes, kernel_calls
+from hpkernels.launches import Sizes, kernel_calls
 
 _CHECKOUT = Path(__file__).parent.parent
 SMALL = Sizes(images=3, grid=(7, 9), dim=45, feature_dim=37, pool_size=150, heads=2, head_dim=23, large_grid=(6, 11))

@@ -1,4 +1,7 @@
-"""Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process."""
+"""Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process.
+
+benchmarks/timers.py says how one call is timed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import gc
 import multiprocessing
 import resource
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.providers import provider
+from benchmarks.timers import Call, GpuTimer, Times, WallTimer, seconds_of
 
 REPETITIONS = 5  # at least, unless BUDGET is spent before
 FEWEST_REPETITIONS = 3  # even so
@@ -41,44 +44,42 @@ class Memory(NamedTuple):
     error: str = ""
 
 
-def times(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each repetition of each call, after one that is not counted; every round runs each call once.
-
-    On a GPU until the device has finished, which includes the time of launching.
-    """
-    for call in calls.values():
-        call()
+def times(calls: dict[str, Call], device: str = "cpu") -> dict[str, Times]:
+    """What is measured of each call after a warm-up that is not counted; every round times each call once."""
+    timers = _timers(calls, device)
+    running = {name: timer for name, timer in timers.items() if _fits(timer.warm_up, timer.times)}
     gc.collect()
-    measured: dict[str, list[float]] = {name: [] for name in calls}
-    running = dict(calls)
     while running:
-        for name, call in running.items():
-            measured[name].append(seconds_of(call))
-        running = {name: call for name, call in running.items() if not _finished(measured[name])}
-    return measured
+        running = {
+            name: timer
+            for name, timer in running.items()
+            if _fits(timer.repeat, timer.times) and not _finished(timer.times)
+        }
+    return {name: timer.times for name, timer in timers.items()}
 
 
-def _finished(seconds: list[float]) -> bool:
-    count, total = len(seconds), sum(seconds)
-    if total >= BUDGET:
+def _timers(calls: dict[str, Call], device: str) -> dict[str, WallTimer | GpuTimer]:
+    if device != "cuda":
+        return {name: WallTimer(call) for name, call in calls.items()}
+    pool = torch.cuda.graph_pool_handle()
+    return {name: GpuTimer(call, pool) for name, call in calls.items()}
+
+
+def _fits(step: Callable[[], None], measured: Times) -> bool:
+    """Take a step; False, and a note, if it does not fit into the memory of the GPU beside the graphs of others."""
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        measured.add_note("did not fit into memory beside the other providers")
+        return False
+    return True
+
+
+def _finished(measured: Times) -> bool:
+    count = len(measured.seconds)
+    if measured.spent >= BUDGET:
         return count >= FEWEST_REPETITIONS
-    return count >= MOST_REPETITIONS or (count >= REPETITIONS and total >= ENOUGH)
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call; its results are freed after the clock has stopped."""
-    _wait_for_gpu()
-    start = time.perf_counter()
-    result = call()
-    _wait_for_gpu()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    return count >= MOST_REPETITIONS or (count >= REPETITIONS and measured.spent >= ENOUGH)
 
 
 def peak_memory(case: Case, provider_name: str, patience: float | None = PATIENCE) -> Memory:

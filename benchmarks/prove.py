@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hpkernels import PositiveMask, _native, backends, ghp_contrastive, multi_positive_contrastive
+from benchmarks.timers import captured
+from hpkernels import PositiveMask, _native, backends, examination, ghp_contrastive, multi_positive_contrastive
+from hpkernels.examination import Sizes
+from hpkernels.launches import Inputs
+from hpkernels.ops._bits import unpack_bits
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import unpack_bits
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
-from hpkernels.testing import examination, row_errors
-from hpkernels.testing.examination import Sizes
-from hpkernels.testing.launches import Inputs
+from hpkernels.testing import row_errors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DIMENSIONS = (8, 90, 384, 512, 520)
@@ -194,19 +195,6 @@ def _counts(bits: Tensor) -> Tensor:
 
 
 Replay = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[tuple[Tensor, ...], Callable[[], None]]]
-
-
-def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-    """The results of `call`, captured as a CUDA graph, and what replays it into them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # once before: kernels are compiled and loaded
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return results, graph.replay
 
 
 def graphs(backend: str, device: torch.device, sizes: Sizes = _FEW, capture: Replay = captured) -> list[str]:

@@ -19,8 +19,8 @@ from benchmarks import published
 from benchmarks.cases import Case, Inputs
 from hpkernels import _native, backends
 from hpkernels.ops import _triton
+from hpkernels.ops._bits import unpack_bits
 from hpkernels.ops._coarse import without_int8
-from hpkernels.ops.hidden_positives.bits import unpack_bits
 from training.model import to_map, to_rows
 
 Outputs = dict[str, Tensor]

@@ -25,8 +25,8 @@ import torch
 from benchmarks import results, sass, tables
 from benchmarks.results import RESOURCES
 from hpkernels import backends
+from hpkernels.launches import Launch, Sizes, kernel_calls, recorded
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Launch, Sizes, kernel_calls, recorded
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),

@@ -7,14 +7,15 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import hpkernels
+from benchmarks import nvml
 from hpkernels.ops import _triton
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,15 +42,30 @@ class Row:
     q1_ms: float | None = None
     q3_ms: float | None = None
     repetitions: int = 0
+    timer: str = ""
+    wall_ms: float | None = None
     peak_mib: float | None = None
     verified_anchors: int | None = None
     note: str = ""
+    tflops: float | None = None
+    gb_s: float | None = None
+    mm_tflops: float | None = None
+    of_mm: float | None = None
+    of_roofline: float | None = None
+    roofline: str = ""
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+    throttled: str = ""
     device: str = ""
     instructions: str = ""
     threads: int = 0
     hpkernels: str = ""
     torch: str = ""
     python: str = ""
+    driver: str = ""
+    cuda: str = ""
     commit: str = ""
     date: str = ""
     command: str = ""
@@ -66,11 +82,12 @@ class Row:
         """What was measured: rows of the same key are measurements of the same thing."""
         return self.op, self.call, self.anchors, self.dtype, self.provider
 
-    def set_times(self, seconds: list[float]) -> None:
-        """Fill the columns of the time from the seconds of each repetition."""
+    def set_times(self, seconds: list[float], wall: Sequence[float] = (), timer: str = "wall") -> None:
+        """Fill the columns of the time from the seconds of each repetition, and those by the wall clock if others."""
         low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
         self.q1_ms, self.median_ms, self.q3_ms = (round(1e3 * value, 4) for value in (low, middle, high))
-        self.repetitions = len(seconds)
+        self.repetitions, self.timer = len(seconds), timer
+        self.wall_ms = round(1e3 * statistics.median(wall or seconds), 4)
 
 
 def environment(command: str, device: str = "cpu") -> dict[str, str | int]:
@@ -82,6 +99,8 @@ def environment(command: str, device: str = "cpu") -> dict[str, str | int]:
         "hpkernels": hpkernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "driver": nvml.card().driver if device == "cuda" else "",
+        "cuda": (torch.version.cuda or "") if device == "cuda" else "",
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -137,17 +156,19 @@ def _git(*arguments: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file.
+    """The rows of a CSV file; columns that it is too old to have are empty.
 
     Raises:
-        ValueError: its columns are not those of `Row`.
+        ValueError: a column is missing that every file has, or is none of `Row`.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        names = [field.name for field in fields(Row)]
-        if reader.fieldnames != names:
-            raise ValueError(f"{path} must have the columns {', '.join(names)}, got {reader.fieldnames}")
-        return [Row(**{field.name: _parse(field.type, row[field.name]) for field in fields(Row)}) for row in reader]
+        kinds = {field.name: field.type for field in fields(Row)}
+        needed = {field.name for field in fields(Row) if field.default is MISSING}
+        given = set(reader.fieldnames or ())
+        if not needed <= given <= set(kinds):
+            raise ValueError(f"{path} must have the columns {', '.join(kinds)}, got {reader.fieldnames}")
+        return [Row(**{name: _parse(kinds[name], text) for name, text in line.items()}) for line in reader]
 
 
 def _parse(kind: str, text: str) -> str | int | float | None:

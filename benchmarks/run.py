@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from benchmarks import measure
+from benchmarks import measure, nvml, rates
 from benchmarks.cases import Case
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
 from benchmarks.verify import WrongResultError, verify
 
 _LONGEST_COMPILE = 60.0  # seconds
-
+_PRODUCT = "torch.mm"  # not the name of a provider
 
 WRONG = "not timed: "
 """How the note of a row begins whose provider was wrong or failed."""
@@ -38,6 +39,9 @@ def run(
     verified: dict[tuple[Case, str], int] = {}
     too_slow: set[str] = set()
     missing: set[tuple[str, str]] = set()
+    all_cases = list(all_cases)
+    if any(case.device == "cuda" for case in all_cases) and (reason := nvml.card().missing):
+        print(f"without clocks, power and temperature: {reason}")
     for case in all_cases:
         rows: dict[str, Row] = {}
         calls: dict[str, Callable[..., object]] = {}
@@ -69,12 +73,33 @@ def run(
                 row.set_times([memory.seconds])
             elif not memory.error:
                 calls[tried.name] = tried.run
-        inputs = case.inputs() if calls else {}  # not before: processes that measure memory need what there is
-        for name, seconds in measure.times({name: partial(call, inputs) for name, call in calls.items()}).items():
-            rows[name].set_times(seconds)
+        if calls or any(row.median_ms for row in rows.values()):
+            _time(case, rows, calls)
         for row in rows.values():
             report(row)
             yield row
+
+
+def _time(case: Case, rows: dict[str, Row], calls: dict[str, Callable[..., object]]) -> None:
+    """Time the calls, and a matrix product of the same shape among them, and fill the rows."""
+    inputs = case.inputs()  # not before: processes that measure memory need what there is
+    product = rates.product(case, inputs)
+    timed = {name: partial(call, inputs) for name, call in calls.items()}
+    timed |= {} if product is None else {_PRODUCT: product.call}
+    measured = measure.times(timed, case.device)
+    mm = measured.pop(_PRODUCT, None)
+    for name, times in measured.items():
+        row = rows[name]
+        row.note = times.note
+        if times.seconds:
+            row.set_times(times.seconds, times.wall, times.timer)
+        for column, value in nvml.summary(times.samples).items():
+            setattr(row, column, value)
+    speed = product.flops / statistics.median(mm.seconds) if mm is not None and mm.seconds else None
+    try:
+        rates.fill(rows.values(), case, inputs, speed)
+    except RuntimeError as error:  # the times are worth keeping without
+        print(f"{case}: without rates: {str(error).partition(chr(10))[0]}")
 
 
 def _verified_once(case: Case, tried: Provider, verified: dict[tuple[Case, str], int], too_slow: set[str]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case, Inputs
 from benchmarks.providers import Outputs, Provider, provider
-from hpkernels.ops.hidden_positives.bits import unpack_bits
+from hpkernels.ops._bits import unpack_bits
 from hpkernels.testing import assert_rows_close
 
 # Other orders of summation are no mistakes: a row may be off by some units in the last place of the largest row. One

@@ -224,7 +224,7 @@ void contrastive_pairs_forward(Tensor z, bool across_images, double inverse_temp
     const auto scale = static_cast<T>(inverse_temperature);
     const auto found = sums_of<T>(sums, counts);
     hpk::contrastive_sampled_forward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, found);
-    hpk::contrastive_positives_forward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, found);
+    hpk::contrastive_rows_forward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, found);
   });
 }
 
@@ -251,7 +251,7 @@ void contrastive_pairs_backward(Tensor z, bool across_images, double inverse_tem
     const auto known = coefficients_of<T>(rows);
     hpk::contrastive_sampled_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
                                              data<T>(grad_z));
-    hpk::contrastive_positives_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
+    hpk::contrastive_rows_backward_cpu<T>(run, data<T>(z), z.size(1), scale, relations, across_images, known,
                                                data<T>(grad_z));
   });
 }

@@ -2,7 +2,7 @@
 // part (hpkernels/ops/<op>/cuda.py): nothing here is public.
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
-#include "masked_topk/masked_topk_cuda.h"
+#include "masked_topk/masked_topk.h"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 #include "torch_cuda.h"
 

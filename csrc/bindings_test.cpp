@@ -11,17 +11,16 @@
 
 #include "common/bits.h"
 #include "common/exponential.h"
-#include "common/geometry.h"
 #include "common/philox.h"
 #include "common/schedule.h"
+#include "engines/geometry.h"
 #include "hidden_positives/hidden_positives.h"
 #include "local_propagation/local_propagation.h"
 #include "local_propagation/quantiles.h"
-#include "masked_topk/keys.h"
 #include "masked_topk/masked_topk.h"
-#include "multi_positive_contrastive/log_sum.h"
+#include "masked_topk/rank_keys.h"
 #include "multi_positive_contrastive/multi_positive_contrastive.h"
-#include "multi_positive_contrastive/scope.h"
+#include "multi_positive_contrastive/strips.h"
 
 namespace py = pybind11;
 
@@ -214,9 +213,9 @@ Array<float> contrastive(Array<float> z, Array<float> products, Array<uint32_t> 
     for (const bool across_images : {false, true}) {
       float* grad = result.mutable_data();
       hpk::contrastive_sampled_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, found);
-      hpk::contrastive_positives_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, found);
+      hpk::contrastive_rows_forward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, found);
       hpk::contrastive_sampled_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, known, grad);
-      hpk::contrastive_positives_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, known, grad);
+      hpk::contrastive_rows_backward_cpu<float>(run, z.data(), dim, 2.0f, relations, across_images, known, grad);
     }
   } else {
     std::copy(products.data(), products.data() + products.size(), result.mutable_data());

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "common/threads.h"
+#include "common/parallel_for.h"
 
 namespace hpk {
 

@@ -182,19 +182,19 @@ def check(devices: list[str], limit_s: float, show: Callable[[str], None]) -> li
     return found
 
 
-def _in_a_process(backend: str, device: str, dtype: str, limit_s: float) -> backends.Availability:
+def _in_a_process(backend: str, device: str, dtype: str, limit_s: float) -> _native.Availability:
     """The verdict of a new check. If its process ends without one, another makes a verdict of the marker it left."""
     done = _child("--one", backend, device, dtype, limit_s)
     if done is None:
         ended = f"did not end within {limit_s:g} s"
     else:
         try:
-            return backends.Availability(**json.loads(done.stdout))
+            return _native.Availability(**json.loads(done.stdout))
         except (TypeError, ValueError):
             last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             ended = f"ended with status {done.returncode} and said: {last_line}"
     _child("--settle", backend, device, dtype, 60.0)
-    return backends.Availability(False, f"its process {ended}")
+    return _native.Availability(False, f"its process {ended}")
 
 
 def _child(task: str, backend: str, device: str, dtype: str, limit_s: float) -> subprocess.CompletedProcess[str] | None:

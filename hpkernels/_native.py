@@ -7,15 +7,21 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-
-from hpkernels.backends import Availability
 
 EMULATED_VARIABLE = "HPKERNELS_CUDA_EMULATED"
 """Names the file of the CUDA kernels compiled for the CPU (csrc/emulation), which tests then see as "cuda"."""
 
 _LEAST_CAPABILITY = (8, 0)
+
+
+class Availability(NamedTuple):
+    """Whether a backend can run an op, and if not, the reason in one sentence."""
+
+    ok: bool
+    reason: str
 
 
 def _file(library: str) -> Path | None:

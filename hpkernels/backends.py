@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+
+from hpkernels import _native
+from hpkernels._native import Availability
 
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference"]
 """What a call may ask for."""
@@ -32,13 +35,6 @@ _automatic: dict[tuple[str, str], Automatic] = {}
 _context: ContextVar[Backend | None] = ContextVar("hpkernels_backend", default=None)
 
 _T = TypeVar("_T")
-
-
-class Availability(NamedTuple):
-    """Whether a backend can run an op, and if not, the reason in one sentence."""
-
-    ok: bool
-    reason: str
 
 
 class BackendUnavailableError(RuntimeError):
@@ -180,8 +176,6 @@ _hints = {
 
 def _warn_of_reference(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
     """Say once in a process that faster kernels could have run here, and why they do not."""
-    from hpkernels import _native  # which imports this module
-
     meant = _meant.get(device.type, ())
     # On the CPU others take all there is; on a GPU nothing else takes float64.
     if (device.type == "cpu" and _native.LIBRARIES["_C"].ok) or (device.type == "cuda" and dtype == torch.float64):
@@ -204,7 +198,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Under ``torch.compile`` the choice is made when the graph is traced, and stays in it: the first call of the compiled
     function belongs inside the block. The block cannot be inside the function, where `backend` does the same.
 
-    Example:
+    Examples:
         >>> import hpkernels, torch
         >>> with hpkernels.use_backend("reference"):
         ...     values, indices = hpkernels.masked_topk(torch.eye(3), torch.eye(3))

@@ -207,7 +207,7 @@ def estimate(
     Raises:
         ValueError: an unknown op, dtype or device, or a number out of range.
 
-    Example:
+    Examples:
         >>> import hpkernels
         >>> cost = hpkernels.estimate("ghp_contrastive", N=50176, dtype="float16", device="H200")
         >>> cost.best, cost.routes["blocks"].bound

@@ -92,7 +92,7 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
     Raises:
         ValueError: an unknown op, device, dtype or size, or a number out of range.
 
-    Example:
+    Examples:
         >>> import hpkernels
         >>> told = hpkernels.explain("ghp_contrastive", N=50176, D=512, device="H100")
         >>> told.backend, told.steps[0].engine
@@ -191,17 +191,17 @@ def _backend(op: str, place: _Place, dtype: torch.dtype) -> tuple[str, dict[str,
     return taken, reasons
 
 
-def _able_there(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> backends.Availability:
+def _able_there(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> _native.Availability:
     """Whether a backend would run on a device that is not at hand, with a library that is compiled for it."""
     if not backends.is_registered(op, backend):
         return backends.availability(op, backend)
     if backend == "cpu" and device.type != "cpu":
         return _native.supports_cpu(device, dtype)
     if backend in ("cuda", "triton") and device.type == "cpu":
-        return backends.Availability(False, "its kernels take tensors on a GPU")
+        return _native.Availability(False, "its kernels take tensors on a GPU")
     if backend in ("cuda", "triton") and dtype not in _cuda.DTYPES:
-        return backends.Availability(False, f"its kernels take float16, bfloat16 and float32, not {dtype}")
-    return backends.Availability(True, "if it passes its self-check there")
+        return _native.Availability(False, f"its kernels take float16, bfloat16 and float32, not {dtype}")
+    return _native.Availability(True, "if it passes its self-check there")
 
 
 def _steps(

@@ -29,10 +29,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from hpkernels import _native
+from hpkernels._native import Availability
 from hpkernels._version import __version__
-from hpkernels.backends import Availability
+from hpkernels.examination import examine
 from hpkernels.ops import _triton
-from hpkernels.testing.examination import examine
 
 VARIABLE = "HPKERNELS_SELF_CHECK"
 MODES = ("auto", "trust", "again", "never")

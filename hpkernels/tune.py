@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
+from hpkernels.launches import Calls, Launch, Sizes, kernel_calls, recorded
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Calls, Launch, Sizes, kernel_calls, recorded
 
 Configuration = dict[str, int]
 Expected = dict[str, list[Tensor]]  # outputs of each call

@@ -242,12 +242,12 @@ def test_times_take_turns_and_do_not_count_the_first(monkeypatch):
     order = []
     measured = measure.times({name: lambda name=name: order.append(name) for name in "ab"})
     assert order == ["a", "b"] * (1 + measure.REPETITIONS)
-    assert {name: len(seconds) for name, seconds in measured.items()} == {"a": 5, "b": 5}
+    assert {name: len(times.seconds) for name, times in measured.items()} == {"a": 5, "b": 5}
 
 
 def test_times_stop_at_the_budget(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
-    assert len(measure.times({"a": lambda: None})["a"]) == measure.FEWEST_REPETITIONS
+    assert len(measure.times({"a": lambda: None})["a"].seconds) == measure.FEWEST_REPETITIONS
 
 
 def test_peak_memory_counts_what_the_call_takes():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops._checks import FLOATING
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.multi_positive_contrastive import cpu, reference, registration
 from hpkernels.testing import assert_rows_close, available_cases
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 from hpkernels import Labels, PairLists, PositiveMask, contrastive, hidden_positives, use_backend
 from hpkernels.testing import available_cases
 from tests.ops.oracles import ntxent_of_metric_learning, supcon_of_metric_learning
+from tests.pages import ROOT, document, heading
 
 RTOL = 1e-5
 # The recipes have tensors on the CPU.
@@ -145,20 +146,16 @@ RECIPES = (
 
 
 @pytest.fixture(scope="module")
-def page(repository):
-    """The programs of each recipe, by its heading as a name; "" is what they begin with."""
-    text = (repository / "docs" / "contrastive.md").read_text().split("\n## Recipes\n")[1].split("\n## ")[0]
-    beginning, *sections = text.split("\n### ")
-    headings = [section.partition("\n")[0] for section in sections]
-    names = [re.sub(r"\W", "_", heading).lower() for heading in headings]
-    return {
-        name: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        for name, section in zip(["", *names], [beginning, *sections], strict=True)
-    }
+def page():
+    """The programs of each recipe, by its heading as a name; "recipes" is what they begin with."""
+    programs = {}
+    for example in document(ROOT / "docs" / "contrastive.md").examples():
+        programs.setdefault(re.sub(r"\W", "_", heading(example)).lower(), []).append(example.parsed)
+    return programs
 
 
 def test_every_recipe_is_compared(page):
-    assert list(page) == ["", *(recipe.__name__ for recipe in RECIPES)]
+    assert list(page) == ["recipes", *(recipe.__name__ for recipe in RECIPES)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,7 +163,7 @@ def test_every_recipe_is_compared(page):
 def test_recipe(recipe, backend, page):
     torch.manual_seed(0)
     found = {}
-    exec(page[""][0], found)
+    exec(page["recipes"][0], found)
     programs = page[recipe.__name__]
     assert programs
     for program in programs:

@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpkernels import PositiveMask, backends, multi_positive_contrastive
+from hpkernels.launches import recorded
 from hpkernels.ops import _cuda
+from hpkernels.ops._bits import pack_bits, unpack_bits
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import pack_bits, unpack_bits
 from hpkernels.ops.multi_positive_contrastive import reference, routes
 from hpkernels.testing import assert_rows_close, available_cases, random_problem, row_errors
-from hpkernels.testing.launches import recorded
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _cuda.DTYPES) if case.backend in ("cuda", "triton")]

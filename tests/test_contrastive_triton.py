@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hpkernels import backends
+from hpkernels.launches import recorded
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops.contrastive import chunked, reference
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.relations import Relation
-from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.testing import assert_rows_close, available_cases, row_errors
-from hpkernels.testing.launches import recorded
 
 CASES = [case for case in available_cases("contrastive", [torch.float32]) if case.backend == "triton"]
 pytestmark = pytest.mark.skipif(not CASES, reason="the Triton kernels cannot run here")

@@ -20,8 +20,8 @@ from benchmarks import __main__ as command
 from benchmarks import distributed as benchmark
 from hpkernels import Labels, PairLists, PositiveMask, backends
 from hpkernels.distributed import contrastive
+from hpkernels.ops._bits import bits_of_columns, pack_bits, unpack_bits
 from hpkernels.ops.contrastive import chunked
-from hpkernels.ops.hidden_positives.bits import bits_of_columns, pack_bits, unpack_bits
 
 DIM = 24
 ANCHORS = {1: (50,), 2: (37, 71), 3: (5, 40, 33)}

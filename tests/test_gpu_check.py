@@ -20,9 +20,8 @@ from benchmarks.cases import DTYPES, OPS, Case
 from benchmarks.gpu_check import Sizes, Step
 from benchmarks.providers import provider
 from benchmarks.results import Row
-from hpkernels import _native, backends
+from hpkernels import _native, backends, examination
 from hpkernels.ops import _triton
-from hpkernels.testing import examination
 
 
 def python(name, code, seconds=60.0, needs=None):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import types
+from pathlib import Path
 from typing import Literal, get_origin
 
 import pytest
@@ -113,7 +115,7 @@ def test_docstring_of_a_public_function(name):
     """What it takes, gives and raises, each argument by name, with an example that runs as a doctest."""
     function = getattr(hpkernels, name)
     text = inspect.getdoc(function)
-    assert "Example:\n    >>> " in text
+    assert "Examples:\n    >>> " in text
     if name == "use_backend":  # a context manager with one argument, which its summary explains
         assert "`backend`" in text
         return
@@ -122,3 +124,70 @@ def test_docstring_of_a_public_function(name):
     documented = text[text.index("Args:") : text.index("Returns:")]
     for argument in inspect.signature(function).parameters:
         assert argument in documented, f"{name} does not document {argument}"
+
+
+# The sections of a file of kernels: those that it has, each once, in this order.
+SECTIONS = [
+    "Types",
+    "Shared memory",
+    "Barriers",
+    "Registers",
+    "Scheduler",
+    "Producer",
+    "Consumer",
+    "Epilogue",
+    "Kernel",
+    "Launch",
+]
+REPOSITORY = Path(__file__).parent.parent
+SOURCES = sorted(path for path in (REPOSITORY / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+CUDA_FILES = [path for path in SOURCES if re.search(r"^HPK_KERNEL\(", path.read_text(), re.MULTILINE)]
+ENGINES = [path for path in SOURCES if re.search(r"^struct \w+Sm[89]0 {", path.read_text(), re.MULTILINE)]
+TRITON_FILES = [p for p in sorted(REPOSITORY.glob("hpkernels/ops/*/triton*.py")) if "_kernel(\n" in p.read_text()]
+
+
+def _named(paths):
+    return [str(path.relative_to(REPOSITORY)) for path in paths]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_named(SOURCES))
+def test_source_says_first_what_it_holds(path):
+    assert path.read_text().startswith("// ")
+
+
+@pytest.mark.parametrize("path", [*CUDA_FILES, *ENGINES], ids=_named([*CUDA_FILES, *ENGINES]))
+def test_sections_of_a_cuda_file(path):
+    found = re.findall(rf"^ *// ({'|'.join(SECTIONS)})$", path.read_text(), re.MULTILINE)
+    assert found == [section for section in SECTIONS if section in found]
+    required = {"Types", "Shared memory", "Producer", "Consumer"} if path in ENGINES else {"Kernel", "Launch"}
+    assert required - set(found) <= ({"Launch"} if path.suffix == ".cuh" else set())
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=_named(CUDA_FILES))
+def test_cuda_kernel_opens_with_its_formula_and_memory(path):
+    kernels = re.findall(r"((?:^//.*\n)*)(?:^template .*\n)?^HPK_KERNEL\(.*\)\n(\w+)", path.read_text(), re.MULTILINE)
+    assert kernels
+    for comment, kernel in kernels:
+        assert "=" in comment and re.search(r"\bbytes\b", comment, re.IGNORECASE), f"{kernel}: {comment}"
+
+
+@pytest.mark.parametrize("path", TRITON_FILES, ids=_named(TRITON_FILES))
+def test_triton_kernel_opens_with_its_formula_and_memory(path):
+    """And kernels come after the functions that they call, before those that launch them."""
+    kinds = []
+    for node in _functions(ast.parse(path.read_text()).body):
+        compiled = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        kernel = compiled and node.name.endswith("_kernel")
+        kinds.append(1 if kernel else 0 if compiled else 2)
+        if kernel:
+            says = ast.get_docstring(node) or ""
+            assert "=" in says and re.search(r"\bbytes\b", says, re.IGNORECASE), f"{node.name}: {says}"
+    assert kinds == sorted(kinds)
+
+
+def _functions(body):
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.If):
+            yield from _functions(node.body)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpkernels import PositiveMask, multi_positive_contrastive
-from hpkernels.ops.hidden_positives.bits import pack_bits
+from hpkernels.ops._bits import pack_bits
 
 N = 70
 

@@ -12,14 +12,14 @@ from torch.nn.functional import normalize
 import hpkernels
 from hpkernels import PositiveMask
 from hpkernels.ops import _blocks
+from hpkernels.ops._bits import as_bits, unpack_bits
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives import reference as discovery
 from hpkernels.ops.hidden_positives import rows_of
-from hpkernels.ops.hidden_positives.bits import as_bits, unpack_bits
 from hpkernels.ops.local_propagation import reference as propagation
 from hpkernels.ops.masked_topk import reference as ranking
 from hpkernels.ops.multi_positive_contrastive import reference as contrastive
-from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
+from hpkernels.ops.multi_positive_contrastive.relations import negative_bits
 
 IMAGES, PATCHES = 5, 14
 N = IMAGES * PATCHES  # 70: two blocks of 32 rows and a ragged one

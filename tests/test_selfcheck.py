@@ -16,12 +16,11 @@ import torch
 
 import hpkernels
 from hpkernels import __main__ as program
-from hpkernels import _native, backends, selfcheck
+from hpkernels import _native, backends, examination, selfcheck
 from hpkernels.cost import lists_may_pay
 from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation.reference import _window_cells
 from hpkernels.ops.multi_positive_contrastive import routes
-from hpkernels.testing import examination
 
 CPU = torch.device("cpu")
 SMALL = functools.partial(

@@ -16,8 +16,8 @@ import torch
 from benchmarks import resources, results
 from benchmarks.resources import TARGETS, Row
 from hpkernels import _native, backends
+from hpkernels.launches import Launch, Sizes, kernel_calls, recorded
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Launch, Sizes, kernel_calls, recorded
 
 pytest.importorskip("triton")
 
@@ -448,7 +448,7 @@ def run_compiling(repository, tmp_path, program):
 
 BATCHES = """
 from benchmarks.resources import jobs
-from hpkernels.testing.launches import Sizes
+from hpkernels.launches import Sizes
 
 def variants(images, grid):
     ops = ["hidden_positives", "masked_topk", "multi_positive_contrastive"]
@@ -470,8 +470,8 @@ CHECKED = """
 import torch
 
 from benchmarks.resources import _job
-from hpkernels.testing.examination import Sizes, problem, results
-from hpkernels.testing.launches import recorded
+from hpkernels.examination import Sizes, problem, results
+from hpkernels.launches import recorded
 
 def variants(dtype, sizes):
     with recorded("sm_90") as launches:
@@ -527,7 +527,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from hpkernels.testing.launches import compile_ahead, kernel_calls, recorded
+from hpkernels.launches import compile_ahead, kernel_calls, recorded
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)

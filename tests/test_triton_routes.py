@@ -9,12 +9,12 @@ import torch
 
 from benchmarks import resources
 from hpkernels import backends
+from hpkernels.launches import recorded
 from hpkernels.ops import _triton
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops._philox import bernoulli
-from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.multi_positive_contrastive import reference, routes
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
-from hpkernels.testing.launches import recorded
 
 OP = "multi_positive_contrastive"
 CASES = [case for case in available_cases(OP, _triton.DTYPES) if case.backend == "triton"]

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from hpkernels import tune
+from hpkernels.launches import Launch, Sizes
 from hpkernels.ops import _triton
-from hpkernels.testing.launches import Launch, Sizes
 from hpkernels.tune import Entry
 
 START = {"BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import runpy
 from typing import get_args, get_type_hints
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import hpkernels
-from hpkernels import Backend, Variant, backends, nn
+from hpkernels import Backend, Variant, backends, compat, distributed, nn
 from hpkernels.compat import SupConLoss
 from hpkernels.ops.multi_positive_contrastive.options import VARIANTS
 
@@ -40,6 +41,12 @@ def test_public_functions_are_annotated(function):
 
 def test_the_vectors_of_a_pool_are_a_tensor():
     assert get_type_hints(nn.ReferencePool)["vectors"] is torch.Tensor
+
+
+def test_the_user_program_has_everything_public(repository):
+    text = (repository / "tests" / "typing" / "user_program.py").read_text()
+    names = {*hpkernels.__all__, *nn.__all__, *compat.__all__} | {f"distributed.{name}" for name in distributed.__all__}
+    assert [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}\b", text)] == []
 
 
 def test_the_user_program_runs(repository):

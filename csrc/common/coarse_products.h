@@ -8,8 +8,8 @@
 
 #include <limits>
 
+#include "common/parallel_for.h"
 #include "common/portable.h"
-#include "common/threads.h"
 
 namespace hpk {
 

@@ -1,3 +1,4 @@
+// Rounds rows, and bounds what that changes.
 #include "common/coarse_products.h"
 
 #include <cmath>

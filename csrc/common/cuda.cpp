@@ -1,3 +1,4 @@
+// What the current CUDA device is and has.
 #include "common/cuda.h"
 
 #include <cstdlib>

@@ -14,7 +14,7 @@
 #include <string>
 
 #include "common/cuda.h"
-#include "common/geometry.h"
+#include "common/portable.h"
 
 #ifdef HPK_EMULATED
 #include "emulation/cuda.h"
@@ -154,19 +154,5 @@ namespace hpk {
 // What a struct takes at the start of shared memory, so that what follows is aligned.
 template <class Shared>
 constexpr size_t kAlignedBytes = (sizeof(Shared) + 1023) / 1024 * 1024;
-
-// A group of threads that works on one tile at a time.
-template <class Geometry>
-struct Team {
-  int index, thread;
-
-  __device__ void sync() const { barrier_sync(1 + index, Geometry::kTeamThreads); }
-};
-
-// Every team of the block, but not the threads that only load.
-template <class Geometry>
-__device__ __forceinline__ void sync_teams() {
-  barrier_sync(1 + Geometry::kTeams, Geometry::kTeams * Geometry::kTeamThreads);
-}
 
 }  // namespace hpk

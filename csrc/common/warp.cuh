@@ -1,11 +1,26 @@
 // What the 32 lanes of a warp find out together, all of them active.
 #pragma once
 
+#include <cstring>
+
 #include "common/device.h"
 
 namespace hpk {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+
+// The value of the lane whose number differs by the bits of `other`.
+template <class Row>
+__device__ __forceinline__ Row exchanged(const Row& own, int other) {
+  static_assert(sizeof(Row) % 4 == 0, "32 bits are exchanged at a time");
+  uint32_t words[sizeof(Row) / 4];
+  std::memcpy(words, static_cast<const void*>(&own), sizeof words);
+#pragma unroll
+  for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, other);
+  Row result;
+  std::memcpy(static_cast<void*>(&result), words, sizeof words);
+  return result;
+}
 
 // The sum of the lanes' values, in a fixed order.
 template <class T>

@@ -2,7 +2,7 @@
 // statistics and numbers are those of hpkernels/ops/contrastive/reference.py. All tensors are contiguous.
 #pragma once
 
-#include "common/threads.h"
+#include "common/parallel_for.h"
 
 namespace hpk {
 

@@ -1,3 +1,4 @@
+// The gradient of the logits of a tile.
 #include "contrastive/contrastive.h"
 
 #include <algorithm>
@@ -5,7 +6,7 @@
 
 #include "common/bits.h"
 #include "common/exponential.h"
-#include "contrastive/tile.h"
+#include "contrastive/tile_rows.h"
 
 namespace hpk {
 namespace {

@@ -1,9 +1,10 @@
+// Which pairs of a tile are positives, and which are in the denominator.
 #include "contrastive/contrastive.h"
 
 #include <algorithm>
 
 #include "common/bits.h"
-#include "contrastive/tile.h"
+#include "contrastive/tile_rows.h"
 
 namespace hpk {
 namespace {

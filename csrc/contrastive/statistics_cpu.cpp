@@ -1,3 +1,4 @@
+// The statistics of rows and columns of a tile.
 #include "contrastive/contrastive.h"
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 
 #include "common/bits.h"
 #include "common/exponential.h"
-#include "contrastive/tile.h"
+#include "contrastive/tile_rows.h"
 
 namespace hpk {
 namespace {

@@ -1,7 +1,8 @@
+// Statistics and gradient at once, for tiles that have all keys.
 #include <limits>
 #include <vector>
 
-#include "contrastive/tile.h"
+#include "contrastive/tile_rows.h"
 
 namespace hpk {
 namespace {

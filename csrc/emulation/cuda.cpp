@@ -1,3 +1,4 @@
+// Runs a kernel's blocks on the CPU: a fiber a thread, with barriers, shuffles and cp.async.
 #include "common/device.h"
 
 #include <sys/mman.h>

@@ -56,7 +56,7 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
 
 }  // namespace emulation
 
-// For what they stand see common/hopper.cuh.
+// For what they stand see engines/hopper.cuh.
 namespace hopper {
 
 struct Barrier {

@@ -1,3 +1,4 @@
+// Thresholds and packs tiles of coarse products on the CPU; where one is too close to call, the inner product decides.
 #include "hidden_positives/hidden_positives.h"
 
 #include <algorithm>

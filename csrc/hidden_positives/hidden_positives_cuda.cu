@@ -1,5 +1,5 @@
-#include "common/strip_sm80.cuh"
-#include "hidden_positives/between.cuh"
+// Launches hidden_positives on the engine that the device and the rows have.
+#include "engines/strip_sm80.cuh"
 #include "hidden_positives/hidden_positives.cuh"
 #include "hidden_positives/hidden_positives.h"
 

@@ -1,5 +1,5 @@
-#include "common/strip_sm90.cuh"
-#include "hidden_positives/between.cuh"
+// Launches hidden_positives on the engine for sm_90a.
+#include "engines/strip_sm90.cuh"
 #include "hidden_positives/hidden_positives.cuh"
 #include "hidden_positives/hidden_positives.h"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cuda.h"
-#include "common/threads.h"
+#include "common/parallel_for.h"
 
 namespace hpk {
 

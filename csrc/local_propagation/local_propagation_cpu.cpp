@@ -1,3 +1,4 @@
+// The weights of local_propagation from logits, and the stencil, on the CPU.
 #include "local_propagation/local_propagation.h"
 
 #include <algorithm>

@@ -2,11 +2,13 @@
 // weights_cuda.cu and logits_sm90.cu.
 #pragma once
 
-#include "common/device.h"
 #include "common/schedule.h"
+#include "engines/team.cuh"
 #include "local_propagation/local_propagation.h"
 
 namespace hpk {
+
+// Consumer
 
 // Writes the products of a tile, where both are patches.
 template <class Geometry>
@@ -36,6 +38,8 @@ struct StoreLogits {
     }
   }
 };
+
+// Kernel
 
 // logits[i, j] = scale * <q_i, k_j> of the patches i, j of one image, q and k with all heads side by side
 //
@@ -67,6 +71,8 @@ local_propagation_logits_fwd_kernel(const __grid_constant__ typename Engine::Ope
     Engine::run(operands, first_token + first_patch, tiles, shared_memory(), consumer, first_token);
   }
 }
+
+// Launch
 
 // Each block has `least` tiles or more.
 template <class Engine>

@@ -1,4 +1,5 @@
-#include "common/strip_sm90.cuh"
+// Launches the logits of local_propagation on the engine for sm_90a.
+#include "engines/strip_sm90.cuh"
 #include "local_propagation/logits.cuh"
 
 namespace hpk {

@@ -1,14 +1,26 @@
 // The weights of local_propagation: logits of some images, see logits.cuh, then row by row their quantiles, their sum and
 // the entries of the window.
-#include "common/strip_sm80.cuh"
 #include "common/warp.cuh"
+#include "engines/strip_sm80.cuh"
 #include "local_propagation/logits.cuh"
 #include "local_propagation/quantiles.h"
 
 namespace hpk {
 namespace {
 
+// Types
+
 constexpr int kRowThreads = 256;
+
+struct RowArguments {
+  LogitStrips strips;
+  int height, width, window;
+  float sigma;  // of one patch
+  QuantileRank ranks[2];
+  float* weights;
+};
+
+// Consumer
 
 // How the threads of a row put numbers together, a warp at once and two by two.
 struct Sum {
@@ -120,19 +132,13 @@ class TeamRow {
   float values_[kPerThread > 0 ? kPerThread : 1];
 };
 
-struct RowArguments {
-  LogitStrips strips;
-  int height, width, window;
-  float sigma;  // of one patch
-  QuantileRank ranks[2];
-  float* weights;
-};
-
 // exp(clamp(x) - greatest); least <= greatest. NaN stays.
 __device__ __forceinline__ float clamped_exp(float x, float least, float greatest) {
   const float raised = x < least ? least : x;
   return expf((raised > greatest ? greatest : raised) - greatest);
 }
+
+// Kernel
 
 // weights[b, cell, i] = T_ij / c_i for the j at `cell` of the window of i, 0 for cells outside the image
 //
@@ -175,6 +181,8 @@ local_propagation_rows_fwd_kernel(const __grid_constant__ RowArguments arguments
     weights[int64_t{cell} * patches] = weight;
   }
 }
+
+// Launch
 
 template <int kTeam, int kPerThread>
 void launch_rows(const RowArguments& arguments, cudaStream_t stream) {

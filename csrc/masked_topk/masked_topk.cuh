@@ -3,12 +3,14 @@
 
 #include <cmath>
 
-#include "common/combine.cuh"
 #include "common/schedule.h"
-#include "masked_topk/keys.h"
-#include "masked_topk/masked_topk_cuda.h"
+#include "engines/team.cuh"
+#include "masked_topk/masked_topk.h"
+#include "masked_topk/rank_keys.h"
 
 namespace hpk {
+
+// Consumer
 
 // Whether a reference may be chosen for a query; both are within the matrices.
 __device__ __forceinline__ bool is_allowed(const TopkRestrictions& restrictions, int query, int reference) {
@@ -90,28 +92,6 @@ struct FindBest {
     }
   }
 };
-
-// values[i, s], indices[i, s] = max, argmax over {m in part s of the pool} of <query_i, pool_m>
-//
-// Grid (strips of queries, parts of the pool). FLOPs: 2 D a pair. Bytes: a strip of queries once a block, the pool once
-// for every strip, from cache; 12 bytes written a query and part.
-template <class Engine>
-HPK_KERNEL(Engine::kThreads, 1)
-masked_topk_top1_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                            const __grid_constant__ TopkArguments arguments, float* __restrict__ values,
-                            int64_t* __restrict__ indices) {
-  using Geometry = typename Engine::Geometry;
-  const int first_row = static_cast<int>(blockIdx.x) * Geometry::kRows;
-  FindBest<Geometry> consumer(arguments);
-  const TileRange all{0, divide_up(arguments.references, Geometry::kColumns)};
-  Engine::run(operands, first_row, part_of(all, blockIdx.y, gridDim.y), shared_memory(), consumer);
-  combine_rows<Geometry>(consumer.best, shared_memory(), [&](int r, const Best& best) {
-    if (first_row + r >= arguments.queries) return;
-    const int64_t at = int64_t{first_row + r} * gridDim.y + blockIdx.y;
-    values[at] = best.value;
-    indices[at] = best.index;
-  });
-}
 
 // The `count` greatest keys so far, in the registers of a thread: in descending order at the end of keys[], behind some
 // that give way to none.
@@ -230,6 +210,30 @@ struct FindTopk {
   }
 };
 
+// Kernel
+
+// values[i, s], indices[i, s] = max, argmax over {m in part s of the pool} of <query_i, pool_m>
+//
+// Grid (strips of queries, parts of the pool). FLOPs: 2 D a pair. Bytes: a strip of queries once a block, the pool once
+// for every strip, from cache; 12 bytes written a query and part.
+template <class Engine>
+HPK_KERNEL(Engine::kThreads, 1)
+masked_topk_top1_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
+                            const __grid_constant__ TopkArguments arguments, float* __restrict__ values,
+                            int64_t* __restrict__ indices) {
+  using Geometry = typename Engine::Geometry;
+  const int first_row = static_cast<int>(blockIdx.x) * Geometry::kRows;
+  FindBest<Geometry> consumer(arguments);
+  const TileRange all{0, divide_up(arguments.references, Geometry::kColumns)};
+  Engine::run(operands, first_row, part_of(all, blockIdx.y, gridDim.y), shared_memory(), consumer);
+  combine_rows<Geometry>(consumer.best, shared_memory(), [&](int r, const Best& best) {
+    if (first_row + r >= arguments.queries) return;
+    const int64_t at = int64_t{first_row + r} * gridDim.y + blockIdx.y;
+    values[at] = best.value;
+    indices[at] = best.index;
+  });
+}
+
 // keys[i, s, t] = the k greatest, descending, over {m in part s of the pool, allowed, with key < below[i]} of
 // key = rank_key(<query_i, pool_m>, m), or kNothingFound.
 //
@@ -250,6 +254,8 @@ masked_topk_fwd_kernel(const __grid_constant__ typename Engine::Operands operand
   if (threadIdx.x >= Geometry::kTeamThreads || !consumer.has_row()) return;
   consumer.sorted.store(arguments.k, keys + (int64_t{consumer.query} * gridDim.y + blockIdx.y) * arguments.k, 1);
 }
+
+// Launch
 
 template <class Engine>
 dim3 topk_grid(const TopkArguments& arguments, int parts) {

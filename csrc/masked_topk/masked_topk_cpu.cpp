@@ -1,3 +1,4 @@
+// Selects the k greatest of coarse products on the CPU; where these leave it open, inner products decide.
 #include "masked_topk/masked_topk.h"
 
 #include <algorithm>

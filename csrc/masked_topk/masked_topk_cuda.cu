@@ -1,12 +1,17 @@
+// The gradients of masked_topk, and its launches on the engine that the device and the rows have.
 #include <cstring>
 
-#include "common/strip_sm80.cuh"
+#include "engines/strip_sm80.cuh"
 #include "masked_topk/masked_topk.cuh"
 
 namespace hpk {
 namespace {
 
+// Types
+
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
+
+// Consumer
 
 // Sums, times factors, of the 16 bytes that a lane has of each row.
 template <class T>
@@ -31,6 +36,8 @@ struct WeightedSum {
     *reinterpret_cast<uint4*>(to) = bytes;
   }
 };
+
+// Kernel
 
 // grad_query_i = sum over t of grad_values[i, t] pool[indices[i, t]], of indices that are not -1.
 //
@@ -91,6 +98,8 @@ masked_topk_pool_bwd_kernel(const __grid_constant__ Rows<T> query, const int64_t
 }
 
 }  // namespace
+
+// Launch
 
 int64_t masked_topk_parts(int64_t queries, int64_t references) {
   // Few: of k keys each part finds many that are not among the greatest in the end.

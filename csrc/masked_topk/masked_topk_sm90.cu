@@ -1,4 +1,5 @@
-#include "common/strip_sm90.cuh"
+// Launches masked_topk on the engine for sm_90a.
+#include "engines/strip_sm90.cuh"
 #include "masked_topk/masked_topk.cuh"
 
 namespace hpk {

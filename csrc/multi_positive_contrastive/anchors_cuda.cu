@@ -9,6 +9,8 @@
 namespace hpk {
 namespace {
 
+// Types
+
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // Of the kept anchors of an image: their number, and the sum of their masses.
@@ -21,6 +23,8 @@ struct Kept {
   }
 };
 
+// Consumer
+
 // The sum over the threads of a block, for all of them, in a fixed order.
 __device__ Kept sum_over_block(Kept kept, Kept* of_warps) {
   kept = {sum_over_lanes(kept.count), sum_over_lanes(kept.mass)};
@@ -31,6 +35,8 @@ __device__ Kept sum_over_block(Kept kept, Kept* of_warps) {
   for (int warp = 0; warp < kWarps; ++warp) all.add(of_warps[warp]);
   return all;
 }
+
+// Kernel
 
 // weights[i] = (n of A_i, n of S_i, what a pair in A counts in the loss of the image, and one in S); images[0] and [1]: the
 // images that have a kept anchor. The formulas are those of anchor_coefficients in reference.py.
@@ -115,6 +121,9 @@ contrastive_greatest_square_kernel(const __grid_constant__ Rows<T> z, float* __r
   raise_to(greatest, square);
 }
 
+// numbers[b, i] = (r_i, f_i, pull_i, specific pull_i) of rows[b, i] = (logDen_i, push_i, pull_i, specific pull_i), the
+// last three divided by one number: see Kernels.scale_rows of routes.py.
+//
 // Grid (blocks of anchors, branches). Bytes: 32 an anchor.
 HPK_KERNEL(kThreads)
 contrastive_scale_rows_kernel(const __grid_constant__ ScaledRows arguments) {
@@ -142,6 +151,8 @@ contrastive_scale_rows_kernel(const __grid_constant__ ScaledRows arguments) {
 }
 
 }  // namespace
+
+// Launch
 
 void weigh_cuda(const int32_t* counts, int64_t anchors, int64_t group, const float* specific_weight,
                 const Weighting& weighting, float* weights, int64_t* images, cudaStream_t stream) {

@@ -2,12 +2,13 @@
 // blocks_sm90.cu. The formulas are in multi_positive_contrastive.h.
 #pragma once
 
-#include "common/combine.cuh"
-#include "multi_positive_contrastive/anchor_numbers.cuh"
-#include "multi_positive_contrastive/masks.cuh"
-#include "multi_positive_contrastive/row_sums.cuh"
+#include "engines/team.cuh"
+#include "multi_positive_contrastive/anchors.cuh"
+#include "multi_positive_contrastive/relations.cuh"
 
 namespace hpk {
+
+// Types
 
 // The most that logits under a constant shift may be apart: exp of it is far from the least normal number.
 constexpr float kMostApart = 80;
@@ -54,6 +55,8 @@ __device__ __forceinline__ void with_rows_of(const Scope& scope, const Run& run)
   run([&](int r) { return held(scope.row + r); },
       [&](int tile, int c) { return held(scope.column + tile * Geometry::kColumns + c); });
 }
+
+// Consumer
 
 // Sums the logits of each row over its pairs.
 template <class Engine, bool kAll>
@@ -115,8 +118,8 @@ struct SumLogits {
     for (int m = 0; m < Geometry::kRowBlocks; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sums[m][h].agnostic_sum *= arguments.scale;
-        sums[m][h].specific_sum *= arguments.scale;
+        sums[m][h].agnostic *= arguments.scale;
+        sums[m][h].specific *= arguments.scale;
       }
     }
   }
@@ -180,63 +183,13 @@ struct SumLogits {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float product = products[4 * w + n][2 * h + c];
-          if (pairs[w].agnostic & (1u << (8 * n + c))) row.agnostic_sum += product;
-          if (pairs[w].specific & (1u << (8 * n + c))) row.specific_sum += product;
+          if (pairs[w].agnostic & (1u << (8 * n + c))) row.agnostic += product;
+          if (pairs[w].specific & (1u << (8 * n + c))) row.specific += product;
         }
       }
     }
   }
 };
-
-// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l
-// over A and over S.
-//
-// Grid (strips, parts). FLOPs: 2 D a pair. Bytes: z once for each strip, from cache; 2 or 3 bits a pair.
-template <class Engine, bool kAll>
-HPK_KERNEL(Engine::kThreads, 1)
-contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                              const __grid_constant__ BlockArguments arguments, const float* __restrict__ square,
-                              float* __restrict__ parts) {
-  using Geometry = typename Engine::Geometry;
-  if (!arguments.run()) return;
-  const ContrastiveMasks& masks = arguments.masks;
-  const Scope scope = arguments.template scope<Geometry>();
-  SumLogits<Engine, kAll> consumer(arguments, scope, arguments.scale * *square);
-  const TileRange all{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
-  const TileRange tiles = part_of(all, blockIdx.y, gridDim.y);
-  if constexpr (Engine::kGathers) {
-    with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
-      Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
-    });
-  } else {
-    consumer.read(static_cast<int>(tiles.first) + static_cast<int>(threadIdx.x) / Geometry::kTeamThreads);
-    Engine::run(operands, scope.row, tiles, shared_memory(), consumer, scope.column);
-  }
-  consumer.finish();
-  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
-    const int row = arguments.own_row(scope, scope.row + r);
-    if (row < 0) return;
-    const int64_t rows = masks.last - masks.first;
-    float* const part = parts + blockIdx.y * 3 * rows + row;
-    part[0] = sums.log_sum.value();
-    part[rows] = sums.agnostic_sum;
-    part[2 * rows] = sums.specific_sum;
-  });
-}
-
-template <class Engine, class T>
-void launch_blocks_forward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const float* square,
-                           float* parts, cudaStream_t stream) {
-  const int64_t anchors = pairs.masks.anchors, group = pairs.masks.group;
-  const int64_t strips = strips_of(Engine::Geometry::kRows, rows_of_strips(pairs), group, pairs.within);
-  const int64_t parts_of_columns = contrastive_blocks_parts(anchors, group, pairs.within, pairs.masks.first,
-                                                            pairs.masks.last - pairs.masks.first);
-  const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_of_columns));
-  const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
-                                                       : contrastive_blocks_fwd_kernel<Engine, false>;
-  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs),
-         square, parts);
-}
 
 // Turns products into g_ij + g_ji, and writes the gradient.
 template <class Engine, bool kAll>
@@ -412,6 +365,44 @@ struct BlockGradient {
   }
 };
 
+// Kernel
+
+// parts[s, :, i] of each anchor over part s of its pairs, l = scale <z_i, z_j>: log sum over Den of exp l; sums of l
+// over A and over S.
+//
+// Grid (strips, parts). FLOPs: 2 D a pair. Bytes: z once for each strip, from cache; 2 or 3 bits a pair.
+template <class Engine, bool kAll>
+HPK_KERNEL(Engine::kThreads, 1)
+contrastive_blocks_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
+                              const __grid_constant__ BlockArguments arguments, const float* __restrict__ square,
+                              float* __restrict__ parts) {
+  using Geometry = typename Engine::Geometry;
+  if (!arguments.run()) return;
+  const ContrastiveMasks& masks = arguments.masks;
+  const Scope scope = arguments.template scope<Geometry>();
+  SumLogits<Engine, kAll> consumer(arguments, scope, arguments.scale * *square);
+  const TileRange all{0, tiles_of(Geometry::kColumns, masks.anchors, masks.group, arguments.within)};
+  const TileRange tiles = part_of(all, blockIdx.y, gridDim.y);
+  if constexpr (Engine::kGathers) {
+    with_rows_of<Geometry>(scope, [&](const auto& left_row, const auto& right_row) {
+      Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
+    });
+  } else {
+    consumer.read(static_cast<int>(tiles.first) + static_cast<int>(threadIdx.x) / Geometry::kTeamThreads);
+    Engine::run(operands, scope.row, tiles, shared_memory(), consumer, scope.column);
+  }
+  consumer.finish();
+  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const RowSums& sums) {
+    const int row = arguments.own_row(scope, scope.row + r);
+    if (row < 0) return;
+    const int64_t rows = masks.last - masks.first;
+    float* const part = parts + blockIdx.y * 3 * rows + row;
+    part[0] = sums.log_sum.value();
+    part[rows] = sums.agnostic;
+    part[2 * rows] = sums.specific;
+  });
+}
+
 // sums_i = sum over the pairs of (g_ij + g_ji) z_j: within images float32; of all pairs times *factor, in z's type.
 //
 // Grid (strips, blocks of features). FLOPs: 4 D a pair, 6 D if there are two blocks of features. Bytes: z once or twice
@@ -436,6 +427,22 @@ contrastive_blocks_bwd_kernel(const __grid_constant__ typename Engine::Operands 
     consumer.read(static_cast<int>(threadIdx.x) / Geometry::kTeamThreads);
     Engine::run(operands, scope.row, scope.column, tiles, shared_memory(), consumer);
   }
+}
+
+// Launch
+
+template <class Engine, class T>
+void launch_blocks_forward(const typename Engine::Operands& operands, const BlockPairs<T>& pairs, const float* square,
+                           float* parts, cudaStream_t stream) {
+  const int64_t anchors = pairs.masks.anchors, group = pairs.masks.group;
+  const int64_t strips = strips_of(Engine::Geometry::kRows, rows_of_strips(pairs), group, pairs.within);
+  const int64_t parts_of_columns = contrastive_blocks_parts(anchors, group, pairs.within, pairs.masks.first,
+                                                            pairs.masks.last - pairs.masks.first);
+  const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(parts_of_columns));
+  const auto kernel = pairs.masks.negatives == nullptr ? contrastive_blocks_fwd_kernel<Engine, true>
+                                                       : contrastive_blocks_fwd_kernel<Engine, false>;
+  launch(kernel, grid, Engine::kThreads, Engine::shared_bytes(operands, 0), stream, operands, arguments_of(pairs),
+         square, parts);
 }
 
 template <class Engine, class T>

@@ -1,6 +1,7 @@
+// Blocks of pairs on the CPU, from products that the caller makes: their sums, and their part of the gradient.
 #include "common/exponential.h"
-#include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
+#include "multi_positive_contrastive/simd_loops.h"
 
 namespace hpk {
 namespace {

@@ -1,7 +1,8 @@
+// Launches the kernels of blocks on the engine that the device and the rows have.
 #include "multi_positive_contrastive/blocks.cuh"
 
-#include "common/gradient_sm80.cuh"
-#include "common/strip_sm80.cuh"
+#include "engines/gradient_sm80.cuh"
+#include "engines/strip_sm80.cuh"
 
 namespace hpk {
 

@@ -1,7 +1,8 @@
+// Launches the kernels of blocks on the engine for sm_90a.
 #include "multi_positive_contrastive/blocks.cuh"
 
-#include "common/gradient_sm90.cuh"
-#include "common/strip_sm90.cuh"
+#include "engines/gradient_sm90.cuh"
+#include "engines/strip_sm90.cuh"
 
 namespace hpk {
 

@@ -6,17 +6,17 @@
 //             g_ij = push_i Den_ij exp(l_ij - logDen_i) - pull_i A_ij - pull_specific_i S_ij
 //
 // Pairs are covered in one of three ways, and every pair in one of them only:
-//   blocks     all pairs of some anchors with some others; their products are made by the caller;
-//   sampled    the pairs in R: anchors at one patch position share their negatives, so these are gathered products;
-//   positives  the pairs in A or S, and in the denominator those that R has not.
-// One block of everything is the dense route; sampled and positives alone are the sparse one; between them lies a block
+//   blocks   all pairs of some anchors with some others; their products are made by the caller;
+//   sampled  the pairs in R: anchors at one patch position share their negatives, so these are gathered products;
+//   rows     the pairs in A or S, row by row, and in the denominator those that R has not.
+// One block of everything is the dense route; sampled and rows alone are the sparse one; between them lies a block
 // for each image, which holds most positives, and the other two for the pairs of two images (`across_images`).
 //
 // What is computed is of the anchors [first, first + rows), some whole images, against all: forward their sums, backward
 // their gradients, which takes the coefficients of all anchors.
 #pragma once
 
-#include "common/threads.h"
+#include "common/parallel_for.h"
 
 namespace hpk {
 
@@ -89,12 +89,12 @@ void contrastive_sampled_backward_cpu(ParallelFor run, const T* z, int64_t dim, 
                                       const AnchorCoefficients<T>& anchors, T* grad_z);
 
 template <typename T>
-void contrastive_positives_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+void contrastive_rows_forward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                        const Relations& relations, bool across_images, const AnchorSums<T>& sums);
 
 // Adds to grad_z (rows, dim).
 template <typename T>
-void contrastive_positives_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
+void contrastive_rows_backward_cpu(ParallelFor run, const T* z, int64_t dim, T inverse_temperature,
                                         const Relations& relations, bool across_images,
                                         const AnchorCoefficients<T>& anchors, T* grad_z);
 

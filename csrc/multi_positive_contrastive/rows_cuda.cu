@@ -4,14 +4,15 @@
 #include <type_traits>
 
 #include "common/bits.h"
-#include "common/combine.cuh"
 #include "common/schedule.h"
 #include "common/warp.cuh"
-#include "multi_positive_contrastive/log_sum.h"
+#include "multi_positive_contrastive/anchors.cuh"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 
 namespace hpk {
 namespace {
+
+// Types
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 // Blocks of a multiprocessor. Without a number the compiler goes for more of them, and loads a few rows at a time.
@@ -19,6 +20,8 @@ template <int kChunks>
 constexpr int kForwardBlocks = kChunks == 4 ? 4 : 5;
 template <int kChunks>
 constexpr int kBackwardBlocks = kChunks == 4 ? 2 : 3;
+
+// Producer
 
 // The numbers in 32 bits of a row.
 template <class T>
@@ -159,26 +162,32 @@ struct Neighbours {
     }
   }
 };
+
+// A lane's share of a row of floats, as far as the row goes.
+template <class OfLane>
+__device__ __forceinline__ void load_sums(typename OfLane::Numbers& sums, const float* row, int segment, int dim) {
+#pragma unroll
+  for (int chunk = 0; chunk < OfLane::kChunks; ++chunk) {
+    const int place = OfLane::place(segment, chunk);
+#pragma unroll
+    for (int i = 0; i < OfLane::kNumbers; i += 4) {
+      const float4 four = place < dim ? __ldcs(reinterpret_cast<const float4*>(row + place + i)) : float4{};
+      sums[chunk][i] = four.x, sums[chunk][i + 1] = four.y;
+      sums[chunk][i + 2] = four.z, sums[chunk][i + 3] = four.w;
+    }
+  }
+}
+
+// Consumer
+
 template <class T>
 __device__ __forceinline__ bool is_set(const ListedPairs<T>& pairs, const uint32_t* bits, int64_t row, int64_t column) {
   return bits != nullptr && test_bit(bits + row * words_per_row(pairs.z.count), column);
 }
 
-// What forward knows of the pairs of an anchor: log sum over Den of exp of the logits, and their sums over A and S.
-struct AnchorSums {
-  LogSum log_sum;
-  float agnostic = 0, specific = 0;
-
-  __device__ void add(const AnchorSums& other) {
-    log_sum.add(other.log_sum);
-    agnostic += other.agnostic;
-    specific += other.specific;
-  }
-};
-
 // Adds a lane's share of the listed pairs of an anchor, of Den those in A but not in R.
 template <class Gathered, class T>
-__device__ __forceinline__ void add_listed(AnchorSums& sums, const ListedPairs<T>& pairs, int64_t row) {
+__device__ __forceinline__ void add_listed(RowSums& sums, const ListedPairs<T>& pairs, int64_t row) {
   const int lane = threadIdx.x % 32, position = static_cast<int>(row) % static_cast<int>(pairs.group);
   const int32_t* const list = pairs.columns + pairs.ranges[2 * row];
   const int length = static_cast<int>(pairs.ranges[2 * row + 1] - pairs.ranges[2 * row]);
@@ -201,65 +210,60 @@ __device__ __forceinline__ void add_listed(AnchorSums& sums, const ListedPairs<T
   }
 }
 
-// The statistics (logDen, push, pull, specific pull) of each anchor, from the parts of the route that is taken and the
-// listed pairs; and of each block the sum of push logDen - pull (logits over A) - specific pull (logits over S).
-//
-// Grid (blocks of anchors), a warp an anchor. FLOPs: 2 D a listed pair. Bytes: the parts; a row of z a listed pair,
-// mostly from cache.
-template <class T, int kChunks, bool kWhole>
-HPK_KERNEL(kThreads, kForwardBlocks<kChunks>)
-contrastive_rows_fwd_kernel(const __grid_constant__ ListedPairs<T> pairs, const __grid_constant__ RowParts parts) {
-  const int64_t anchors = pairs.z.count, row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  float loss = 0;
-  if (row < anchors) {
-    const bool lists = pairs.ranges != nullptr && pairs.state[0] == 0;
-    const float* const from = lists ? parts.within : parts.blocks;
-    const int64_t count = lists ? parts.within_count : parts.blocks_count;
-    AnchorSums sums;
-    for (int64_t part = lane; part < count; part += 32) {
-      const float* const at = from + 3 * part * anchors + row;
-      sums.add({{__ldcs(at), 1}, __ldcs(at + anchors), __ldcs(at + 2 * anchors)});
-    }
-    if (lists) {
-      if (lane == 0) sums.log_sum.add(__ldcs(parts.log_sums + row));
-      add_listed<Neighbours<T, kChunks, kWhole>>(sums, pairs, row);
-    }
+// sums += the rows that are staged for a column: they follow one another, and are added in that order.
+template <class OfLane, class T>
+__device__ __forceinline__ void add_staged(typename OfLane::Numbers& sums, const StagedColumns<T>& staged, int dim,
+                                           int64_t column, int segment) {
+  constexpr int kBatch = 4;
+  const int64_t first = staged.slot_ranges[2 * column] * staged.of_place;
+  const int64_t end = staged.slot_ranges[2 * column + 1] * staged.of_place;
+  const Rows<T> rows{staged.rows, end, dim, dim};
+  for (int64_t row = first; row < end; row += kBatch) {
+    OfLane shares[kBatch];
 #pragma unroll
-    for (int width = 16; width > 0; width /= 2) sums.add(exchanged(sums, width));
-    const float4 weights = reinterpret_cast<const float4*>(parts.weights)[row];
-    const float of_agnostic = parts.loss_scale / static_cast<float>(pairs.state[1] > 1 ? pairs.state[1] : 1);
-    const float of_specific = parts.loss_scale / static_cast<float>(pairs.state[2] > 1 ? pairs.state[2] : 1);
-    const float pull = weights.z * of_agnostic, specific = weights.w * of_specific;
-    const float push = pull * weights.x + specific * weights.y, found = sums.log_sum.value();
-    const float log_denominator = found == kLogOfNothing ? 0 : found;
-    loss = push * log_denominator - pull * sums.agnostic - specific * sums.specific;
-    if (lane == 0) reinterpret_cast<float4*>(parts.rows)[row] = {log_denominator, push, pull, specific};
+    for (int k = 0; k < kBatch; ++k) shares[k].template load<true>(rows, row + k < end ? row + k : end - 1, segment);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (row + k < end) shares[k].add_to(sums, 1);
+    }
   }
-  auto* const losses = reinterpret_cast<float*>(shared_memory());
-  if (lane == 0) losses[threadIdx.x / 32] = loss;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float sum = blockIdx.x == 0 ? 0 * *parts.square : 0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += losses[warp];
-  parts.losses[blockIdx.x] = sum;
 }
 
-// A lane's share of a row of floats, as far as the row goes.
-template <class OfLane>
-__device__ __forceinline__ void load_sums(typename OfLane::Numbers& sums, const float* row, int segment, int dim) {
-#pragma unroll
-  for (int chunk = 0; chunk < OfLane::kChunks; ++chunk) {
-    const int place = OfLane::place(segment, chunk);
-#pragma unroll
-    for (int i = 0; i < OfLane::kNumbers; i += 4) {
-      const float4 four = place < dim ? __ldcs(reinterpret_cast<const float4*>(row + place + i)) : float4{};
-      sums[chunk][i] = four.x, sums[chunk][i + 1] = four.y;
-      sums[chunk][i + 2] = four.z, sums[chunk][i + 3] = four.w;
+// push_i exp(logit - logDen_i).
+__device__ __forceinline__ float push_of(const AnchorNumbers& i, float logit) {
+  return i.factor * exp_of(logit - i.shift);
+}
+
+// sums += a lane's share of the sum over the listed pairs of (g_ij + g_ji) z_j, of Den those in A but not in R.
+template <class Gathered, class T>
+__device__ __forceinline__ void add_listed(typename Gathered::OfLane::Numbers& sums, const ListedPairs<T>& pairs,
+                                           const AnchorNumbers* numbers, int64_t row, int segment) {
+  const int32_t* const list = pairs.columns + pairs.ranges[2 * row];
+  const int length = static_cast<int>(pairs.ranges[2 * row + 1] - pairs.ranges[2 * row]);
+  if (length == 0) return;
+  Gathered gathered(pairs.z, row);
+  const AnchorNumbers i = numbers[row];
+  const int lane = threadIdx.x % 32, group = static_cast<int>(pairs.group), position = static_cast<int>(row) % group;
+  for (int start = 0; start < length; start += 32) {
+    const bool listed = start + lane < length;
+    const int32_t column = listed ? list[start + lane] : static_cast<int32_t>(row);
+    const AnchorNumbers j = numbers[column];
+    const bool agnostic = listed && is_set(pairs, pairs.positives, row, column);
+    const bool specific = listed && is_set(pairs, pairs.specific, row, column);
+    const bool in_i = agnostic && !is_set(pairs, pairs.negatives, position, column);
+    const bool in_j = agnostic && !is_set(pairs, pairs.negatives, column % group, row);
+    const float pull = (agnostic ? i.pull + j.pull : 0) + (specific ? i.specific + j.specific : 0);
+    for (int first = 0; first < 32 && start + first < length; first += Gathered::kBatch) {
+      const float logit = gathered.logits(pairs.scale, column, first);
+      float g = -pull;  // which is right in the lanes of these columns
+      if (in_i) g += push_of(i, logit);
+      if (in_j) g += push_of(j, logit);
+      gathered.add_to(sums, g, column, first, segment);
     }
   }
 }
+
+// Epilogue
 
 template <class OfLane>
 __device__ __forceinline__ void store_sums(const typename OfLane::Numbers& sums, float* row, int segment, int dim) {
@@ -298,57 +302,51 @@ __device__ __forceinline__ void store_row(const typename OfLane::Numbers& sums, 
   }
 }
 
-// sums += the rows that are staged for a column: they follow one another, and are added in that order.
-template <class OfLane, class T>
-__device__ __forceinline__ void add_staged(typename OfLane::Numbers& sums, const StagedColumns<T>& staged, int dim,
-                                           int64_t column, int segment) {
-  constexpr int kBatch = 4;
-  const int64_t first = staged.slot_ranges[2 * column] * staged.of_place;
-  const int64_t end = staged.slot_ranges[2 * column + 1] * staged.of_place;
-  const Rows<T> rows{staged.rows, end, dim, dim};
-  for (int64_t row = first; row < end; row += kBatch) {
-    OfLane shares[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) shares[k].template load<true>(rows, row + k < end ? row + k : end - 1, segment);
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (row + k < end) shares[k].add_to(sums, 1);
-    }
-  }
-}
+// Kernel
 
-// push_i exp(logit - logDen_i), from the numbers of an anchor in backward.
-__device__ __forceinline__ float push_of(const float4& numbers, float logit) {
-  return numbers.y * exp_of(logit - numbers.x);
-}
-
-// sums += a lane's share of the sum over the listed pairs of (g_ij + g_ji) z_j, of Den those in A but not in R.
-template <class Gathered, class T>
-__device__ __forceinline__ void add_listed(typename Gathered::OfLane::Numbers& sums, const ListedPairs<T>& pairs,
-                                           const float4* numbers, int64_t row, int segment) {
-  const int32_t* const list = pairs.columns + pairs.ranges[2 * row];
-  const int length = static_cast<int>(pairs.ranges[2 * row + 1] - pairs.ranges[2 * row]);
-  if (length == 0) return;
-  Gathered gathered(pairs.z, row);
-  const float4 i = numbers[row];
-  const int lane = threadIdx.x % 32, group = static_cast<int>(pairs.group), position = static_cast<int>(row) % group;
-  for (int start = 0; start < length; start += 32) {
-    const bool listed = start + lane < length;
-    const int32_t column = listed ? list[start + lane] : static_cast<int32_t>(row);
-    const float4 j = numbers[column];
-    const bool agnostic = listed && is_set(pairs, pairs.positives, row, column);
-    const bool specific = listed && is_set(pairs, pairs.specific, row, column);
-    const bool in_i = agnostic && !is_set(pairs, pairs.negatives, position, column);
-    const bool in_j = agnostic && !is_set(pairs, pairs.negatives, column % group, row);
-    const float pull = (agnostic ? i.z + j.z : 0) + (specific ? i.w + j.w : 0);
-    for (int first = 0; first < 32 && start + first < length; first += Gathered::kBatch) {
-      const float logit = gathered.logits(pairs.scale, column, first);
-      float g = -pull;  // which is right in the lanes of these columns
-      if (in_i) g += push_of(i, logit);
-      if (in_j) g += push_of(j, logit);
-      gathered.add_to(sums, g, column, first, segment);
+// rows[i] = (logDen, push, pull, specific pull), from the parts of the route that is taken and the listed pairs
+// losses[block] = sum over its anchors of push logDen - pull (logits over A) - specific pull (logits over S)
+//
+// Grid (blocks of anchors), a warp an anchor. FLOPs: 2 D a listed pair. Bytes: the parts; a row of z a listed pair,
+// mostly from cache.
+template <class T, int kChunks, bool kWhole>
+HPK_KERNEL(kThreads, kForwardBlocks<kChunks>)
+contrastive_rows_fwd_kernel(const __grid_constant__ ListedPairs<T> pairs, const __grid_constant__ RowParts parts) {
+  const int64_t anchors = pairs.z.count, row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  float loss = 0;
+  if (row < anchors) {
+    const bool lists = pairs.ranges != nullptr && pairs.state[0] == 0;
+    const float* const from = lists ? parts.within : parts.blocks;
+    const int64_t count = lists ? parts.within_count : parts.blocks_count;
+    RowSums sums;
+    for (int64_t part = lane; part < count; part += 32) {
+      const float* const at = from + 3 * part * anchors + row;
+      sums.add({{__ldcs(at), 1}, __ldcs(at + anchors), __ldcs(at + 2 * anchors)});
     }
+    if (lists) {
+      if (lane == 0) sums.log_sum.add(__ldcs(parts.log_sums + row));
+      add_listed<Neighbours<T, kChunks, kWhole>>(sums, pairs, row);
+    }
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2) sums.add(exchanged(sums, width));
+    const float4 weights = reinterpret_cast<const float4*>(parts.weights)[row];
+    const float of_agnostic = parts.loss_scale / static_cast<float>(pairs.state[1] > 1 ? pairs.state[1] : 1);
+    const float of_specific = parts.loss_scale / static_cast<float>(pairs.state[2] > 1 ? pairs.state[2] : 1);
+    const float pull = weights.z * of_agnostic, specific = weights.w * of_specific;
+    const float push = pull * weights.x + specific * weights.y, found = sums.log_sum.value();
+    const float log_denominator = found == kLogOfNothing ? 0 : found;
+    loss = push * log_denominator - pull * sums.agnostic - specific * sums.specific;
+    if (lane == 0) reinterpret_cast<float4*>(parts.rows)[row] = {log_denominator, push, pull, specific};
   }
+  auto* const losses = reinterpret_cast<float*>(shared_memory());
+  if (lane == 0) losses[threadIdx.x / 32] = loss;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float sum = blockIdx.x == 0 ? 0 * *parts.square : 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += losses[warp];
+  parts.losses[blockIdx.x] = sum;
 }
 
 // Of the columns of a stage: sums_i += the rows that are staged for i. With a factor also the listed pairs, and out_i =
@@ -360,7 +358,7 @@ __device__ __forceinline__ void add_listed(typename Gathered::OfLane::Numbers& s
 template <class T, int kChunks, bool kWhole>
 HPK_KERNEL(kThreads, kBackwardBlocks<kChunks>)
 contrastive_rows_bwd_kernel(const __grid_constant__ ListedPairs<T> pairs,
-                            const __grid_constant__ StagedColumns<T> staged, const float4* __restrict__ numbers,
+                            const __grid_constant__ StagedColumns<T> staged, const AnchorNumbers* __restrict__ numbers,
                             float* __restrict__ sums, const float* __restrict__ factor, T* __restrict__ out,
                             int out_dim) {
   using Gathered = Neighbours<T, kChunks, kWhole>;
@@ -377,6 +375,7 @@ contrastive_rows_bwd_kernel(const __grid_constant__ ListedPairs<T> pairs,
   store_row<OfLane>(own, *factor, out + row * out_dim, segment, out_dim, aligned);
 }
 
+// Launch
 
 // Calls body(number of chunks of a lane, whether rows are whole, segments of a row) for rows of this length.
 template <class T, class Body>
@@ -408,7 +407,7 @@ void contrastive_rows_backward_cuda(const ListedPairs<T>& pairs, const StagedCol
     constexpr auto kernel = contrastive_rows_bwd_kernel<T, decltype(chunks)::value, decltype(whole)::value>;
     const auto blocks = static_cast<unsigned>(divide_up(staged.last - staged.first, kWarps));
     launch(kernel, dim3(blocks, segments), kThreads, 0, stream, pairs, staged,
-           reinterpret_cast<const float4*>(numbers), sums, factor, out, out_dim);
+           reinterpret_cast<const AnchorNumbers*>(numbers), sums, factor, out, out_dim);
   });
 }
 

@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "common/device.h"
-#include "multi_positive_contrastive/log_sum.h"
+#include "common/exponential.h"
+#include "engines/team.cuh"
 #include "multi_positive_contrastive/multi_positive_contrastive_cuda.h"
 
 namespace hpk {
@@ -100,6 +100,24 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
 __device__ __forceinline__ void add_two(float* to, float first, float second) {
   float2& both = *reinterpret_cast<float2*>(to);
   both = {both.x + first, both.y + second};
+}
+
+// Adds what a thread has found, of features from `first` on, to the rows of `sums` (., dim) that row_of(r) names, -1 for
+// none.
+template <class Geometry, class RowOf>
+__device__ __forceinline__ void add_to_rows(const Fragment<Geometry>& found, int thread, int first, const RowOf& row_of,
+                                            float* sums, int dim) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = row_of(Geometry::row(thread, 0, h));
+    if (row < 0) continue;
+#pragma unroll
+    for (int n = 0; n < Geometry::kColumnBlocks; ++n) {
+      const int feature = first + Geometry::column(thread, n, 0);
+      const float* const two = found.values[0][n] + 2 * h;
+      if (feature < dim) add_two(sums + int64_t{row} * dim + feature, two[0], two[1]);
+    }
+  }
 }
 
 }  // namespace hpk

@@ -1,9 +1,10 @@
+// The pairs in R on the CPU: anchors at one patch position share their columns.
 #include <algorithm>
 #include <limits>
 
 #include "common/exponential.h"
-#include "multi_positive_contrastive/loops.h"
 #include "multi_positive_contrastive/relations.h"
+#include "multi_positive_contrastive/simd_loops.h"
 
 namespace hpk {
 namespace {

@@ -1,12 +1,32 @@
 // Kernels of the sampled negatives across images, for any GPU. Pairs within an image are left to blocks.
-#include "common/combine.cuh"
-#include "common/gradient_sm80.cuh"
-#include "common/strip_sm80.cuh"
-#include "multi_positive_contrastive/row_sums.cuh"
+#include "engines/gradient_sm80.cuh"
+#include "engines/strip_sm80.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
 
 namespace hpk {
 namespace {
+
+// Consumer
+
+// Adds the logits of a thread's columns in one row, of those that `included` has, to their log sum.
+template <int kColumnBlocks>
+__device__ __forceinline__ void add_logits(LogSum& log_sum, const float (&logits)[kColumnBlocks][2],
+                                           const bool (&included)[kColumnBlocks][2]) {
+  float greatest = log_sum.greatest;
+#pragma unroll
+  for (int n = 0; n < kColumnBlocks; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) greatest = included[n][c] ? fmaxf(greatest, logits[n][c]) : greatest;
+  }
+  const float base = greatest == kLogOfNothing ? 0 : greatest;
+  float total = log_sum.total * exp_of(log_sum.greatest - base);
+#pragma unroll
+  for (int n = 0; n < kColumnBlocks; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) total += included[n][c] ? exp_of(logits[n][c] - base) : 0;
+  }
+  log_sum = {greatest, total};
+}
 
 template <class Geometry>
 struct SumSampled {
@@ -44,28 +64,6 @@ struct SumSampled {
   }
 };
 
-// log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
-//
-// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list.
-template <class Engine>
-HPK_KERNEL(Engine::kThreads, 1)
-sampled_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                        const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
-  using Geometry = typename Engine::Geometry;
-  if (*arguments.state != 0) return;
-  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Geometry::kRows;
-  const List list(arguments, position);
-  SumSampled<Geometry> consumer{arguments, list, position, first_image, {}};
-  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
-  const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
-  const TileRange tiles{0, divide_up(list.length, Geometry::kColumns)};
-  Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
-  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const LogSum& sum) {
-    const int anchor = arguments.anchor(first_image + r, position);
-    if (anchor >= 0) log_sums[anchor] = sum.value();
-  });
-}
-
 // g of anchors (rows) and sampled columns; the gradient is added to that of the anchors.
 template <class Engine>
 struct RowGradient {
@@ -95,44 +93,10 @@ struct RowGradient {
 
   __device__ void store(const Fragment<SumGeometry>& found, const Team<Geometry>& team) const {
     const int first = static_cast<int>(blockIdx.z) * SumGeometry::kColumns;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = arguments.anchor(first_image + SumGeometry::row(team.thread, 0, h), position);
-      if (row < 0) continue;
-#pragma unroll
-      for (int n = 0; n < SumGeometry::kColumnBlocks; ++n) {
-        const int feature = first + SumGeometry::column(team.thread, n, 0);
-        const float* const two = found.values[0][n] + 2 * h;
-        if (feature < dim) add_two(sums + int64_t{row} * dim + feature, two[0], two[1]);
-      }
-    }
+    const auto row_of = [&](int r) { return arguments.anchor(first_image + r, position); };
+    add_to_rows(found, team.thread, first, row_of, sums, dim);
   }
 };
-
-// sums_i += sum over the listed negatives j of i in other images of g_ij z_j, g_ij = f_i exp(l_ij - r_i).
-//
-// Grid (positions, blocks of images, blocks of features). FLOPs: 4 D a pair, and 2 D more for each block of features
-// after the first. Bytes: two rows of z for each column of each position's list, from cache; sums, float32, read and
-// written once.
-template <class Engine>
-HPK_KERNEL(Engine::kThreads, 1)
-sampled_rows_bwd_kernel(const __grid_constant__ typename Engine::Operands operands,
-                        const __grid_constant__ SampledArguments arguments, int64_t first_column, int64_t last_column,
-                        const float4* __restrict__ numbers, float* __restrict__ sums) {
-  using Geometry = typename Engine::Geometry;
-  if (*arguments.state != 0) return;
-  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Geometry::kRows;
-  const List list(arguments, position, first_column, last_column);
-  if (list.length == 0) return;
-  const auto push = [&](int h) {
-    return Push(numbers, arguments.anchor(first_image + Geometry::row(threadIdx.x, 0, h), position));
-  };
-  RowGradient<Engine> consumer{arguments, list, position, first_image, sums, operands.left.dim, {push(0), push(1)}};
-  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
-  const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
-  Engine::run(operands, left_row, right_row, {0, divide_up(list.length, Geometry::kColumns)}, blockIdx.z,
-              shared_memory(), consumer);
-}
 
 // g of sampled columns (rows of the engine) and the anchors at a position; the gradient is staged.
 template <class Engine>
@@ -183,6 +147,55 @@ struct ColumnGradient {
   }
 };
 
+// Kernel
+
+// log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
+//
+// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list.
+template <class Engine>
+HPK_KERNEL(Engine::kThreads, 1)
+sampled_fwd_kernel(const __grid_constant__ typename Engine::Operands operands,
+                        const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
+  using Geometry = typename Engine::Geometry;
+  if (*arguments.state != 0) return;
+  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Geometry::kRows;
+  const List list(arguments, position);
+  SumSampled<Geometry> consumer{arguments, list, position, first_image, {}};
+  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
+  const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
+  const TileRange tiles{0, divide_up(list.length, Geometry::kColumns)};
+  Engine::run(operands, left_row, right_row, tiles, shared_memory(), consumer);
+  combine_rows<Geometry>(consumer.sums, shared_memory(), [&](int r, const LogSum& sum) {
+    const int anchor = arguments.anchor(first_image + r, position);
+    if (anchor >= 0) log_sums[anchor] = sum.value();
+  });
+}
+
+// sums_i += sum over the listed negatives j of i in other images of g_ij z_j, g_ij = f_i exp(l_ij - r_i).
+//
+// Grid (positions, blocks of images, blocks of features). FLOPs: 4 D a pair, and 2 D more for each block of features
+// after the first. Bytes: two rows of z for each column of each position's list, from cache; sums, float32, read and
+// written once.
+template <class Engine>
+HPK_KERNEL(Engine::kThreads, 1)
+sampled_rows_bwd_kernel(const __grid_constant__ typename Engine::Operands operands,
+                        const __grid_constant__ SampledArguments arguments, int64_t first_column, int64_t last_column,
+                        const float4* __restrict__ numbers, float* __restrict__ sums) {
+  using Geometry = typename Engine::Geometry;
+  if (*arguments.state != 0) return;
+  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Geometry::kRows;
+  const List list(arguments, position, first_column, last_column);
+  if (list.length == 0) return;
+  const auto push = [&](int h) {
+    return Push(numbers, arguments.anchor(first_image + Geometry::row(threadIdx.x, 0, h), position));
+  };
+  RowGradient<Engine> consumer{arguments, list, position, first_image, sums, operands.left.dim, {push(0), push(1)}};
+  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
+  const auto right_row = [&](int tile, int c) { return list[tile * Geometry::kColumns + c]; };
+  Engine::run(operands, left_row, right_row, {0, divide_up(list.length, Geometry::kColumns)}, blockIdx.z,
+              shared_memory(), consumer);
+}
+
 // staged[slot of (j, p)] = sum over the anchors i at p in other images than j of g_ij z_i, for the j listed at p.
 //
 // Grid (positions, parts of their lists, blocks of features). FLOPs: as above. Bytes: two rows of z for each image and
@@ -207,6 +220,8 @@ sampled_columns_bwd_kernel(const __grid_constant__ typename Engine::Operands ope
     Engine::run(operands, left_row, right_row, images, blockIdx.z, shared_memory(), consumer);
   }
 }
+
+// Launch
 
 constexpr unsigned kListParts = 4;  // of each position's list in the gradients of its columns
 

@@ -1,10 +1,13 @@
-#include "common/combine.cuh"
-#include "common/gathered_sm90.cuh"
-#include "multi_positive_contrastive/row_sums.cuh"
+// Kernels of the sampled negatives across images, for sm_90a: one makes the gradients of anchors and of columns. Pairs
+// within an image are left to blocks.
+#include "engines/gathered_sm90.cuh"
+#include "multi_positive_contrastive/anchors.cuh"
 #include "multi_positive_contrastive/sampled.cuh"
 
 namespace hpk {
 namespace {
+
+// Consumer
 
 // Sums of exponentials less the greatest one, which is known by its product.
 template <class Engine>
@@ -43,31 +46,6 @@ struct SumColumns {
     }
   }
 };
-
-// log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
-//
-// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list,
-// from cache.
-template <class Engine>
-HPK_KERNEL(Engine::kThreads, 1)
-sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
-                   const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
-  using Geometry = typename Engine::Geometry;
-  if (*arguments.state != 0) return;
-  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Engine::kRows;
-  const List list(arguments, position);
-  SumColumns<Engine> consumer{arguments, first_image, {kLogOfNothing, kLogOfNothing}, {}};
-  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
-  const auto right_row = [&](int j) { return list[j]; };
-  const int columns = list.length > 0 ? list.length : 1;  // one that is none
-  Engine::template run<false>(z, left_row, right_row, columns, shared_memory(), consumer);
-  LogSum sums[1][2];
-  for (int h = 0; h < 2; ++h) sums[0][h] = {__fmul_rn(arguments.scale, consumer.greatest[h]), consumer.totals[h]};
-  combine_rows<Geometry>(sums, shared_memory(), [&](int r, const LogSum& sum) {
-    const int anchor = left_row(r);
-    if (anchor >= 0) log_sums[anchor] = sum.value();
-  });
-}
 
 template <class Engine>
 struct BothGradients {
@@ -124,17 +102,8 @@ struct BothGradients {
 
   __device__ void store(const Fragment<SumGeometry>& found, const Team<Geometry>& team) const {
     const int first = team.index * SumGeometry::kColumns;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = arguments.anchor(first_image + SumGeometry::row(team.thread, 0, h), position);
-      if (row < 0) continue;
-#pragma unroll
-      for (int n = 0; n < SumGeometry::kColumnBlocks; ++n) {
-        const int feature = first + SumGeometry::column(team.thread, n, 0);
-        const float* const two = found.values[0][n] + 2 * h;
-        if (feature < dim) add_two(sums + int64_t{row} * dim + feature, two[0], two[1]);
-      }
-    }
+    const auto row_of = [&](int r) { return arguments.anchor(first_image + r, position); };
+    add_to_rows(found, team.thread, first, row_of, sums, dim);
   }
 
  private:
@@ -145,6 +114,33 @@ struct BothGradients {
     return bits;
   }
 };
+
+// Kernel
+
+// log_sums[i] = log sum over the negatives j of i in other images of exp(scale <z_i, z_j>).
+//
+// Grid (positions, blocks of images). FLOPs: 2 D a pair. Bytes: a row of z for each column of each position's list,
+// from cache.
+template <class Engine>
+HPK_KERNEL(Engine::kThreads, 1)
+sampled_fwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
+                   const __grid_constant__ SampledArguments arguments, float* __restrict__ log_sums) {
+  using Geometry = typename Engine::Geometry;
+  if (*arguments.state != 0) return;
+  const int position = static_cast<int>(blockIdx.x), first_image = static_cast<int>(blockIdx.y) * Engine::kRows;
+  const List list(arguments, position);
+  SumColumns<Engine> consumer{arguments, first_image, {kLogOfNothing, kLogOfNothing}, {}};
+  const auto left_row = [&](int r) { return arguments.anchor(first_image + r, position); };
+  const auto right_row = [&](int j) { return list[j]; };
+  const int columns = list.length > 0 ? list.length : 1;  // one that is none
+  Engine::template run<false>(z, left_row, right_row, columns, shared_memory(), consumer);
+  LogSum sums[1][2];
+  for (int h = 0; h < 2; ++h) sums[0][h] = {__fmul_rn(arguments.scale, consumer.greatest[h]), consumer.totals[h]};
+  combine_rows<Geometry>(sums, shared_memory(), [&](int r, const LogSum& sum) {
+    const int anchor = left_row(r);
+    if (anchor >= 0) log_sums[anchor] = sum.value();
+  });
+}
 
 // For the listed negatives j of i in other images, g_ij = f_i exp(l_ij - r_i):
 //   sums_i += sum over j of g_ij z_j,  staged[slot of (j, p)][block of images] = sum over the i at p of g_ij z_i
@@ -173,6 +169,8 @@ sampled_bwd_kernel(const __grid_constant__ Rows<typename Engine::Element> z,
   const auto right_row = [&](int j) { return list[j]; };
   Engine::template run<true>(z, left_row, right_row, list.length, shared_memory(), consumer);
 }
+
+// Launch
 
 // Calls body(engine) with the engine for these rows. It takes 128 elements as well; each length takes time to compile.
 template <class T, class Body>

@@ -92,7 +92,7 @@ def gathered_rows(tensor: Tensor, group: Group = None, counts: Sequence[int] | N
     Notes:
         Every rank must call it. It receives ``ranks * max(counts)`` rows: those of ranks that have fewer are padded.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.distributed._collectives import gathered_rows
         >>> rows, first, counts = gathered_rows(torch.ones(3, 2))  # one process
@@ -142,7 +142,7 @@ def total(tensor: Tensor, group: Group = None) -> Tensor:
     Added in the order of ranks, and so the same bits on all of them and in every run, which an all-reduce does not
     promise.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.distributed._collectives import total
         >>> total(torch.tensor([1.0, 2.0]))  # one process
@@ -177,7 +177,7 @@ def agree(op: str, group: Group = None, *, error: Exception | None = None, **set
         RuntimeError: another rank has an error; its rank and its sentence.
         ValueError: a setting differs; its name, and the values by rank.
 
-    Example:
+    Examples:
         >>> from hpkernels.distributed._collectives import agree
         >>> agree("contrastive", temperature=0.07, D=512)  # one process agrees with itself
     """
@@ -209,7 +209,7 @@ def together(op: str, group: Group = None) -> Iterator[dict[str, Any]]:
     It gives a dict, for settings that must be the same on all ranks. Every rank must enter it, and no collective may
     stand inside: one rank would wait in it for another that has left.
 
-    Example:
+    Examples:
         >>> from hpkernels.distributed._collectives import together
         >>> with together("contrastive") as shared:
         ...     shared["temperature"] = 0.07
@@ -243,7 +243,7 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def fingerprint(tensor: Tensor) -> str:
     """Dtype, shape and a checksum of the bits of a tensor: equal for equal tensors, whatever their devices.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.distributed._collectives import fingerprint
         >>> fingerprint(torch.zeros(2, 3)) == fingerprint(torch.zeros(2, 3))

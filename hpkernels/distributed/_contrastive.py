@@ -21,6 +21,7 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.distributed._collectives import Group, rank_in, ranks_of, together, total
 from hpkernels.distributed._exchange import Gathering, Keys, Ring, Way
+from hpkernels.ops._bits import bits_of_columns
 from hpkernels.ops._kernels import double_backward_error
 from hpkernels.ops.contrastive import chunked
 from hpkernels.ops.contrastive.arguments import check_loss
@@ -28,7 +29,6 @@ from hpkernels.ops.contrastive.chunked import Gradients, Needs
 from hpkernels.ops.contrastive.problem import Problem
 from hpkernels.ops.contrastive.registration import Arguments
 from hpkernels.ops.contrastive.relations import Relation
-from hpkernels.ops.hidden_positives.bits import bits_of_columns
 
 OP = "distributed.contrastive"
 

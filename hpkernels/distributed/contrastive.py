@@ -132,7 +132,7 @@ def contrastive(
         of their losses. ``torch.compile`` leaves the call out of its graphs. Deterministic: sums over ranks are taken
         in a fixed order. Double backward is refused. Bytes that are exchanged, and memory: docs/distributed.md.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels.distributed
         >>> codes = torch.nn.functional.normalize(torch.randn(6, 8)).requires_grad_()
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])

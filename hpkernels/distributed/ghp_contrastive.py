@@ -81,9 +81,10 @@ def ghp_contrastive(
         seed: the same on all ranks, or None on all: rank 0 draws one, from PyTorch's generator of its device.
         ddp: multiply the gradient by the number of ranks, for the mean of `DistributedDataParallel`: see
             `hpkernels.distributed`.
-        specific_weight, anchors_per_image, temperature, base_temperature, negative_rate, variant, reweight,
-            keep_specific_only, symmetric, backend: see `hpkernels.ghp_contrastive`. All but `backend` must be the same
-            on all ranks.
+        specific_weight, anchors_per_image, temperature, base_temperature, negative_rate: see
+            `hpkernels.ghp_contrastive`. The same on all ranks.
+        variant, reweight, keep_specific_only, symmetric: likewise.
+        backend: see `hpkernels.ghp_contrastive`; the rank's own.
 
     Returns:
         The 0-d loss of the whole batch, the same bits on all ranks; float32 (float64 for float64 `z`). Gradients reach
@@ -100,7 +101,7 @@ def ghp_contrastive(
         codes, and two packed masks of R N / 8 bytes, four with ``symmetric=False``. What it exchanges, and what fails
         how, is in docs/distributed.md.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> from torch.nn.functional import normalize
         >>> rows = normalize(torch.eye(8)[:, :4] + torch.eye(8)[:, 4:] + 0.2)  # one process, and so a group of one

@@ -43,7 +43,7 @@ class ClipLoss(nn.Module):
     Raises:
         TypeError, ValueError: a setting is not as described.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> images, texts = torch.nn.functional.normalize(torch.randn(2, 4, 8, requires_grad=True), dim=2)
         >>> logit_scale = torch.tensor(10.0, requires_grad=True)
@@ -114,7 +114,7 @@ class ClipLoss(nn.Module):
         Args:
             image_features, text_features: (N, D) floating-point, row by row of the same pair, usually L2-normalised;
                 gradients reach both.
-            logit_scale: > 0, a number or a tensor of one, which receives a gradient: 1 / temperature.
+            logit_scale: positive, a number or a tensor of one, which receives a gradient: 1 / temperature.
             logit_bias: a number or a tensor of one. Added to all logits it changes nothing: its gradient is 0.
             output_dict: see above.
 

@@ -28,8 +28,8 @@ class HiddenPositiveLoss(nn.Module):
     The settings are checked when the module is made, and are its attributes.
 
     Args:
-        anchors_per_image, temperature, base_temperature, negative_rate, variant, reweight, keep_specific_only,
-            symmetric, backend: see `hpkernels.ghp_contrastive`.
+        anchors_per_image, temperature, base_temperature, negative_rate: see `hpkernels.ghp_contrastive`.
+        variant, reweight, keep_specific_only, symmetric, backend: likewise.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class SupConLoss(nn.Module):
     Raises:
         TypeError, ValueError: a setting is not as described.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> features = torch.nn.functional.normalize(torch.randn(4, 2, 8), dim=2).requires_grad_()
         >>> criterion = hpkernels.nn.SupConLoss(temperature=0.1)

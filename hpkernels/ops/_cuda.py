@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels._native import EMULATED, supports_cuda
-from hpkernels.backends import Availability
+from hpkernels._native import EMULATED, Availability, supports_cuda
 from hpkernels.ops import _kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops share: whether they can run, their configurations, their launch, small functions.
+"""What the Triton kernels of all ops share: whether they can run, their configurations, their launch.
 
 Kernels are plain ``@triton.jit`` functions. The host chooses tile sizes from ``hpkernels/ops/<op>/triton.json``, by
 kernel, architecture and size of the elements; nothing is tuned during a call. ``python -m hpkernels.tune`` measures a
@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels._native import incapable
-from hpkernels.backends import Availability
+from hpkernels._native import Availability, incapable
 from hpkernels.ops import _kernels
 
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
 
@@ -72,7 +70,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
 
 
 class Recorder(Protocol):
-    """What sees the launches of a context; `hpkernels.testing.launches.recorded` makes one."""
+    """What sees the launches of a context; `hpkernels.launches.recorded` makes one."""
 
     architecture: str | None
     """The column to configure for; None: that of the device."""
@@ -214,112 +212,3 @@ def _check(given: Any, like: dict | int, where: str) -> None:
         raise ValueError(f"{TABLE_VARIABLE}: {where} must be {expected}, got {got}")
     for key in keys or ():
         _check(given[key], like[key], f"{where}: {key}")
-
-
-if triton is not None:
-    _INTERPRETED = tl.constexpr(INTERPRETED)
-
-    @triton.jit
-    def multiply(a, b, sums, PRECISION: tl.constexpr):
-        """`sums` and the matrix product of `a` and `b`, in float32."""
-        if _INTERPRETED:  # whose product of bfloat16 numbers is one of their bit patterns
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-
-    @triton.jit
-    def load_rows(base, rows, row_stride, columns, column_stride, count, dim):
-        """A tile (rows, columns) of a (count, dim) matrix; 0 outside of it."""
-        inside = (rows >= 0) & (rows < count)
-        at = base + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-        return tl.load(at, mask=inside[:, None] & (columns < dim)[None, :], other=0.0)
-
-    @triton.jit
-    def row_products(
-        left, left_rows, left_stride, left_step, left_count,
-        right, right_rows, right_stride, right_step, right_count,
-        dim, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
-        """The inner products, float32, of rows of two matrices (., dim) with any strides."""
-        sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
-        for start in range(0, dim, BLOCK_D):
-            columns = start + tl.arange(0, BLOCK_D)
-            a = load_rows(left, left_rows, left_stride, columns, left_step, left_count, dim)
-            b = load_rows(right, right_rows, right_stride, columns, right_step, right_count, dim)
-            sums = multiply(a, tl.trans(b), sums, PRECISION)
-        return sums
-
-    @triton.jit
-    def comparable_products(
-        left, left_rows, left_stride, left_step, left_count,
-        right, right_rows, right_stride, right_step, right_count,
-        dim, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
-        """`row_products` whose bits are those of the same two rows in any other tile, whichever of them is left.
-
-        Rows beyond the last have the products of the last: a mask of rows would make the loop longer by a third.
-        Three products of TF32 are summed apart: Triton's own "tf32x3" adds the two small ones to one another in an
-        order that depends on which matrix is left.
-        """
-        left = row_addresses(left, left_rows, left_stride, left_count)
-        right = row_addresses(right, right_rows, right_stride, right_count)
-        sums = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
-        if PRECISION == "tf32x3":
-            of_left_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
-            of_right_rests = tl.zeros((left_rows.shape[0], right_rows.shape[0]), tl.float32)
-            for start in range(0, dim, BLOCK_D):
-                a = load_features(left, start, left_step, dim, BLOCK_D)
-                b = load_features(right, start, right_step, dim, BLOCK_D)
-                large_a, large_b = to_tf32(a), to_tf32(b)
-                of_left_rests = multiply(to_tf32(a - large_a), tl.trans(large_b), of_left_rests, "tf32")
-                of_right_rests = multiply(large_a, tl.trans(to_tf32(b - large_b)), of_right_rests, "tf32")
-                sums = multiply(large_a, tl.trans(large_b), sums, "tf32")
-            rests = of_left_rests + of_right_rests  # NaN where a factor is infinite
-            sums = tl.where(tl.abs(sums) == float("inf"), sums, sums + rests)
-        else:
-            for start in range(0, dim, BLOCK_D):
-                a = load_features(left, start, left_step, dim, BLOCK_D)
-                b = load_features(right, start, right_step, dim, BLOCK_D)
-                sums = multiply(a, tl.trans(b), sums, PRECISION)
-        return sums
-
-    @triton.jit
-    def row_addresses(base, rows, stride, count):
-        """Where rows of a matrix start, (rows, 1); those beyond the last are the last."""
-        return base + tl.minimum(rows, count - 1).to(tl.int64)[:, None] * stride
-
-    @triton.jit
-    def load_features(rows, start, step, dim, BLOCK_D: tl.constexpr):
-        """BLOCK_D features of rows that are given by their addresses; 0 beyond the last feature."""
-        columns = start + tl.arange(0, BLOCK_D)
-        return tl.load(rows + columns.to(tl.int64)[None, :] * step, mask=(columns < dim)[None, :], other=0.0)
-
-    @triton.jit
-    def to_tf32(x):
-        """The nearest number of TF32, which has 11 significant bits."""
-        if _INTERPRETED:  # which knows no assembly
-            return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
-
-    @triton.jit
-    def products_and_tile(
-        base,
-        rows,
-        own,
-        columns,
-        features,
-        count,
-        dim,
-        WHOLE: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """Inner products of `rows` and `columns` of a contiguous (count, dim) matrix, and `features` of the columns.
-
-        If `features` are all there are, WHOLE, `own` is that tile of the rows, and each column is loaded once for both.
-        """
-        tile = load_rows(base, columns, dim, features, 1, count, dim)
-        if WHOLE:
-            products = multiply(own, tl.trans(tile), tl.zeros((rows.shape[0], columns.shape[0]), tl.float32), PRECISION)
-        else:
-            products = row_products(base, rows, dim, 1, count, base, columns, dim, 1, count, dim, PRECISION, BLOCK_D)
-        return products, tile

@@ -34,7 +34,7 @@ def available_cases(op: str, dtypes: Iterable[torch.dtype]) -> list[Case]:
     Raises:
         ValueError: no op of that name is registered.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.testing import available_cases
         >>> cases = available_cases("masked_topk", [torch.float32])

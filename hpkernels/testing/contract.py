@@ -19,7 +19,7 @@ def memory_layouts(value: Tensor) -> dict[str, Tensor]:
         Tensors equal to `value` by the name of their layout: "reversed" (first dimension fastest), "strided" (every
         second row and third column), "offset" (not at the start of its storage).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.testing import memory_layouts
         >>> {name: copy.stride() for name, copy in memory_layouts(torch.zeros(2, 5)).items()}
@@ -41,7 +41,7 @@ def unchanged(*tensors: Tensor) -> Iterator[None]:
     Raises:
         AssertionError: a tensor was modified in place; the message gives its position.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.testing import unchanged
         >>> value = torch.zeros(3)
@@ -72,7 +72,7 @@ def helpful_error(error: type[Exception], op: str, argument: str, got: str) -> I
     Raises:
         AssertionError: nothing is raised, or something else.
 
-    Example:
+    Examples:
         >>> import hpkernels, torch
         >>> from hpkernels.testing import helpful_error
         >>> with helpful_error(ValueError, "masked_topk", "k", got="5"):

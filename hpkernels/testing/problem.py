@@ -73,7 +73,7 @@ def random_problem(
     Returns:
         The problem, with N = images * height * width anchors.
 
-    Example:
+    Examples:
         >>> from hpkernels.testing import random_problem
         >>> problem = random_problem(seed=1, images=3, height=2, width=5, dim=8)
         >>> problem.z.shape, problem.anchors_per_image

@@ -19,7 +19,7 @@ def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.testing import row_errors
         >>> row_errors(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])).tolist()
@@ -53,7 +53,7 @@ def assert_rows_close(
         AssertionError: a row fails; the message names the worst row and its figures. A NaN fails.
         ValueError: the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hpkernels.testing import assert_rows_close
         >>> exact = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.hidden_positives import reference
-from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.local_propagation import reference as local_propagation
 
 

@@ -11,8 +11,8 @@ from hpkernels import PositiveMask
 from hpkernels.backends import availability
 from hpkernels.ops import _checks as check
 from hpkernels.ops import _coarse
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops.hidden_positives import cpu as discovery
-from hpkernels.ops.hidden_positives.bits import pack_bits
 from hpkernels.ops.masked_topk import cpu as topk
 from hpkernels.ops.multi_positive_contrastive import cpu
 from hpkernels.testing import assert_rows_close, random_problem

@@ -7,8 +7,8 @@ import torch
 
 from hpkernels import backends
 from hpkernels.ops import _cuda
+from hpkernels.ops._bits import as_bits
 from hpkernels.ops._cuda import aligned_rows
-from hpkernels.ops.hidden_positives.bits import as_bits
 from hpkernels.ops.multi_positive_contrastive import routes
 from hpkernels.testing import assert_rows_close, available_cases, random_problem
 

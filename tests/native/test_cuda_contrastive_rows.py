@@ -7,8 +7,8 @@ import torch
 from contrastive_lists import listed, slots_of
 
 from hpkernels import _native
+from hpkernels.ops._bits import pack_bits
 from hpkernels.ops._cuda import aligned_rows
-from hpkernels.ops.hidden_positives.bits import pack_bits
 
 DEVICE = "cpu" if _native.EMULATED else "cuda"
 IMAGES, GROUP, SCALE, LOSS_SCALE = 7, 11, 1.7, 1.5

@@ -7,8 +7,8 @@ import torch
 
 from hpkernels import backends
 from hpkernels.ops import _cuda
+from hpkernels.ops._bits import unpack_bits, words_per_row
 from hpkernels.ops.hidden_positives import reference
-from hpkernels.ops.hidden_positives.bits import unpack_bits, words_per_row
 from hpkernels.testing import available_cases
 
 OP = "hidden_positives"

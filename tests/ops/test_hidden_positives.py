@@ -12,8 +12,8 @@ from oracles import similar_keys, similar_pairs
 import hpkernels
 from hpkernels import PositiveMask, hidden_positives
 from hpkernels.ops import _blocks
+from hpkernels.ops._bits import pack_bits, unpack_bits
 from hpkernels.ops.hidden_positives import cpu, rows_of
-from hpkernels.ops.hidden_positives.bits import pack_bits, unpack_bits
 from hpkernels.testing import available_cases, helpful_error, memory_layouts, random_problem, unchanged
 
 OP = "hidden_positives"

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 import hpkernels
-from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
+from hpkernels.ops.multi_positive_contrastive.relations import drawn_negatives
 from training.evaluation.precision import Found
 from training.report.explorer import Explorer
 

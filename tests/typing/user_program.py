@@ -10,7 +10,16 @@ from torch.nn.functional import normalize
 from typing_extensions import assert_type
 
 import hpkernels
-from hpkernels import Backend, PositiveMask, Variant
+from hpkernels import (
+    Backend,
+    BackendUnavailableError,
+    ContrastiveStatistics,
+    Explanation,
+    Labels,
+    PairLists,
+    PositiveMask,
+    Variant,
+)
 from hpkernels.compat import SupConLoss
 from hpkernels.nn import ClipLoss, HiddenPositiveLoss, LocalPropagation, ReferencePool
 
@@ -43,6 +52,36 @@ def check_ops(z: Tensor, pool: Tensor, backend: Backend, variant: Variant) -> No
         hpkernels.masked_topk(z, pool)
 
 
+def check_contrastive(z: Tensor, queue: Tensor, backend: Backend) -> None:
+    """The general loss and what names its positives, on one device and on many."""
+    labels = Labels(torch.arange(len(z)) % 2, torch.arange(len(queue)) % 2)
+    pairs = PairLists(torch.arange(len(z) + 1), torch.zeros(len(z), dtype=torch.long))
+    assert_type(labels.key_ids, Tensor | None)
+    assert_type(hpkernels.contrastive(z, queue, positives=(labels, pairs), backend=backend), Tensor)
+    loss, statistics = hpkernels.contrastive(z, queue, positives=labels, return_statistics=True)
+    assert_type(loss, Tensor)
+    assert_type(statistics, ContrastiveStatistics)
+    assert_type(statistics.key_positives, Tensor | None)
+    assert_type(hpkernels.distributed.contrastive(z, queue, positives=labels, exchange="ring"), Tensor)
+    _, statistics = hpkernels.distributed.contrastive(z, queue, positives=labels, return_statistics=True)
+    assert_type(statistics, ContrastiveStatistics)
+    options: dict[str, Any] = {"anchors_per_image": len(z), "seed": 0}
+    assert_type(hpkernels.distributed.ghp_contrastive(z, z.detach(), queue, ddp=False, **options), Tensor)
+
+
+def check_plans() -> None:
+    """What an op would take, and why."""
+    assert_type(hpkernels.__version__, str)
+    explanation = hpkernels.explain("ghp_contrastive", device="H100", N=50176)
+    assert_type(explanation, Explanation)
+    assert_type(explanation.backend, str)
+    assert_type(hpkernels.estimate("masked_topk", N=1568).best, str)
+    try:
+        hpkernels.masked_topk(torch.rand(2, 2), torch.rand(2, 2), backend="cuda")
+    except BackendUnavailableError as error:
+        print(f"as it should be: {error}")
+
+
 def check_modules(z: Tensor, vectors: Tensor, backend: Backend) -> None:
     """The modules; what calling a module gives is Any in PyTorch, so `forward` is asked."""
     pool = ReferencePool(*vectors.shape)
@@ -67,6 +106,8 @@ def check_mistakes(z: Tensor, pool: Tensor) -> None:
     """What must be an error to a type checker, and is one when it runs."""
     hpkernels.masked_topk(z, pool, backend="gpu")  # type: ignore[arg-type]
     hpkernels.use_backend("gpu")  # type: ignore[arg-type]
+    hpkernels.contrastive(z, pool)  # type: ignore[call-overload]
+    hpkernels.contrastive(z, pool, positives=z > 0, denominator="some")  # type: ignore[call-overload]
     HiddenPositiveLoss(4, variant="both")  # type: ignore[arg-type]
     hpkernels.nn.SupConLoss(contrast_mode="none")  # type: ignore[arg-type]
 
@@ -76,6 +117,8 @@ def main() -> None:
     torch.manual_seed(0)
     z, pool = normalize(torch.randn(8, 4)).requires_grad_(), normalize(torch.randn(3, 4))
     check_ops(z, pool, "auto", "joint")
+    check_contrastive(z, pool, "auto")
+    check_plans()
     check_modules(z, pool, "reference")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpkernels.ops.multi_positive_contrastive.negatives import drawn_negatives
+from hpkernels.ops.multi_positive_contrastive.relations import drawn_negatives
 from training.backbones.base import Backbone
 from training.data.batches import evenly_spread
 from training.evaluation.precision import Found, discovered

@@ -113,7 +113,7 @@ def contrastive(
             no weights here.
         exclude_positives: False: a pair that `positives` and `exclude` both name stays a positive, so that `exclude`
             names false negatives alone.
-        temperature: > 0, a float, or a 0-d floating-point tensor, which receives a gradient (1 / logit scale).
+        temperature: positive, a float or a 0-d floating-point tensor, which receives a gradient (1 / logit scale).
         key_bias: (K,) floating-point, added to the logits of each key, with a gradient; minus the log of a key's
             sampling probability is the log-Q correction.
         positive_aggregation: "outside" as above, or "inside": ``L_i = log sum_{Den_i} exp l_ik - log (sum_j w_ij exp
@@ -149,7 +149,7 @@ def contrastive(
         otherwise logits are computed again. Where the keys are the anchors and the relations symmetric, pairs i < j
         alone are computed.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> from torch.nn.functional import normalize
         >>> images, texts = normalize(torch.eye(3) + 0.1), normalize(torch.eye(3) - 0.1).requires_grad_()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.reference import vectors
 from hpkernels.ops.contrastive.relations import Relation
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors", "whole_rows"]
 

@@ -15,9 +15,9 @@ from hpkernels import backends
 from hpkernels.backends import Backend, BackendUnavailableError
 from hpkernels.cost import fused_is_faster
 from hpkernels.ops.contrastive.registration import Arguments
-from hpkernels.ops.hidden_positives import PositiveMask
 from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, check_options
+from hpkernels.positive_mask import PositiveMask
 
 _OP = "multi_positive_contrastive"
 

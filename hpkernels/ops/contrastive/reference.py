@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
 from hpkernels.ops import _checks as check
+from hpkernels.ops._bits import unpack_bits, words_of
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.relations import Relation, rows_of_pairs
-from hpkernels.ops.hidden_positives.bits import unpack_bits, words_of
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:

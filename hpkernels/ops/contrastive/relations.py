@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives import PositiveMask
-from hpkernels.ops.hidden_positives.bits import pack_bits, words_per_row
+from hpkernels.ops._bits import pack_bits, words_per_row
+from hpkernels.positive_mask import PositiveMask
 
 _IDS = tuple(dtype for dtype in check.ANY_INTEGER if dtype != torch.uint64)
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from hpkernels.ops import _triton
+from hpkernels.ops._bits import words_of, words_per_row
 from hpkernels.ops._triton import supports
 from hpkernels.ops.contrastive.problem import Problem, Tile
 from hpkernels.ops.contrastive.relations import Relation
@@ -22,7 +23,6 @@ from hpkernels.ops.contrastive.triton_tiles import (
     tile_parts_kernel,
     tile_rows_kernel,
 )
-from hpkernels.ops.hidden_positives.bits import words_of, words_per_row
 
 __all__ = ["gradient", "pair_bytes", "pairs", "prepare", "statistics", "supports", "vectors"]
 

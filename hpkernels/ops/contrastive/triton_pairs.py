@@ -8,30 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
-
-
-@triton.jit(do_not_specialize=["pairs", "first_row", "first_column", "columns", "words"])
-def tile_list_kernel(
-    indices, offsets, weights, found, pairs, first_row, first_column, columns, words, BLOCK_PAIRS: tl.constexpr
-):  # fmt: skip
-    """Of the listed pairs of a tile, set the bits in found (R, words), or, with weights, the greatest in found (R, C).
-
-    Grid (R,). Bytes: reads 8 or 12 a listed pair of the rows; an atomic operation each, whose order does not matter.
-    """
-    row = tl.program_id(0)
-    begin = tl.maximum(tl.load(offsets + first_row + row), 0)
-    end = tl.minimum(tl.load(offsets + first_row + row + 1), pairs)
-    for start in range(begin, end, BLOCK_PAIRS):
-        pair = start + tl.arange(0, BLOCK_PAIRS)
-        column = tl.load(indices + pair, mask=pair < end, other=-1) - first_column
-        inside = (column >= 0) & (column < columns)
-        if weights is None:
-            bit = tl.full((), 1, tl.int32) << (column & 31).to(tl.int32)
-            tl.atomic_or(found + row.to(tl.int64) * words + (column >> 5), bit, mask=inside, sem="relaxed")
-        else:  # the bits of numbers that are at least 0 are in the order of the numbers
-            bits = tl.load(weights + pair, mask=pair < end, other=0)
-            tl.atomic_max(found + row.to(tl.int64) * columns + column, bits, mask=inside, sem="relaxed")
+from hpkernels.ops._triton_functions import bits_of, low_bits, words_from
 
 
 @triton.jit
@@ -113,3 +90,26 @@ def pairs_of(
     if DECOUPLED:
         denominator &= positive == 0
     return positive, tl.where(positive, weight, 0.0), denominator
+
+
+@triton.jit(do_not_specialize=["pairs", "first_row", "first_column", "columns", "words"])
+def tile_list_kernel(
+    indices, offsets, weights, found, pairs, first_row, first_column, columns, words, BLOCK_PAIRS: tl.constexpr
+):  # fmt: skip
+    """Bits of found (R, words) = the pairs of a tile that are listed; with weights found (R, C) = the greatest.
+
+    Grid (R,). Bytes: reads 8 or 12 a listed pair of the rows; an atomic operation each, whose order does not matter.
+    """
+    row = tl.program_id(0)
+    begin = tl.maximum(tl.load(offsets + first_row + row), 0)
+    end = tl.minimum(tl.load(offsets + first_row + row + 1), pairs)
+    for start in range(begin, end, BLOCK_PAIRS):
+        pair = start + tl.arange(0, BLOCK_PAIRS)
+        column = tl.load(indices + pair, mask=pair < end, other=-1) - first_column
+        inside = (column >= 0) & (column < columns)
+        if weights is None:
+            bit = tl.full((), 1, tl.int32) << (column & 31).to(tl.int32)
+            tl.atomic_or(found + row.to(tl.int64) * words + (column >> 5), bit, mask=inside, sem="relaxed")
+        else:  # the bits of numbers that are at least 0 are in the order of the numbers
+            bits = tl.load(weights + pair, mask=pair < end, other=0)
+            tl.atomic_max(found + row.to(tl.int64) * columns + column, bits, mask=inside, sem="relaxed")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hpkernels.ops._triton_functions import short_exp
 from hpkernels.ops.contrastive.triton_pairs import pairs_of
-from hpkernels.ops.multi_positive_contrastive.triton_blocks import short_exp
 
 
 @triton.jit
@@ -93,6 +93,34 @@ def store_part(
     tl.store(at + 3 * plane, count if WEIGHTED else mass, mask=inside)
 
 
+@triton.jit
+def load_numbers(numbers, of_each, length, AXIS: tl.constexpr):
+    """shift, push, pull_shift and pull of rows or columns, from (length, 4), with a dimension more at `AXIS`.
+
+    What has no push has an infinite shift: exp(l - shift), which would be infinite for great l, is 0.
+    """
+    at, inside = numbers + 4 * of_each.to(tl.int64), of_each < length
+    push = tl.load(at + 1, mask=inside, other=0.0)
+    shift = tl.where(push == 0, float("inf"), tl.load(at, mask=inside, other=0.0))
+    pull_shift = tl.expand_dims(tl.load(at + 2, mask=inside, other=0.0), AXIS)
+    pull = tl.expand_dims(tl.load(at + 3, mask=inside, other=0.0), AXIS)
+    return tl.expand_dims(shift, AXIS), tl.expand_dims(push, AXIS), pull_shift, pull
+
+
+@triton.jit
+def gradient_of(
+    logits, positive, weights, denominator, shift, push, pull_shift, pull, INSIDE: tl.constexpr, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """g of one direction."""
+    grad = tl.where(denominator, push * short_exp(logits - shift), 0.0)
+    if INSIDE:  # W exp(l - pull_shift) is at most 1, for it is a share of a sum
+        share = log_weighted(logits - pull_shift, positive, weights, WEIGHTED)
+        grad -= pull * short_exp(tl.minimum(share, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        grad -= pull * weights
+    return grad
+
+
 @triton.jit(
     do_not_specialize=[
         "word_stride", "first_word_row", "first_word", "excluded_word_stride", "excluded_first_word_row",
@@ -109,7 +137,7 @@ def tile_rows_kernel(
     INSIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """parts (4, part_count, R): the statistics of the rows of (R, C) products over STEPS blocks of columns each.
+    """parts (4, part_count, R) = the statistics of the rows of (R, C) products over STEPS blocks of columns each.
 
     Grid (blocks of rows times part_count,). Bytes a pair: reads 4, with listed weights 8, and labels or bits, labels
     from cache; writes 16 a row and part.
@@ -157,7 +185,7 @@ def tile_columns_kernel(
     INSIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """parts (4, part_count, C): the statistics of the columns of (R, C) products over STEPS blocks of rows each.
+    """parts (4, part_count, C) = the statistics of the columns of (R, C) products over STEPS blocks of rows each.
 
     Grid (blocks of columns times part_count,). Bytes a pair: as `tile_rows_kernel`; writes 16 a column and part.
     """
@@ -192,7 +220,7 @@ def tile_parts_kernel(
     parts, statistics, part_count, length,
     INSIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Add parts (4, part_count, length) to the statistics (length, 4). Bytes: reads the parts once."""
+    """statistics (length, 4) += the sums of parts (4, part_count, length), in order. Bytes: reads the parts once."""
     of_each = tl.program_id(0) * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
     exists = of_each < length
     at = statistics + 4 * of_each.to(tl.int64)
@@ -221,34 +249,6 @@ def tile_parts_kernel(
     tl.store(at + 1, shift_of(pull_base) + log_of(pull) if INSIDE else pull, mask=exists)
     tl.store(at + 2, mass, mask=exists)
     tl.store(at + 3, count, mask=exists)
-
-
-@triton.jit
-def load_numbers(numbers, of_each, length, AXIS: tl.constexpr):
-    """shift, push, pull_shift and pull of rows or columns, from (length, 4), with a dimension more at `AXIS`.
-
-    What has no push has an infinite shift: exp(l - shift), which would be infinite for great l, is 0.
-    """
-    at, inside = numbers + 4 * of_each.to(tl.int64), of_each < length
-    push = tl.load(at + 1, mask=inside, other=0.0)
-    shift = tl.where(push == 0, float("inf"), tl.load(at, mask=inside, other=0.0))
-    pull_shift = tl.expand_dims(tl.load(at + 2, mask=inside, other=0.0), AXIS)
-    pull = tl.expand_dims(tl.load(at + 3, mask=inside, other=0.0), AXIS)
-    return tl.expand_dims(shift, AXIS), tl.expand_dims(push, AXIS), pull_shift, pull
-
-
-@triton.jit
-def gradient_of(
-    logits, positive, weights, denominator, shift, push, pull_shift, pull, INSIDE: tl.constexpr, WEIGHTED: tl.constexpr
-):  # fmt: skip
-    """g of one direction."""
-    grad = tl.where(denominator, push * short_exp(logits - shift), 0.0)
-    if INSIDE:  # W exp(l - pull_shift) is at most 1, for it is a share of a sum
-        share = log_weighted(logits - pull_shift, positive, weights, WEIGHTED)
-        grad -= pull * short_exp(tl.minimum(share, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    else:
-        grad -= pull * weights
-    return grad
 
 
 @triton.jit(

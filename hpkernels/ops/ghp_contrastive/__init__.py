@@ -8,10 +8,11 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives import PositiveMask, hidden_positives
+from hpkernels.ops.hidden_positives import hidden_positives
 from hpkernels.ops.masked_topk import masked_topk
 from hpkernels.ops.multi_positive_contrastive import mean_loss
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options
+from hpkernels.positive_mask import PositiveMask
 
 Source = tuple[Tensor, Tensor]
 """Features of the anchors, and the pool of their kind."""
@@ -52,8 +53,8 @@ def ghp_contrastive(
         specific_pool: (Ms, Ds) task-specific reference pool.
         specific_weight: lambda >= 0, a float or a 0-d tensor. The float 0.0 skips task-specific discovery.
         z_mixed: (N, D) projections of the locally propagated codes, dtype of `z`.
-        anchors_per_image, temperature, base_temperature, negative_rate, negatives, seed, variant, reweight,
-            keep_specific_only, backend: see `multi_positive_contrastive`.
+        anchors_per_image, temperature, base_temperature, negative_rate, negatives: see `multi_positive_contrastive`.
+        seed, variant, reweight, keep_specific_only, backend: likewise.
         symmetric: of A and S, see `hidden_positives`.
 
     Returns:
@@ -69,7 +70,7 @@ def ghp_contrastive(
         Similarities are compared in float32 whatever the dtypes. Deterministic for a given seed. Memory: two packed
         masks of N²/8 bytes; the reference works on blocks of rows in up to 256 MiB besides.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> from torch.nn.functional import normalize
         >>> rows = normalize(torch.eye(8)[:, :4] + torch.eye(8)[:, 4:] + 0.2)

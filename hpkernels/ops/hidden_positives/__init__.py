@@ -9,7 +9,7 @@ from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
 from hpkernels.ops.hidden_positives import registration
-from hpkernels.ops.hidden_positives.positive_mask import PositiveMask
+from hpkernels.positive_mask import PositiveMask
 
 __all__ = ["PositiveMask", "hidden_positives"]
 
@@ -57,7 +57,7 @@ def hidden_positives(
         the same product. Deterministic. Memory: the mask takes N²/8 bytes, N K/8 with `keys`; the reference works on
         tiles of pairs in up to 256 MiB besides.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> features = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
         >>> hpkernels.hidden_positives(features, torch.full((3,), 0.5)).count().tolist()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hpkernels._native import supports_cpu as supports
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops._blocks import blocks
 from hpkernels.ops._coarse import CoarseProducts
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["between", "forward", "supports"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops._cuda import aligned_rows, supports
 from hpkernels.ops._kernels import ALIGNMENT
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 __all__ = ["between", "forward", "supports"]
 

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
+from hpkernels.ops._bits import pack_bits, words_of, words_per_row
 from hpkernels.ops._blocks import blocks, workspace_of
-from hpkernels.ops.hidden_positives.bits import pack_bits, words_of, words_per_row
 
 _LARGEST_TILE = 1024  # anchors on a side; larger products take no less time
 

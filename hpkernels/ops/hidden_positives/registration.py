@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hpkernels import backends
 from hpkernels.ops import _cuda, _triton
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops._kernels import full_precision
 from hpkernels.ops.hidden_positives import cpu, reference
-from hpkernels.ops.hidden_positives.bits import words_per_row
 
 _cuda.register("hidden_positives")
 _triton.register("hidden_positives")

@@ -11,56 +11,59 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import aligned_rows, comparable_products, multiply, supports
-from hpkernels.ops.hidden_positives.bits import words_per_row
+from hpkernels.ops._bits import words_per_row
+from hpkernels.ops._triton import aligned_rows, supports
+from hpkernels.ops._triton_functions import comparable_products, multiply
 
 __all__ = ["between", "forward", "supports"]
 
 
-def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:
-    """The relation bit-packed, (N, ceil(N / 32)) int32."""
-    features = aligned_rows(features)
-    anchors, dim = features.shape
-    bits = features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
-    config = _triton.configuration(hidden_positives_fwd_kernel, features)
-    tiles = triton.cdiv(anchors, config["BLOCK_N"])
-    inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
-    constants = {"PRECISION": _triton.comparable_precision(features), "SYMMETRIC": symmetric} | config
-    _triton.launch(hidden_positives_fwd_kernel, (programs(tiles, config["GROUP"]),), *inputs, **constants)
-    return bits
+@triton.jit
+def tile_of_rectangle(program, rows, columns, GROUP: tl.constexpr):
+    """Row and column of a program's tile. The programs that run at a time are those of about GROUP rows."""
+    band, inside = program // (GROUP * columns), program % (GROUP * columns)
+    height = tl.minimum(rows - band * GROUP, GROUP)
+    return band * GROUP + inside % height, inside // height
 
 
-def between(
-    features: Tensor, keys: Tensor, threshold: Tensor, key_threshold: Tensor, either: bool, first: int | None
-) -> Tensor:
-    """The relation of anchors and keys bit-packed, (N, ceil(K / 32)) int32."""
-    features, keys = aligned_rows(features), aligned_rows(keys)
-    (anchors, dim), count = features.shape, keys.shape[0]
-    bits = features.new_empty((anchors, words_per_row(count)), dtype=torch.int32)
-    config = _triton.configuration(hidden_positives_between_fwd_kernel, features)
-    programs = triton.cdiv(anchors, config["BLOCK_N"]) * triton.cdiv(count, config["BLOCK_N"])
-    own = -anchors if first is None else first  # then no anchor is a key
-    inputs = (features, *features.stride(), threshold.contiguous(), keys, *keys.stride(), key_threshold.contiguous())
-    constants = {"PRECISION": _triton.comparable_precision(features), "EITHER": either} | config
-    _triton.launch(
-        hidden_positives_between_fwd_kernel,
-        (programs,),
-        *inputs,
-        bits,
-        anchors,
-        count,
-        dim,
-        bits.shape[1],
-        own,
-        **constants,
-    )
-    return bits
+@triton.jit
+def tile_of_triangle(program, tiles, GROUP: tl.constexpr):
+    """Row and column of a program's tile; below the diagonal or beyond the last column there is none.
+
+    The programs that run at a time are those of about one square of GROUP x GROUP tiles, whose features lie in L2.
+    """
+    # Rows a and squares - 1 - a of the triangle have squares + 1 squares together, so it folds into a rectangle.
+    squares = tl.cdiv(tiles, GROUP)
+    square, inside = program // (GROUP * GROUP), program % (GROUP * GROUP)
+    fold, at = square // (squares + 1), square % (squares + 1)
+    unfolded = at < squares - fold
+    row = tl.where(unfolded, fold, squares - 1 - fold)
+    column = tl.where(unfolded, fold + at, at - 1)
+    return row * GROUP + inside % GROUP, column * GROUP + inside // GROUP
 
 
-def programs(tiles: int, group: int) -> int:
-    """How many programs `tile_of_triangle` gives tiles, or none, to."""
-    squares = triton.cdiv(tiles, group)
-    return squares * (squares + 1) // 2 * group**2
+@triton.jit
+def _sums(bits):
+    """Bytes of 8 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact.
+
+    Of numbers up to 257, 256 counts in a second byte above the first.
+    """
+    places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, bits.shape[1] // 8)[None, :]
+    powers = tl.where(places // 8 == word_bytes, 1 << (places % 8), 0).to(tl.float16)
+    return multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
+
+
+@triton.jit
+def _words(packed):
+    """Words of four bytes each."""
+    packed = tl.reshape(packed, (packed.shape[0], packed.shape[1] // 4, 4))
+    return tl.sum(packed << (8 * tl.arange(0, 4))[None, None, :], axis=2)
+
+
+@triton.jit
+def _store_words(bits, rows, columns, values, anchors, words):
+    at = bits + rows.to(tl.int64)[:, None] * words + columns[None, :]
+    tl.store(at, values, mask=(rows < anchors)[:, None] & (columns < words)[None, :])
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "tiles"])
@@ -133,49 +136,47 @@ def hidden_positives_between_fwd_kernel(
     _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), found, anchors, words)
 
 
-@triton.jit
-def tile_of_rectangle(program, rows, columns, GROUP: tl.constexpr):
-    """Row and column of a program's tile. The programs that run at a time are those of about GROUP rows."""
-    band, inside = program // (GROUP * columns), program % (GROUP * columns)
-    height = tl.minimum(rows - band * GROUP, GROUP)
-    return band * GROUP + inside % height, inside // height
+def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:
+    """The relation bit-packed, (N, ceil(N / 32)) int32."""
+    features = aligned_rows(features)
+    anchors, dim = features.shape
+    bits = features.new_empty((anchors, words_per_row(anchors)), dtype=torch.int32)
+    config = _triton.configuration(hidden_positives_fwd_kernel, features)
+    tiles = triton.cdiv(anchors, config["BLOCK_N"])
+    inputs = (features, *features.stride(), threshold.contiguous(), bits, anchors, dim, bits.shape[1], tiles)
+    constants = {"PRECISION": _triton.comparable_precision(features), "SYMMETRIC": symmetric} | config
+    _triton.launch(hidden_positives_fwd_kernel, (programs(tiles, config["GROUP"]),), *inputs, **constants)
+    return bits
 
 
-@triton.jit
-def tile_of_triangle(program, tiles, GROUP: tl.constexpr):
-    """Row and column of a program's tile; below the diagonal or beyond the last column there is none.
-
-    The programs that run at a time are those of about one square of GROUP x GROUP tiles, whose features lie in L2.
-    """
-    # Rows a and squares - 1 - a of the triangle have squares + 1 squares together, so it folds into a rectangle.
-    squares = tl.cdiv(tiles, GROUP)
-    square, inside = program // (GROUP * GROUP), program % (GROUP * GROUP)
-    fold, at = square // (squares + 1), square % (squares + 1)
-    unfolded = at < squares - fold
-    row = tl.where(unfolded, fold, squares - 1 - fold)
-    column = tl.where(unfolded, fold + at, at - 1)
-    return row * GROUP + inside % GROUP, column * GROUP + inside // GROUP
-
-
-@triton.jit
-def _sums(bits):
-    """Bytes of 8 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact.
-
-    Of numbers up to 257, 256 counts in a second byte above the first.
-    """
-    places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, bits.shape[1] // 8)[None, :]
-    powers = tl.where(places // 8 == word_bytes, 1 << (places % 8), 0).to(tl.float16)
-    return multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
-
-
-@triton.jit
-def _words(packed):
-    """Words of four bytes each."""
-    packed = tl.reshape(packed, (packed.shape[0], packed.shape[1] // 4, 4))
-    return tl.sum(packed << (8 * tl.arange(0, 4))[None, None, :], axis=2)
+def between(
+    features: Tensor, keys: Tensor, threshold: Tensor, key_threshold: Tensor, either: bool, first: int | None
+) -> Tensor:
+    """The relation of anchors and keys bit-packed, (N, ceil(K / 32)) int32."""
+    features, keys = aligned_rows(features), aligned_rows(keys)
+    (anchors, dim), count = features.shape, keys.shape[0]
+    bits = features.new_empty((anchors, words_per_row(count)), dtype=torch.int32)
+    config = _triton.configuration(hidden_positives_between_fwd_kernel, features)
+    programs = triton.cdiv(anchors, config["BLOCK_N"]) * triton.cdiv(count, config["BLOCK_N"])
+    own = -anchors if first is None else first  # then no anchor is a key
+    inputs = (features, *features.stride(), threshold.contiguous(), keys, *keys.stride(), key_threshold.contiguous())
+    constants = {"PRECISION": _triton.comparable_precision(features), "EITHER": either} | config
+    _triton.launch(
+        hidden_positives_between_fwd_kernel,
+        (programs,),
+        *inputs,
+        bits,
+        anchors,
+        count,
+        dim,
+        bits.shape[1],
+        own,
+        **constants,
+    )
+    return bits
 
 
-@triton.jit
-def _store_words(bits, rows, columns, values, anchors, words):
-    at = bits + rows.to(tl.int64)[:, None] * words + columns[None, :]
-    tl.store(at, values, mask=(rows < anchors)[:, None] & (columns < words)[None, :])
+def programs(tiles: int, group: int) -> int:
+    """How many programs `tile_of_triangle` gives tiles, or none, to."""
+    squares = triton.cdiv(tiles, group)
+    return squares * (squares + 1) // 2 * group**2

@@ -47,7 +47,7 @@ def local_propagation(
         The weights depend on the frozen backbone only: compute them once with `local_propagation_weights` and reuse
         them with `apply_local_propagation` where features are cached.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> code, tokens = torch.rand(1, 4, 5, 6), torch.rand(1, 2, 31, 8)
         >>> hpkernels.local_propagation(code, tokens, tokens).shape
@@ -98,7 +98,7 @@ def local_propagation_weights(
             ``torch.compile``, a `query` or `key` that is not finite, or whose inner products are not, is a ValueError;
             elsewhere the weights are NaN.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> tokens = torch.rand(1, 2, 30, 8)
         >>> hpkernels.local_propagation_weights(tokens, tokens, (5, 6), prefix_tokens=0).shape
@@ -125,7 +125,7 @@ def apply_local_propagation(code: Tensor, weights: Tensor, *, backend: Backend =
     Notes:
         Sums in float32 (float64). The gradient is the transposed stencil; double backward is refused. Deterministic.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> code, weights = torch.rand(1, 4, 5, 6), torch.zeros(1, 9, 5, 6)
         >>> weights[:, 4] = 1  # the middle cell alone: nothing moves

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
 from hpkernels.ops import _checks as check
 from hpkernels.ops._blocks import row_blocks
 

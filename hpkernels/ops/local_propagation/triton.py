@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops import _triton
-from hpkernels.ops._triton import load_features, load_rows, multiply, row_addresses, supports
+from hpkernels.ops._triton import supports
+from hpkernels.ops._triton_functions import load_features, load_rows, multiply, row_addresses
 
 __all__ = ["apply_backward", "apply_forward", "supports", "weights_forward"]
 
@@ -24,145 +25,6 @@ WORKSPACE_BYTES = 24 << 20
 _COLUMNS_OF_A_WARP = 1024
 _MOST_WARPS = 16
 _ROUNDING = tl.constexpr(8 * torch.finfo(torch.float32).eps)
-
-
-def weights_forward(
-    query: Tensor,
-    key: Tensor,
-    height: int,
-    width: int,
-    sigma: float,
-    low: float,
-    high: float,
-    window: int,
-    prefix_tokens: int,
-) -> Tensor:
-    """T_ij / c_i for the window of each patch, (B, window², H, W)."""
-    images, heads, _, dim = query.shape
-    patches = height * width
-    query, key = query[:, :, prefix_tokens:], key[:, :, prefix_tokens:]
-    product = (query, key, *query.stride(), *key.stride(), patches, heads, dim, 1 / (heads * math.sqrt(dim)))
-    row = (height, width, sigma / patches, *_ranks(low, patches), *_ranks(high, patches))
-    weights = query.new_zeros((images, window * window, height, width), dtype=torch.float32)
-    config = _triton.configuration(logits_fwd_kernel, query)
-    rows, row_tiles = config["BLOCK_ROWS"], triton.cdiv(patches, config["BLOCK_ROWS"])
-    tiles, column_tiles = images * row_tiles, triton.cdiv(patches, config["BLOCK_COLUMNS"])
-    passes = triton.cdiv(tiles, max(1, WORKSPACE_BYTES // (4 * rows * patches)))
-    logits = query.new_empty((triton.cdiv(tiles, passes) * rows, patches), dtype=torch.float32)
-    columns = triton.next_power_of_2(patches)
-    row_config = _triton.configuration(rows_fwd_kernel, logits) | {"WINDOW": window, "BLOCK_COLUMNS": columns}
-    row_config["num_warps"] = min(_MOST_WARPS, row_config["num_warps"] * triton.cdiv(columns, _COLUMNS_OF_A_WARP))
-    for i in range(passes):
-        first, last = (tiles * end // passes for end in (i, i + 1))
-        start, stop = (tile // row_tiles * patches + tile % row_tiles * rows for tile in (first, last))
-        grid = ((last - first) * column_tiles,)
-        _triton.launch(logits_fwd_kernel, grid, *product, logits, first, start, **config)
-        grid = (triton.cdiv(stop - start, row_config["BLOCK_ROWS"]),)
-        _triton.launch(rows_fwd_kernel, grid, logits, weights, start, stop, *row, **row_config)
-    return weights
-
-
-def _ranks(quantile: float, count: int) -> tuple[int, int, float]:
-    """The two order statistics between which `quantile` of `count` values lies, and how far it is from the first."""
-    position = quantile * (count - 1)
-    below = math.floor(position)
-    return below, min(below + 1, count - 1), position - below
-
-
-def apply_forward(code: Tensor, weights: Tensor) -> Tensor:
-    """The stencil: each patch gathers its window, (B, D, H, W)."""
-    return _stencil(apply_fwd_kernel, code, weights)
-
-
-def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """The transposed stencil: each patch gathers the gradients of the patches whose windows hold it."""
-    return _stencil(apply_bwd_kernel, grad, weights)
-
-
-def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
-    result = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
-    config = _triton.configuration(kernel, maps)
-    images, dim, height, width = maps.shape
-    patch_tiles = triton.cdiv(height * width, config["BLOCK_PATCHES"])
-    grid = (images * triton.cdiv(dim, config["BLOCK_D"]) * patch_tiles,)
-    sizes = (*maps.shape[1:], *maps.stride(), *weights.stride())
-    _triton.launch(kernel, grid, maps, weights, result, *sizes, WINDOW=math.isqrt(weights.shape[1]), **config)
-    return result
-
-
-@triton.jit(do_not_specialize=["first_tile", "first_row"])
-def logits_fwd_kernel(
-    query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
-    patches, heads, dim, scale, logits, first_tile, first_row,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """logits[b * G + i - first_row, j] = (1 / (heads * sqrt(d))) * sum over heads of <q_i, k_j> in image b.
-
-    Bytes: the tokens of both tiles; logits, 4 a pair.
-    """
-    column_tiles, row_tiles = tl.cdiv(patches, BLOCK_COLUMNS), tl.cdiv(patches, BLOCK_ROWS)
-    tile = first_tile + tl.program_id(0) // column_tiles
-    image, rows = tile // row_tiles, _tile(tile % row_tiles, BLOCK_ROWS)
-    columns = _tile(tl.program_id(0) % column_tiles, BLOCK_COLUMNS)
-    values = _logits(
-        query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
-        patches, heads, dim, scale, image, rows, columns, BLOCK_D,
-    )  # fmt: skip
-    at = (image * patches + rows - first_row).to(tl.int64)[:, None] * patches + columns[None, :]
-    tl.store(logits + at, values, mask=(rows < patches)[:, None] & (columns < patches)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_row", "last_row"])
-def rows_fwd_kernel(
-    logits, weights, first_row, last_row, height, width, sigma, low, low_next, low_part, high, high_next, high_part,
-    WINDOW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """weights[b, cell, i] = T_ij / c_i for the j at `cell` of the window of i; cells outside the image stay 0.
-
-    Rows of logits are clamped and normalised in registers. Bytes: logits once, G * 4 a patch; weights, window² * 4.
-    """
-    patches = height * width
-    local = _tile(tl.program_id(0), BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_COLUMNS)
-    values = load_rows(logits, local, patches, columns, 1, last_row - first_row, patches)
-    row = first_row + local
-    _store_window(
-        values, row // patches, row % patches, columns, row < last_row,
-        weights, height, width, sigma, low, low_next, low_part, high, high_next, high_part, WINDOW,
-    )  # fmt: skip
-
-
-@triton.jit
-def apply_fwd_kernel(
-    code, weights, mixed, dim, height, width, code_image, code_step, code_y, code_x,
-    weights_image, weights_cell, weights_y, weights_x,
-    WINDOW: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], inside the image only.
-
-    Bytes: code and mixed once each, B * D * G elements; weights, B * window² * G elements, once for every BLOCK_D
-    features. The neighbours of a patch come from cache.
-    """
-    _sum_window(
-        code, weights, mixed, dim, height, width, code_image, code_step, code_y, code_x,
-        weights_image, weights_cell, weights_y, weights_x, False, WINDOW, BLOCK_PATCHES, BLOCK_D,
-    )  # fmt: skip
-
-
-@triton.jit
-def apply_bwd_kernel(
-    grad_mixed, weights, grad_code, dim, height, width, grad_image, grad_step, grad_y, grad_x,
-    weights_image, weights_cell, weights_y, weights_x,
-    WINDOW: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad_code[b, d, p] = sum over cells of (weights[b, cell, .] * grad_mixed[b, d, .])[p - offset(cell)].
-
-    A sum over the patches whose window holds p, so a gather too. Bytes: as `apply_fwd_kernel`.
-    """
-    _sum_window(
-        grad_mixed, weights, grad_code, dim, height, width, grad_image, grad_step, grad_y, grad_x,
-        weights_image, weights_cell, weights_y, weights_x, True, WINDOW, BLOCK_PATCHES, BLOCK_D,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -320,3 +182,142 @@ def _sum_window(
 
     at = (image * dim + feature)[:, None] * patches + patch[None, :]
     tl.store(result + at, sums.to(result.dtype.element_ty), mask=(feature < dim)[:, None] & (patch < patches)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_tile", "first_row"])
+def logits_fwd_kernel(
+    query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
+    patches, heads, dim, scale, logits, first_tile, first_row,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """logits[b * G + i - first_row, j] = (1 / (heads * sqrt(d))) * sum over heads of <q_i, k_j> in image b.
+
+    Bytes: the tokens of both tiles; logits, 4 a pair.
+    """
+    column_tiles, row_tiles = tl.cdiv(patches, BLOCK_COLUMNS), tl.cdiv(patches, BLOCK_ROWS)
+    tile = first_tile + tl.program_id(0) // column_tiles
+    image, rows = tile // row_tiles, _tile(tile % row_tiles, BLOCK_ROWS)
+    columns = _tile(tl.program_id(0) % column_tiles, BLOCK_COLUMNS)
+    values = _logits(
+        query, key, query_image, query_head, query_token, query_step, key_image, key_head, key_token, key_step,
+        patches, heads, dim, scale, image, rows, columns, BLOCK_D,
+    )  # fmt: skip
+    at = (image * patches + rows - first_row).to(tl.int64)[:, None] * patches + columns[None, :]
+    tl.store(logits + at, values, mask=(rows < patches)[:, None] & (columns < patches)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row"])
+def rows_fwd_kernel(
+    logits, weights, first_row, last_row, height, width, sigma, low, low_next, low_part, high, high_next, high_part,
+    WINDOW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """weights[b, cell, i] = T_ij / c_i for the j at `cell` of the window of i; cells outside the image stay 0.
+
+    Rows of logits are clamped and normalised in registers. Bytes: logits once, G * 4 a patch; weights, window² * 4.
+    """
+    patches = height * width
+    local = _tile(tl.program_id(0), BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    values = load_rows(logits, local, patches, columns, 1, last_row - first_row, patches)
+    row = first_row + local
+    _store_window(
+        values, row // patches, row % patches, columns, row < last_row,
+        weights, height, width, sigma, low, low_next, low_part, high, high_next, high_part, WINDOW,
+    )  # fmt: skip
+
+
+@triton.jit
+def apply_fwd_kernel(
+    code, weights, mixed, dim, height, width, code_image, code_step, code_y, code_x,
+    weights_image, weights_cell, weights_y, weights_x,
+    WINDOW: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """mixed[b, d, p] = sum over cells of weights[b, cell, p] * code[b, d, p + offset(cell)], inside the image only.
+
+    Bytes: code and mixed once each, B * D * G elements; weights, B * window² * G elements, once for every BLOCK_D
+    features. The neighbours of a patch come from cache.
+    """
+    _sum_window(
+        code, weights, mixed, dim, height, width, code_image, code_step, code_y, code_x,
+        weights_image, weights_cell, weights_y, weights_x, False, WINDOW, BLOCK_PATCHES, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def apply_bwd_kernel(
+    grad_mixed, weights, grad_code, dim, height, width, grad_image, grad_step, grad_y, grad_x,
+    weights_image, weights_cell, weights_y, weights_x,
+    WINDOW: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_code[b, d, p] = sum over cells of (weights[b, cell, .] * grad_mixed[b, d, .])[p - offset(cell)].
+
+    A sum over the patches whose window holds p, so a gather too. Bytes: as `apply_fwd_kernel`.
+    """
+    _sum_window(
+        grad_mixed, weights, grad_code, dim, height, width, grad_image, grad_step, grad_y, grad_x,
+        weights_image, weights_cell, weights_y, weights_x, True, WINDOW, BLOCK_PATCHES, BLOCK_D,
+    )  # fmt: skip
+
+
+def weights_forward(
+    query: Tensor,
+    key: Tensor,
+    height: int,
+    width: int,
+    sigma: float,
+    low: float,
+    high: float,
+    window: int,
+    prefix_tokens: int,
+) -> Tensor:
+    """T_ij / c_i for the window of each patch, (B, window², H, W)."""
+    images, heads, _, dim = query.shape
+    patches = height * width
+    query, key = query[:, :, prefix_tokens:], key[:, :, prefix_tokens:]
+    product = (query, key, *query.stride(), *key.stride(), patches, heads, dim, 1 / (heads * math.sqrt(dim)))
+    row = (height, width, sigma / patches, *_ranks(low, patches), *_ranks(high, patches))
+    weights = query.new_zeros((images, window * window, height, width), dtype=torch.float32)
+    config = _triton.configuration(logits_fwd_kernel, query)
+    rows, row_tiles = config["BLOCK_ROWS"], triton.cdiv(patches, config["BLOCK_ROWS"])
+    tiles, column_tiles = images * row_tiles, triton.cdiv(patches, config["BLOCK_COLUMNS"])
+    passes = triton.cdiv(tiles, max(1, WORKSPACE_BYTES // (4 * rows * patches)))
+    logits = query.new_empty((triton.cdiv(tiles, passes) * rows, patches), dtype=torch.float32)
+    columns = triton.next_power_of_2(patches)
+    row_config = _triton.configuration(rows_fwd_kernel, logits) | {"WINDOW": window, "BLOCK_COLUMNS": columns}
+    row_config["num_warps"] = min(_MOST_WARPS, row_config["num_warps"] * triton.cdiv(columns, _COLUMNS_OF_A_WARP))
+    for i in range(passes):
+        first, last = (tiles * end // passes for end in (i, i + 1))
+        start, stop = (tile // row_tiles * patches + tile % row_tiles * rows for tile in (first, last))
+        grid = ((last - first) * column_tiles,)
+        _triton.launch(logits_fwd_kernel, grid, *product, logits, first, start, **config)
+        grid = (triton.cdiv(stop - start, row_config["BLOCK_ROWS"]),)
+        _triton.launch(rows_fwd_kernel, grid, logits, weights, start, stop, *row, **row_config)
+    return weights
+
+
+def _ranks(quantile: float, count: int) -> tuple[int, int, float]:
+    """The two order statistics between which `quantile` of `count` values lies, and how far it is from the first."""
+    position = quantile * (count - 1)
+    below = math.floor(position)
+    return below, min(below + 1, count - 1), position - below
+
+
+def apply_forward(code: Tensor, weights: Tensor) -> Tensor:
+    """The stencil: each patch gathers its window, (B, D, H, W)."""
+    return _stencil(apply_fwd_kernel, code, weights)
+
+
+def apply_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """The transposed stencil: each patch gathers the gradients of the patches whose windows hold it."""
+    return _stencil(apply_bwd_kernel, grad, weights)
+
+
+def _stencil(kernel, maps: Tensor, weights: Tensor) -> Tensor:
+    result = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
+    config = _triton.configuration(kernel, maps)
+    images, dim, height, width = maps.shape
+    patch_tiles = triton.cdiv(height * width, config["BLOCK_PATCHES"])
+    grid = (images * triton.cdiv(dim, config["BLOCK_D"]) * patch_tiles,)
+    sizes = (*maps.shape[1:], *maps.stride(), *weights.stride())
+    _triton.launch(kernel, grid, maps, weights, result, *sizes, WINDOW=math.isqrt(weights.shape[1]), **config)
+    return result

@@ -59,7 +59,7 @@ def masked_topk(
         `values`; double backward is refused. Deterministic. Memory: the (N, k) results; the reference works on
         blocks of queries in up to 256 MiB besides.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
         >>> values, indices = hpkernels.masked_topk(torch.tensor([[0.0, 1.0]]), pool, k=2)

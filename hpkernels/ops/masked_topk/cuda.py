@@ -16,7 +16,7 @@ from hpkernels.ops.masked_topk import reference
 __all__ = ["backward", "forward", "supports"]
 
 MOST_KEPT = 128
-_MOST_OF_A_PASS = 16  # kMostTopk of csrc/masked_topk/masked_topk_cuda.h
+_MOST_OF_A_PASS = 16  # kMostTopk of csrc/masked_topk/masked_topk.h
 _BLOCKS = 1024  # of the gradient of the pool: a few for each multiprocessor of the largest GPUs
 _LEAST_ENTRIES = 256  # of such a block
 
@@ -79,7 +79,7 @@ def _parts(queries: int, references: int) -> int:
 
 
 def _values_and_indices(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rank_key` of csrc/masked_topk/keys.h put together; index -1 with -inf and NaN."""
+    """What `rank_key` of csrc/masked_topk/rank_keys.h put together; index -1 with -inf and NaN."""
     bits = (keys >> 32).to(torch.int32)
     values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return values, (0x7FFFFFFF - (keys & 0x7FFFFFFF)).masked_fill(~(values > -torch.inf), -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
 from hpkernels.ops import _checks as check
 from hpkernels.ops._blocks import row_blocks
 

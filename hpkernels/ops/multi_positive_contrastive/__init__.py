@@ -8,10 +8,10 @@ from torch import Tensor
 from hpkernels import backends
 from hpkernels.backends import Backend
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives import PositiveMask
-from hpkernels.ops.hidden_positives.bits import words_per_row
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import registration
 from hpkernels.ops.multi_positive_contrastive.options import ContrastiveOptions, Variant, check_options, without_ignored
+from hpkernels.positive_mask import PositiveMask
 
 
 def multi_positive_contrastive(
@@ -47,7 +47,7 @@ def multi_positive_contrastive(
         specific: task-specific positives S in the same forms, or None.
         specific_weight: lambda >= 0, a float or a 0-d tensor; a positive one needs `specific`.
         anchors_per_image: G, a divisor of N. None: all anchors are one image.
-        temperature: > 0.
+        temperature: positive.
         base_temperature: the loss is multiplied by temperature / base_temperature. None: no scaling.
         negative_rate: probability in [0, 1] that a (patch position, anchor) pair is drawn as a negative.
         negatives: (G, N) bool mask to use instead of a draw: row = patch position, column = anchor.
@@ -77,7 +77,7 @@ def multi_positive_contrastive(
         Deterministic. Kept for backward: z, the packed masks and four numbers an anchor; on a GPU also R and the lists
         of pairs, of up to half of the bytes of a mask. The reference works on blocks of rows in up to 256 MiB.
 
-    Example:
+    Examples:
         >>> import torch, hpkernels
         >>> z = torch.nn.functional.normalize(torch.eye(4) + 0.1).requires_grad_()
         >>> positives = hpkernels.PositiveMask.from_labels(torch.tensor([0, 0, 1, 1]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,36 +16,15 @@ from torch import Tensor
 from hpkernels._native import supports_cpu as supports
 from hpkernels.cost import contrastive_route
 from hpkernels.ops import _checks as check
+from hpkernels.ops._bits import as_bits, words_per_row
 from hpkernels.ops._blocks import blocks
-from hpkernels.ops.hidden_positives.bits import as_bits, words_per_row
-from hpkernels.ops.multi_positive_contrastive.reference import images_of, kept_images, loss_of_statistics, stacked
+from hpkernels.ops.multi_positive_contrastive import reference
+from hpkernels.ops.multi_positive_contrastive.reference import images_of, loss_of_statistics, stacked
 from hpkernels.ops.multi_positive_contrastive.relations import Transposed
 
 __all__ = ["backward", "forward", "images_of", "prepare", "supports"]
 
 _SIDE = 1024  # anchors of a block at the most: whole images, or a part of one
-
-
-def prepare(
-    positives: Tensor,
-    specific: Tensor | None,
-    specific_weight: Tensor,
-    negatives: Tensor | None,
-    seed: Tensor,
-    anchors_per_image: int,
-    negative_rate: float,
-    variant: str,
-    reweight: bool,
-    keep_specific_only: bool,
-    *_: Any,
-    anchors: int | None = None,
-    first: int = 0,
-) -> list[Tensor]:
-    """As of the reference, with negatives that are drawn once for all."""
-    if anchors is None or len(positives) == anchors:
-        return []
-    drawn = _negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
-    return [kept_images(positives, specific, drawn, first, specific_weight, variant, keep_specific_only)]
 
 
 def forward(
@@ -170,6 +148,9 @@ def _drawn(seed: int, rows: int, columns: int, rate: float) -> Tensor:
     bits = torch.empty((rows, words_per_row(columns)), dtype=torch.int32, device="cpu")
     torch.ops.hpkernels_cpu.draw_negatives(seed, columns, rate, bits)
     return bits
+
+
+prepare = functools.partial(reference.prepare, bits_of=_negative_bits)
 
 
 def _contiguous(positives: Tensor, specific: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops._cuda import aligned_rows, supports
-from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
 from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach, images_of
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops import _checks as check
-from hpkernels.ops.hidden_positives.bits import pack_bits
-from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
+from hpkernels.ops._bits import pack_bits
+from hpkernels.ops.multi_positive_contrastive.relations import negative_bits
 
 Variant = Literal["joint", "separate"]
 """How the terms of A and S are put together."""

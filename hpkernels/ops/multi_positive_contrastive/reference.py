@@ -26,18 +26,17 @@ backward takes the statistics of all anchors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpkernels.backends import Availability
+from hpkernels._native import Availability
 from hpkernels.ops import _checks as check
+from hpkernels.ops._bits import population_count
 from hpkernels.ops._blocks import row_blocks
-from hpkernels.ops.hidden_positives.bits import population_count
-from hpkernels.ops.multi_positive_contrastive.negatives import negative_bits
-from hpkernels.ops.multi_positive_contrastive.relations import Relations, Transposed, negatives_of
+from hpkernels.ops.multi_positive_contrastive.relations import Relations, Transposed, negative_bits, negatives_of
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> Availability:
@@ -199,11 +198,12 @@ def prepare(
     *_: Any,
     anchors: int | None = None,
     first: int = 0,
+    bits_of: Callable[..., Tensor] = negative_bits,
 ) -> list[Tensor]:
     """For all anchors nothing: relations are read where they are needed. For a part of N `anchors` `kept_images`."""
     if anchors is None or len(positives) == anchors:
         return []
-    bits = negative_bits(negatives, seed, anchors_per_image, anchors, negative_rate)
+    bits = bits_of(negatives, seed, anchors_per_image, anchors, negative_rate)
     weighting = (specific_weight, variant, keep_specific_only)
     return [kept_images(positives, specific, bits, first, *weighting)]
 

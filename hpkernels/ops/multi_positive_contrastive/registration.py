@@ -21,8 +21,8 @@ from hpkernels import backends
 from hpkernels.ops import _checks as check
 from hpkernels.ops import _cuda, _triton
 from hpkernels.ops._kernels import full_precision, refuse_double_backward
-from hpkernels.ops.hidden_positives.positive_mask import check_bits
 from hpkernels.ops.multi_positive_contrastive import cpu, reference, routes
+from hpkernels.positive_mask import check_bits
 
 _cuda.register("multi_positive_contrastive")
 _triton.register("multi_positive_contrastive")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
-from hpkernels.ops.hidden_positives.bits import as_bits, transposed_bits
+from hpkernels.ops._bits import as_bits, transposed_bits
 
 _MOST_LISTED = 2**31 - 1  # positives across images; up to N = 378 000 their density is what bounds them
 _STAGED_BYTES = 2**31  # of gradients of sampled columns at a time

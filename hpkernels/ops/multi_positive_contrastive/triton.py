@@ -15,26 +15,28 @@ import triton
 from torch import Tensor
 
 from hpkernels.ops import _triton
+from hpkernels.ops._bits import words_per_row
 from hpkernels.ops._triton import supports
-from hpkernels.ops.hidden_positives.bits import words_per_row
 from hpkernels.ops.multi_positive_contrastive import routes
 from hpkernels.ops.multi_positive_contrastive.routes import Pairs, Reach, images_of
-from hpkernels.ops.multi_positive_contrastive.triton_bits import (
-    draw_negatives_kernel,
-    list_negatives_kernel,
-    list_positives_kernel,
-    transpose_negatives_kernel,
+from hpkernels.ops.multi_positive_contrastive.triton_anchors import (
+    contrastive_scale_kernel,
+    contrastive_square_kernel,
+    contrastive_weigh_kernel,
 )
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
     contrastive_blocks_bwd_kernel,
     contrastive_blocks_fwd_kernel,
 )
+from hpkernels.ops.multi_positive_contrastive.triton_pairs import (
+    draw_negatives_kernel,
+    list_negatives_kernel,
+    list_positives_kernel,
+    transpose_negatives_kernel,
+)
 from hpkernels.ops.multi_positive_contrastive.triton_rows import (
     contrastive_rows_bwd_kernel,
     contrastive_rows_fwd_kernel,
-    contrastive_scale_kernel,
-    contrastive_square_kernel,
-    contrastive_weigh_kernel,
 )
 from hpkernels.ops.multi_positive_contrastive.triton_sampled import (
     sampled_columns_bwd_kernel,

@@ -12,10 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton import load_rows, multiply, products_and_tile
-from hpkernels.ops.multi_positive_contrastive.triton_bits import bits_of, low_bits, words_from
+from hpkernels.ops._triton_functions import (
+    bits_of,
+    load_rows,
+    low_bits,
+    multiply,
+    products_and_tile,
+    short_exp,
+    words_from,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_BASE = tl.constexpr(40.0)
 """Up to which a bound of all logits is the base of their log-sum: the least of them is exp(-2 * 40) of it."""
 
@@ -100,12 +106,6 @@ def drawn_words(negatives, anchors, group, words, start, SAMPLED: tl.constexpr, 
 
 
 @triton.jit
-def short_exp(x):
-    """exp(x) in fewer instructions than ``tl.exp``, which keeps subnormal numbers."""
-    return tl.exp2(x * LOG2_E)
-
-
-@triton.jit
 def raise_base(base, total, logits, included):
     """The greatest of each row's included logits so far, and the sum of exp(logit - base) for it."""
     raised = tl.maximum(base, tl.max(tl.where(included, logits, float("-inf")), axis=1))
@@ -124,6 +124,22 @@ def sum_of_terms(base, logits, included):
 def log_sum_of(base, total):
     """The logarithm of a total of exp(logit - base), -inf if nothing was included."""
     return tl.where(total > 0, base + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+
+
+@triton.jit
+def load_numbers(numbers, rows):
+    """r, f, pull and specific pull of some rows, from (N, 4); 0 for rows of -1."""
+    at = numbers + 4 * rows
+    inside = rows >= 0
+    base = tl.load(at, mask=inside, other=0.0)
+    push = tl.load(at + 1, mask=inside, other=0.0)
+    return base, push, tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
+
+
+@triton.jit
+def term_of(difference):
+    """exp of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
+    return short_exp(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "group", "own_first", "own_count"])
@@ -179,22 +195,6 @@ def contrastive_blocks_fwd_kernel(
     tl.store(at, log_sum_of(base, total), mask=of_rows >= 0)
     tl.store(at + count, agnostic_sum, mask=of_rows >= 0)
     tl.store(at + 2 * count, specific_sum, mask=of_rows >= 0)
-
-
-@triton.jit
-def load_numbers(numbers, rows):
-    """r, f, pull and specific pull of some rows, from (N, 4); 0 for rows of -1."""
-    at = numbers + 4 * rows
-    inside = rows >= 0
-    base = tl.load(at, mask=inside, other=0.0)
-    push = tl.load(at + 1, mask=inside, other=0.0)
-    return base, push, tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
-
-
-@triton.jit
-def term_of(difference):
-    """exp of a logit less a log-denominator, finite also for pairs that are not in that, whose factor is 0."""
-    return short_exp(tl.minimum(difference, 1.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "words_t", "group", "own_first", "own_count"])

@@ -9,14 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton import load_rows, multiply, products_and_tile
-from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
-    load_numbers,
-    log_sum_of,
-    raise_base,
-    short_exp,
-    sum_of_terms,
-)
+from hpkernels.ops._triton_functions import load_rows, multiply, products_and_tile, short_exp
+from hpkernels.ops.multi_positive_contrastive.triton_blocks import load_numbers, log_sum_of, raise_base, sum_of_terms
 
 
 @triton.jit

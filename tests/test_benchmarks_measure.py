@@ -1,0 +1,479 @@
+"""Timers of a GPU with a fake `torch.cuda`, NVML with a fake package, rates on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import hpkernels
+from benchmarks import estimates, measure, nvml, rates, timers
+from benchmarks import results as records
+from benchmarks import run as runner
+from benchmarks.cases import OPS, Case, cases
+from benchmarks.providers import provider
+from hpkernels.cost import DEVICES, Device
+
+
+class FakeGpu:
+    """Logs what is asked of a GPU, in order; a graph runs what was captured, and 2 ms lie between two events."""
+
+    def __init__(self, monkeypatch, refuses: str = "", captures: bool = True):
+        self.log, self.refuses, self.captures, self.pools = [], refuses, captures, []
+        gpu = self
+
+        class Event:
+            made = 0
+
+            def __init__(self, enable_timing):
+                assert enable_timing
+                Event.made += 1
+                self.name = "start" if Event.made % 2 else "end"
+
+            def record(self):
+                gpu.log.append(self.name)
+
+            def elapsed_time(self, end):
+                assert (self.name, end.name) == ("start", "end")
+                return 2.0  # milliseconds
+
+        class Graph:
+            def replay(self):
+                gpu.log.append("replay")
+                if gpu.captures:
+                    self.call()
+
+        class graph:  # noqa: N801  # as PyTorch's
+            def __init__(self, graph, pool=None):
+                gpu.pools.append(pool)
+
+            def __enter__(self):
+                if gpu.refuses:
+                    raise RuntimeError(gpu.refuses)
+
+            def __exit__(self, *_):
+                pass
+
+        fakes = {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: nullcontext(),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "synchronize": lambda: self.log.append("wait"),
+            "is_initialized": lambda: True,
+            "graph_pool_handle": lambda: "the pool",
+            "current_device": lambda: 0,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        self.graph_class = Graph
+        self.card = SimpleNamespace(last=nvml.Sample(), sample=self.sample, missing="")
+        monkeypatch.setattr(timers, "flush_cache", lambda: self.log.append("flush"))
+        monkeypatch.setattr(nvml, "card", lambda: self.card)
+        monkeypatch.setattr(timers.time, "sleep", lambda seconds: self.log.append(f"sleep {seconds}"))
+
+    def sample(self):
+        self.log.append("sample")
+        return self.card.last
+
+    def call(self):
+        """A call that writes into one tensor, as a captured one does."""
+        result = torch.zeros(3)
+
+        def run(name="call"):
+            self.log.append(name)
+            return result.copy_(torch.arange(3.0))
+
+        self.graph_class.call = staticmethod(lambda: run("replayed"))
+        return run
+
+
+def test_a_graph_is_replayed_between_events_with_a_cold_cache(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    timer = timers.GpuTimer(gpu.call(), "a pool")
+    assert (timer.times.timer, timer.times.note, gpu.pools) == ("graph", "", ["a pool"])
+    gpu.log.clear()
+    timer.repeat()
+    device = ["flush", "start", "replay", "replayed", "end", "sample", "wait"]
+    assert gpu.log == ["sleep 0.002", *device, "flush", "wait", "call", "wait"]
+    assert timer.times.seconds == [0.002] and timer.times.wall[0] > 0 and len(timer.times.samples) == 1
+
+
+def test_a_call_that_cannot_be_captured_is_timed_by_events(monkeypatch):
+    gpu = FakeGpu(monkeypatch, refuses="operation not permitted\nmore")
+    timer = timers.GpuTimer(gpu.call())
+    assert (timer.times.timer, timer.times.note) == ("events", "no graph: operation not permitted")
+    gpu.log.clear()
+    timer.repeat()
+    assert gpu.log[1:7] == ["flush", "start", "call", "end", "sample", "wait"]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_graph_that_does_not_do_the_work_is_not_timed(captures, monkeypatch):
+    """As that of a library with streams of its own, whose replay takes no time."""
+    gpu = FakeGpu(monkeypatch, captures=captures)
+    results = [torch.arange(3.0) for _ in range(3)]  # of a first call, of the captured one, of one to compare with
+    gpu.graph_class.call = lambda graph: results[1].copy_(torch.arange(3.0))
+    left = iter(results)
+    timer = timers.GpuTimer(lambda: {"loss": next(left)})
+    expected = ("graph", "") if captures else ("events", "no graph: replayed, it gives other results")
+    assert (timer.times.timer, timer.times.note) == expected
+    assert gpu.log.count("replay") == 1
+
+
+def test_warm_up_ends_when_it_is_stable():
+    medians = (3, 2, 1.5, 1.01, 1, 1.02)
+    series = iter([0.001 * median for median in medians for _ in range(timers.BATCH)])
+    assert timers.stable(lambda: next(series))
+    assert next(series, None) is None  # of six batches the last three agree
+
+
+def test_what_events_do_not_resolve_is_stable():
+    series = iter([1e-6 * median for median in (5, 5.5, 4.6) for _ in range(timers.BATCH)])
+    assert timers.stable(lambda: next(series))
+
+
+def test_warm_up_ends_at_its_limit(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timers, "WARM_UP", 5)
+    series = [0.001 * median for median in range(1, 9) for _ in range(timers.BATCH)]
+    left = iter(series)
+    assert not timers.stable(lambda: next(left))
+    assert len(series) - len(list(left)) == 4 * timers.BATCH  # begun at 1, 2, 3 and 4 of 5 seconds
+
+
+def test_a_batch_of_long_calls_is_short():
+    calls = []
+    assert timers.stable(lambda: calls.append(1) or 0.3)
+    assert len(calls) == timers.WINDOW
+
+
+def test_an_unstable_time_is_told(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    timer = timers.GpuTimer(gpu.call())
+    monkeypatch.setattr(timers, "stable", lambda call: call() is None)
+    timer.warm_up()
+    assert timer.times.note == "its time was not stable after the warm-up"
+    assert timer.times.seconds == timer.times.samples == []
+    assert "sample" not in gpu.log
+
+
+def test_a_throttled_card_rests_longer(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    timer = timers.GpuTimer(gpu.call())
+    gpu.log.clear()
+    timer.repeat()
+    gpu.card.last = nvml.Sample(throttled=("power cap",))
+    timer.repeat()
+    assert [entry for entry in gpu.log if entry.startswith("sleep")] == ["sleep 0.002", "sleep 0.1"]
+    assert nvml.summary(timer.times.samples) == {"throttled": "power cap"}
+
+
+def test_calls_on_a_gpu_take_turns(monkeypatch):
+    gpu = FakeGpu(monkeypatch, refuses="no")
+    monkeypatch.setattr(timers, "stable", lambda call: True)
+    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    calls = {name: lambda name=name: gpu.log.append(name) for name in "ab"}
+    measured = measure.times(calls, "cuda")
+    turns = [entry for entry in gpu.log if entry in "ab"]
+    assert turns[2:] == ["a", "a", "b", "b"] * measure.REPETITIONS  # by events and by the wall clock
+    assert gpu.pools == ["the pool"] * 2
+    assert {len(times.seconds) for times in measured.values()} == {measure.REPETITIONS}
+
+
+def test_a_call_that_does_not_fit_beside_others_is_told(monkeypatch):
+    FakeGpu(monkeypatch, refuses="no")
+    monkeypatch.setattr(timers, "stable", lambda call: True)
+    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    left = iter([None, None])
+
+    def large():
+        if next(left, "spent") == "spent":
+            raise torch.OutOfMemoryError("out of memory")
+
+    measured = measure.times({"large": large, "small": lambda: None}, "cuda")
+    assert measured["large"].note == "no graph: no; did not fit into memory beside the other providers"
+    assert len(measured["small"].seconds) == measure.REPETITIONS
+
+
+@pytest.mark.parametrize(("l2", "size"), [(50 * 2**20, 100 * 2**20), (0, timers.UNKNOWN_L2)])
+def test_flushing_writes_twice_the_cache(l2, size, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=l2))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    buffer = SimpleNamespace(zero_=lambda: made.append("written"))
+    monkeypatch.setattr(torch, "empty", lambda count, dtype, device: made.append((count, dtype, device)) or buffer)
+    timers._flushing_buffer.cache_clear()
+    try:
+        timers.flush_cache()
+        timers.flush_cache()
+    finally:
+        timers._flushing_buffer.cache_clear()
+    assert made == [(size, torch.int8, "cuda:0"), "written", "written"]
+
+
+class NVMLError(Exception):
+    pass
+
+
+class NotSupportedError(NVMLError):
+    pass
+
+
+def raising(*_):
+    raise NotSupportedError("Not Supported")
+
+
+def fake_nvml(**changes):
+    answers = {
+        "NVMLError": NVMLError,
+        "NVML_CLOCK_SM": 1,
+        "NVML_CLOCK_MEM": 2,
+        "NVML_TEMPERATURE_GPU": 0,
+        "nvmlInit": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetHandleByPciBusId": lambda bus: bus,
+        "nvmlDeviceGetClockInfo": lambda handle, kind: {1: 1980, 2: 2619}[kind],
+        "nvmlDeviceGetPowerUsage": lambda handle: 412345,
+        "nvmlDeviceGetTemperature": lambda handle, sensor: 61,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x05,  # idle, and the power cap
+    }
+    return SimpleNamespace(**{name: value for name, value in (answers | changes).items() if value is not None})
+
+
+@pytest.fixture
+def card(monkeypatch):
+    place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def made(package):
+        monkeypatch.setitem(sys.modules, "pynvml", package)
+        return nvml.Card()
+
+    return made
+
+
+def test_nvml(card):
+    found = card(fake_nvml())
+    assert (found.driver, found.missing, found._handle) == ("580.1", "", "00000000:3B:00.0")
+    sample = found.sample()
+    assert sample == found.last == nvml.Sample(1980, 2619, 412.345, 61, ("power cap",))
+    hotter = sample._replace(temperature_c=63, sm_mhz=1900, throttled=("power cap", "hardware thermal"))
+    assert nvml.summary([sample, hotter, sample]) == {
+        "sm_mhz": 1980,
+        "memory_mhz": 2619,
+        "power_w": 412.3,
+        "temperature_c": 63,
+        "throttled": "power cap, hardware thermal",
+    }
+
+
+def test_without_the_package_there_is_nothing(card):
+    found = card(None)
+    assert (found.driver, found.missing) == ("", "nvidia-ml-py is not installed")
+    assert found.sample() == nvml.Sample() and nvml.summary([found.sample()]) == {}
+
+
+def test_without_a_driver_there_is_nothing(card):
+    found = card(fake_nvml(nvmlInit=raising))
+    assert (found.driver, found.missing) == ("", "NVML: Not Supported")
+    assert found.sample() == nvml.Sample()
+
+
+def test_what_nvml_does_not_support_stays_empty(card):
+    changes = {"nvmlDeviceGetPowerUsage": raising, "nvmlDeviceGetCurrentClocksEventReasons": None}
+    found = card(fake_nvml(nvmlSystemGetDriverVersion=raising, **changes))
+    assert found.driver == ""
+    assert nvml.summary([found.sample()]) == {"sm_mhz": 1980, "memory_mhz": 2619, "temperature_c": 61}
+
+
+def test_a_run_says_once_that_clocks_are_missing(monkeypatch, capsys):
+    monkeypatch.setattr(nvml, "card", lambda: SimpleNamespace(missing="nvidia-ml-py is not installed"))
+    monkeypatch.setattr(runner, "providers", lambda case: [])
+    all_cases = [Case("masked_topk", "k=1", 1, device="cuda"), Case("masked_topk", "k=8", 1, device="cuda")]
+    assert list(runner.run(all_cases, None, {}, print)) == []
+    assert capsys.readouterr().out == "without clocks, power and temperature: nvidia-ml-py is not installed\n"
+    assert list(runner.run([replace(case, device="cpu") for case in all_cases], None, {}, print)) == []
+    assert capsys.readouterr().out == ""
+
+
+def measured_rows(case, mm=2e12):
+    timed, untimed = (records.Row(case.op, case.call, 1, 1, 1, 1, "float32", name) for name in ("cpu", "other"))
+    timed.set_times([0.002, 0.001, 0.004])
+    rates.fill([timed, untimed], case, case.inputs(), mm)
+    return timed, untimed
+
+
+CEILINGS = Device({"float32": 1e12}, 1e12, 1e11, "a test")
+
+
+@pytest.fixture
+def ceilings(monkeypatch):
+    monkeypatch.setattr(rates, "ceilings", lambda device, dtype: CEILINGS)
+
+
+def test_rates_are_those_of_the_cost_model(ceilings):
+    case = Case("masked_topk", "k=8", images=2, grid=(5, 6))
+    row, untimed = measured_rows(case)
+    cost = hpkernels.estimate(
+        "masked_topk", N=60, M=2048, features_dim=384, k=8, anchors_per_image=30, dtype="float32", device=CEILINGS
+    ).routes["product"]
+    assert cost.flops == 2 * 60 * 2048 * 384
+    assert row.tflops == pytest.approx(cost.flops / 0.002 / 1e12, rel=1e-3)
+    assert row.gb_s == pytest.approx(cost.bytes / 0.002 / 1e9, rel=1e-3)
+    assert row.of_roofline == pytest.approx(cost.milliseconds / 2, rel=1e-3)
+    assert (row.mm_tflops, row.of_mm) == (2.0, pytest.approx(row.tflops / 2, rel=1e-3))
+    assert row.roofline == "measured"
+    assert untimed.tflops is untimed.mm_tflops is untimed.of_roofline is None
+
+
+def test_a_known_gpu_is_found_by_name(monkeypatch):
+    for name, known in {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA B200": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert rates.known_device("cuda") == known
+    assert rates.known_device("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "missing"),
+    [
+        ("training_step", "forward+backward", True),
+        ("contrastive", "queue", True),
+        ("local_propagation", "weights", True),
+        ("local_propagation", "apply", True),
+        ("local_propagation", "apply+backward", False),
+        ("contrastive", "own", False),
+        ("hidden_positives", "forward", False),
+    ],
+)
+def test_what_the_cost_model_does_not_know_has_no_rates(op, call, missing, ceilings):
+    case = Case(op, call, images=1, grid=(5, 6))
+    row, _ = measured_rows(case, mm=None)
+    assert (row.of_roofline is None) == (row.gb_s is None) == (row.roofline == "") == missing
+    assert row.mm_tflops is row.of_mm is None
+    assert (row.tflops is None) == (missing or op == "local_propagation")  # which multiplies nothing
+
+
+def density_of(dense, group):
+    image = torch.arange(len(dense)) // group
+    within = (dense & (image[:, None] == image)).sum().item()
+    return {"density": dense.float().mean().item(), "within_image_share": within / dense.sum().item()}
+
+
+def test_density_is_that_of_the_inputs():
+    case = Case("multi_positive_contrastive", "sampled", images=3, grid=(5, 7))
+    inputs = case.inputs()
+    expected = density_of(inputs["positives"].to_dense(), 35)
+    assert 0 < expected["within_image_share"] < 1
+    sizes = rates._SIZES[case.op](case, inputs)
+    assert {name: sizes[name] for name in expected} == pytest.approx(expected)
+    assert (sizes["anchors_per_image"], sizes["negative_rate"], sizes["D"]) == (35, 0.02, 512)
+    labels = replace(case, call="labels")
+    sizes = rates._SIZES[case.op](labels, labels.inputs())
+    assert (sizes["anchors_per_image"], sizes["negative_rate"], sizes["within_image_share"]) == (105, 1.0, 1.0)
+
+
+def test_density_of_both_kinds_of_positives():
+    case = Case("ghp_contrastive", "rate=1", images=2, grid=(5, 6))
+    inputs = case.inputs()
+    dense = torch.zeros(60, 60, dtype=torch.bool)
+    for vectors, pool in (("features", "pool"), ("specific", "specific_pool")):
+        dots = inputs[vectors] @ inputs[vectors].T
+        threshold = (inputs[vectors] @ inputs[pool].T).amax(1)
+        dense |= dots > torch.minimum(threshold[:, None], threshold)
+    expected = density_of(dense.fill_diagonal_(False), 30)
+    sizes = rates._SIZES[case.op](case, inputs)
+    assert {name: sizes[name] for name in expected} == pytest.approx(expected)
+    assert (sizes["negative_rate"], sizes["M"], sizes["features_dim"]) == (1.0, 2048, 384)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_products_have_the_shape_of_the_case(op, monkeypatch):
+    case = replace(cases(op, quick=True)[0], images=2, grid=(5, 6))
+    inputs = case.inputs()
+    product = rates.product(case, inputs)
+    if op in ("local_propagation", "training_step"):
+        assert product is None
+        return
+    shape = {"masked_topk": (60, 384, 2048), "hidden_positives": (60, 384, 60)}.get(op, (60, 512, 60))
+    assert product.flops == 2 * shape[0] * shape[1] * shape[2]
+    whole = product.call()
+    assert whole.shape == (shape[0], shape[2])
+    monkeypatch.setattr(rates, "CHUNK_BYTES_ON_CPU", 4 * shape[2] * 25)  # 25 rows, of which the last chunk has 10
+    last = rates.product(case, inputs).call()
+    torch.testing.assert_close(last[:10], whole[50:])
+    monkeypatch.setattr(rates, "MOST_FLOPS_ON_CPU", 2 * 7 * shape[1] * shape[2])
+    assert rates.product(case, inputs).flops == rates.MOST_FLOPS_ON_CPU
+
+
+def test_ceilings(monkeypatch):
+    monkeypatch.setattr(rates, "_COPIED", 2**20)
+    for name in ("_ON_CPU", "_ON_GPU"):
+        monkeypatch.setattr(rates, name, (64, 64, 64))
+    rates.ceilings.cache_clear()
+    try:
+        found = rates.ceilings("cpu", "bfloat16")
+    finally:
+        rates.ceilings.cache_clear()
+    assert found.matrix["bfloat16"] >= found.matrix["float32"] == found.vector > 0
+    assert found.bandwidth > 0 and found.capability is None and found.source == "measured"
+    assert estimates.ceilings is rates.ceilings
+
+
+SMALL = Case("hidden_positives", "forward", images=2, grid=(5, 6))
+
+
+def run_small(monkeypatch):
+    monkeypatch.setattr(runner, "providers", lambda case: [provider(SMALL, "reference")])
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory())
+    (row,) = runner.run([SMALL], None, {}, lambda row: None)
+    return row
+
+
+def test_a_run_fills_the_columns(monkeypatch, ceilings):
+    row = run_small(monkeypatch)
+    assert row.timer == "wall" and row.wall_ms == row.median_ms > 0
+    assert row.tflops > 0 and row.mm_tflops > 0 and row.of_roofline > 0 and row.roofline == "measured"
+    assert row.of_mm == pytest.approx(row.tflops / row.mm_tflops, rel=1e-2)
+
+
+def test_times_are_kept_where_rates_fail(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr(rates, "fill", fail)
+    assert run_small(monkeypatch).median_ms > 0
+    assert "hidden_positives forward N=60: without rates: out of memory\n" in capsys.readouterr().out
+
+
+def test_times_of_a_gpu_in_a_row():
+    row = records.Row("masked_topk", "k=1", 1, 28, 28, 784, "float16", "cuda")
+    row.set_times([0.001, 0.002, 0.003], [0.002, 0.004, 0.003], "graph")
+    assert (row.median_ms, row.wall_ms, row.timer, row.repetitions) == (2.0, 3.0, "graph", 3)
+
+
+def test_files_of_before_are_read(tmp_path, repository):
+    (tmp_path / "masked_topk.csv").write_text(
+        "op,call,images,height,width,anchors,dtype,provider,median_ms,q1_ms,q3_ms,repetitions,peak_mib,note,threads\n"
+        "masked_topk,k=1,4,28,28,3136,float32,cpu,10.9,10.8,11.3,46,,,2\n"
+    )
+    (row,) = records.read_folder(tmp_path)
+    assert (row.anchors, row.median_ms, row.repetitions, row.threads) == (3136, 10.9, 46, 2)
+    assert row.timer == row.driver == "" and row.wall_ms is row.tflops is row.sm_mhz is None
+    records.write(tmp_path, [replace(row, timer="wall", provider="faiss")])
+    assert [(row.provider, row.timer) for row in records.read_folder(tmp_path)] == [("cpu", ""), ("faiss", "wall")]
+    for folder in (repository / "benchmarks" / "results").iterdir():
+        records.read_folder(folder)
+
+
+def test_devices_have_distinct_names():
+    """The first that is part of the name of a GPU is taken."""
+    assert not [(one, other) for one in DEVICES for other in DEVICES if one != other and one in other]
