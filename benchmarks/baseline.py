@@ -43,6 +43,7 @@ class Comparison:
     without_baseline: list[Row]
     not_compared: dict[str, list[Row]]
     wrong: list[Row]
+    relative_to: str | None
 
     @property
     def failed(self) -> bool:
@@ -97,6 +98,7 @@ def compare(
         [row for key, row in timed.items() if key not in old],
         not_compared,
         [row for key, row in new.items() if key in old and row.note.startswith(WRONG)],
+        relative_to,
     )
 
 
@@ -133,6 +135,8 @@ def _change(before: Row, after: Row, old_unit: tuple, new_unit: tuple, tolerance
 
 def report(comparison: Comparison, baseline: list[Row], measured: list[Row], tolerance: float) -> Iterator[str]:
     """A comparison in lines: each change, the slower last, what was not compared, and how many of each."""
+    if comparison.relative_to:
+        yield f"ratios are of times relative to {comparison.relative_to}"
     order = (SAME, FASTER, SLOWER)
     for change in sorted(comparison.changes, key=lambda change: (order.index(change.verdict), *change.after.key)):
         yield f"{change.verdict:6}  {_name(change.after):64}  {_times(change)}{_drift(change, baseline, measured)}"

@@ -109,6 +109,9 @@ def test_report():
     assert lines[2].splitlines()[0] == "in the baseline, not measured (1):" and lines[2].endswith("compiled")
     assert lines[3].splitlines()[0] == "measured, not in the baseline (1):" and lines[3].endswith("faiss")
     assert lines[4] == "0 faster, 1 within 5% or the noise, 1 slower"
+    relative = baseline.compare(before, after, relative_to="torch-dense")
+    first = next(baseline.report(relative, before, after, 0.05))
+    assert first == "ratios are of times relative to torch-dense"
 
 
 def test_compare_by_command(tmp_path, monkeypatch, capsys):
@@ -287,11 +290,13 @@ def test_tables(tmp_path):
     alone.repetitions = 1
     full = replace(row("torch-dense", anchors=50176), median_ms=None, note="does not fit into memory")
     fast = row("cpu", 3, op="training_step", images=64)
-    records.write(tmp_path / "results" / "device", [*measured(), alone, full, fast])
+    failed = replace(row(op="masked_topk"), median_ms=None, note="not timed: row 3 is off")
+    records.write(tmp_path / "results" / "device", [*measured(), alone, full, fast, failed])
     for _ in range(2):  # again gives the same
         tables.write_tables(page, tmp_path / "results")
         text = page.read_text().replace(presentation.NBSP, " ")
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert "masked_topk" not in text
         assert "### A Processor, 2 threads" in text and "Measured 2030-01-02 at commit abc." in text
         assert "(../results/device/contrastive.svg)" in text and "(../results/device/contrastive.csv)" in text
         assert "| call | N | `cpu` | `torch-dense` | faster | less memory | `compiled` |" in text
