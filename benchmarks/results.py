@@ -24,6 +24,9 @@ RESOURCES = "resources.csv"
 ERRORS = "errors.csv"
 """What benchmarks/errors.py writes: no times either."""
 
+PART = "part="
+"""How the call of a row begins that is a part of another call, timed with it."""
+
 
 @dataclass
 class Row:
@@ -71,8 +74,8 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of a step of training that was timed."""
-        if self.op != "training_step" or not self.median_ms:
+        """Of a whole step of training that was timed."""
+        if self.op != "training_step" or self.call.startswith(PART) or not self.median_ms:
             return None
         return 1e3 * self.images / self.median_ms
 
