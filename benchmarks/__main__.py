@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | errors | gpu-check``.
+"""``python -m benchmarks COMMAND``: measure, compare, draw, and read compiled kernels.
 
 See docs/benchmarks.md.
 """
@@ -13,25 +13,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    baseline,
-    catalogue,
-    cuda_resources,
-    distributed,
-    estimates,
-    gpu_check,
-    plots,
-    resources,
-    results,
-    sweeps,
-    tables,
-)
+from benchmarks import baseline, distributed, estimates, results, sweeps
+from benchmarks.accuracy.error_tables import add_errors
+from benchmarks.accuracy.verify import WrongResultError
 from benchmarks.cases import DTYPES, OPS, Case, cases
-from benchmarks.error_tables import add_errors
+from benchmarks.compiled import cuda_resources, resources
+from benchmarks.compiled.clock_budget import add_clock_budget
+from benchmarks.gpu import gpu_check
+from benchmarks.pages import catalogue, plots, tables
 from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
-from benchmarks.verify import WrongResultError
 from hpkernels import _native
 from hpkernels.ops import _triton
 
@@ -106,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
 
+    add_clock_budget(commands)
     add_errors(commands)
 
     command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import presentation
 from benchmarks.cases import Case
+from benchmarks.pages import presentation
 from benchmarks.results import PART, RESULTS, Row, folder_name
 from benchmarks.run import WRONG, run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import hpkernels
-from benchmarks.measure import _reset_peak, _status, seconds_of
+from benchmarks.timing.measure import _reset_peak, _status, seconds_of
 
 _CLASSES = 100
 _REPETITIONS = 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import hpkernels
-from benchmarks.measure import seconds_of
-from benchmarks.rates import ceilings
+from benchmarks.timing.measure import seconds_of
+from benchmarks.timing.rates import ceilings
 from hpkernels.cost import estimate
 from hpkernels.testing import random_problem
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.accuracy.verify import verify
 from benchmarks.cases import Case, cases
 from benchmarks.providers import Provider, providers
-from benchmarks.verify import verify
 
 
 def each_provider(op: str) -> pytest.MarkDecorator:

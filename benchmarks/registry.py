@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.catalogue import PROVIDERS
+from benchmarks.pages.catalogue import PROVIDERS
 from hpkernels import backends
 from training.model import to_map, to_rows
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 import hpkernels
-from benchmarks import nvml
+from benchmarks.timing import nvml
 from hpkernels.ops import _triton
 
 RESULTS = Path(__file__).parent / "results"
 RESOURCES = "resources.csv"
-"""What benchmarks/resources.py writes: no times, and other columns."""
+"""What benchmarks/compiled/resources.py writes: no times, and other columns."""
 ERRORS = "errors.csv"
-"""What benchmarks/errors.py writes: no times either."""
+"""What benchmarks/accuracy/errors.py writes: no times either."""
 
 PART = "part="
 """How the call of a row begins that is a part of another call, timed with it."""

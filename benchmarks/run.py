@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from benchmarks import measure, nvml, rates
+from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import Case, Inputs
 from benchmarks.end_to_end import seconds_of_parts
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
-from benchmarks.verify import WrongResultError, verify
+from benchmarks.timing import measure, nvml, rates
 
 _LONGEST_COMPILE = 60.0  # seconds
 _PRODUCT = "torch.mm"  # not the name of a provider

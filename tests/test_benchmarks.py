@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import estimates, measure, published
+from benchmarks import estimates, published
 from benchmarks import results as records
 from benchmarks import run as runner
+from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import Provider, known_names, provider, providers
-from benchmarks.verify import WrongResultError, verify
+from benchmarks.timing import measure
 from hpkernels.ops.ghp_contrastive.reference import ghp_contrastive
 from hpkernels.ops.local_propagation.reference import apply_forward, weights_forward
 from hpkernels.ops.multi_positive_contrastive.reference import contrastive_loss

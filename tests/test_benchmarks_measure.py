@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import hpkernels
-from benchmarks import estimates, measure, nvml, rates, timers
+from benchmarks import estimates
 from benchmarks import results as records
 from benchmarks import run as runner
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import provider
+from benchmarks.timing import measure, nvml, rates, timers
 from hpkernels.cost import DEVICES, Device
 
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import catalogue, measure, sweeps
 from benchmarks import results as records
 from benchmarks import run as runner
+from benchmarks import sweeps
+from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import END_TO_END, Case, cases
 from benchmarks.end_to_end import seconds_of_parts
+from benchmarks.pages import catalogue
 from benchmarks.peers import chunked, search
 from benchmarks.providers import known_names, limits, provider, providers
 from benchmarks.registry import Provider
 from benchmarks.results import Row
-from benchmarks.verify import WrongResultError, verify
+from benchmarks.timing import measure
 
 CHUNKED = {
     "masked_topk": ("k=8",),

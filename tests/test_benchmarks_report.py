@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baseline, plots, presentation, tables
+from benchmarks import baseline
 from benchmarks import results as records
+from benchmarks.pages import plots, presentation, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = {

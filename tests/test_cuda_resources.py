@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import cuda_resources, results
+from benchmarks import results
 from benchmarks.__main__ import main
-from benchmarks.cuda_resources import Row
+from benchmarks.compiled import cuda_resources
+from benchmarks.compiled.cuda_resources import Row
 from hpkernels import _native
 
 LISTED = """

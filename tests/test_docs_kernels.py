@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import clock_budget, cuda_resources
-from benchmarks.sass_loops import step
+from benchmarks.compiled import clock_budget, cuda_resources
+from benchmarks.compiled.sass_loops import step
 from hpkernels import _native, backends
 from hpkernels.cost import estimate
 from tests import test_layout
@@ -221,9 +221,7 @@ def test_budgets_on_the_page():
         expected = "\n".join(clock_budget.table_of(budget))
         numbers = [float(number.replace(" ", "")) for number in re.findall(r"\d[\d .]*\d|\d", told)]
         wanted = [float(number.replace(" ", "")) for number in re.findall(r"\d[\d .]*\d|\d", expected)]
-        assert re.sub(r"[\d .]+", "", told) == re.sub(r"[\d .]+", "", expected), (
-            "see benchmarks/clock_budget.py --write"
-        )
+        assert re.sub(r"[\d .]+", "", told) == re.sub(r"[\d .]+", "", expected), "benchmarks clock-budget --write"
         assert all(math.isclose(*pair, rel_tol=0.05) for pair in zip(numbers, wanted, strict=True)), budget.kernel.key
 
 

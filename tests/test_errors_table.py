@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import error_tables, errors, plain, regimes
+from benchmarks.accuracy import error_tables, errors, regimes
+from benchmarks.accuracy import formulas as plain
+from benchmarks.accuracy.verify import _double
 from benchmarks.cases import Case
 from benchmarks.results import ERRORS, RESULTS
-from benchmarks.verify import _double
 
 FACTOR = 4.0  # other processors add up in another order
 FILES = sorted(RESULTS.glob(f"*/{ERRORS}"))

@@ -15,9 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_check, prove, results
+from benchmarks import results
 from benchmarks.cases import DTYPES, OPS, Case
-from benchmarks.gpu_check import Sizes, Step
+from benchmarks.gpu import gpu_check, prove
+from benchmarks.gpu.gpu_check import Sizes, Step
 from benchmarks.providers import provider
 from benchmarks.results import Row
 from hpkernels import _native, backends, examination

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import sass
+from benchmarks.compiled import sass
 
 
 def listing(*lines: str) -> str:

@@ -13,8 +13,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import resources, results
-from benchmarks.resources import TARGETS, Row
+from benchmarks import results
+from benchmarks.compiled import resources
+from benchmarks.compiled.resources import TARGETS, Row
 from hpkernels import _native, backends
 from hpkernels.launches import Launch, Sizes, kernel_calls, recorded
 from hpkernels.ops import _triton
@@ -449,7 +450,7 @@ def run_compiling(repository, tmp_path, program):
 
 
 BATCHES = """
-from benchmarks.resources import jobs
+from benchmarks.compiled.resources import jobs
 from hpkernels.launches import Sizes
 
 def variants(images, grid):
@@ -471,7 +472,7 @@ def test_other_numbers_of_images_compile_nothing_new(repository, tmp_path):
 CHECKED = """
 import torch
 
-from benchmarks.resources import _job
+from benchmarks.compiled.resources import _job
 from hpkernels.examination import Sizes, problem, results
 from hpkernels.launches import recorded
 
@@ -499,7 +500,7 @@ import re
 
 import triton
 
-from benchmarks.resources import jobs
+from benchmarks.compiled.resources import jobs
 
 for target in ("sm_80", "sm_90", "sm_100"):
     for dtype in ("float16", "float32"):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import resources
+from benchmarks.compiled import resources
 from hpkernels import backends
 from hpkernels.launches import recorded
 from hpkernels.ops import _triton

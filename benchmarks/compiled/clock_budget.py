@@ -1,8 +1,5 @@
 """The clock budget of the Hopper kernels: what a tile takes of each part of a multiprocessor, and what binds it.
 
-    python -m benchmarks.clock_budget                        # print the tables
-    python -m benchmarks.clock_budget --write docs/kernels.md
-
 A prediction on paper: nothing here was timed. Instructions are counted in the compiled library, the rest follows from
 the shape of the tile.
 """
@@ -12,17 +9,19 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks import cuda_resources, sass
-from benchmarks.sass_loops import Step, step
-from benchmarks.tables import replace_between
+from benchmarks.compiled import cuda_resources, sass
+from benchmarks.compiled.sass_loops import Step, step
+from benchmarks.pages.tables import replace_between
 from hpkernels import _native
 from hpkernels.cost import DEVICES
+
+_PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 # An H100 SXM. Its published 989 TFLOP/s are 4096 a clock of 132 multiprocessors at 1.83 GHz; under load they have less.
 _PROCESSORS, _CLOCK, _PUBLISHED_CLOCK = 132, 1.7e9, 1.83e9
@@ -260,28 +259,26 @@ def marks(key: str) -> tuple[str, str]:
     return f"<!-- begin budget {key} -->", f"<!-- end budget {key} -->"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.clock_budget", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables of a page")
-    options = parser.parse_args(arguments)
+def add_clock_budget(commands: Any) -> None:
+    """Enter the command `clock-budget` into those of ``python -m benchmarks``."""
+    command = commands.add_parser("clock-budget", help="what a tile of the Hopper kernels takes, and what binds it")
+    command.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    command.set_defaults(command=_clock_budget)
+
+
+def _clock_budget(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if reason := cuda_resources.reason_to_skip():
-        sys.exit(f"clock_budget: {reason}")
+        parser.error(reason)
     library = _native._file("_C_cuda")
     if newer := cuda_resources.newer_sources(library):
-        sys.exit(f"clock_budget: {library.name} must be built after its sources were changed, is older than {newer[0]}")
-    if options.write and not options.write.is_file():
-        parser.error(f"--write must name a page, got {options.write}")
+        parser.error(f"{library.name} is older than {', '.join(newer)}: python setup.py build_ext --inplace")
     try:
         for budget in budgets(library):
             lines = "\n".join(table_of(budget)) + "\n"
             if options.write:
-                replace_between(options.write, *marks(budget.kernel.key), f"\n{lines}\n")
+                replace_between(_PAGE, *marks(budget.kernel.key), f"\n{lines}\n")
             else:
                 print(lines)
     except ValueError as error:
-        sys.exit(f"clock_budget: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        parser.error(str(error))
+    return 0

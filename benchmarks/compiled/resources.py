@@ -22,7 +22,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import results, sass, tables
+from benchmarks import results
+from benchmarks.compiled import sass
+from benchmarks.pages import tables
 from benchmarks.results import RESOURCES
 from hpkernels import backends
 from hpkernels.launches import Launch, Sizes, kernel_calls, recorded

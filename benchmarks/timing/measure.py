@@ -1,6 +1,6 @@
 """Time of calls, taken in turn so that all share the machine's noise, and peak memory of a call in a fresh process.
 
-benchmarks/timers.py says how one call is timed.
+benchmarks/timing/timers.py says how one call is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.providers import provider
-from benchmarks.timers import Call, GpuTimer, Times, WallTimer, seconds_of
+from benchmarks.timing.timers import Call, GpuTimer, Times, WallTimer, seconds_of
 
 REPETITIONS = 5  # at least, unless BUDGET is spent before
 FEWEST_REPETITIONS = 3  # even so
@@ -112,7 +112,7 @@ def _peak_on_gpu(case: Case, provider_name: str) -> Memory:
 def _peak_on_cpu(case: Case, provider_name: str, patience: float | None) -> Memory:
     context = multiprocessing.get_context("forkserver")
     # The server imports and never computes: a process forked from it is as fresh as a new interpreter, and much sooner.
-    context.set_forkserver_preload(["benchmarks.measure"])
+    context.set_forkserver_preload(["benchmarks.timing.measure"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, case, provider_name, torch.get_num_threads()))
     process.start()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import plots, presentation
+from benchmarks.pages import plots, presentation
 from benchmarks.results import Row, read_folder
 
 BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"

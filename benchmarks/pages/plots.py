@@ -14,8 +14,8 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import presentation
-from benchmarks.presentation import NBSP
+from benchmarks.pages import presentation
+from benchmarks.pages.presentation import NBSP
 from benchmarks.results import Row
 
 if TYPE_CHECKING:

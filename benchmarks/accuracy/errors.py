@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from benchmarks import plain
+from benchmarks.accuracy import formulas
+from benchmarks.accuracy.regimes import problems
+from benchmarks.accuracy.verify import _double
 from benchmarks.cases import Case, Inputs
 from benchmarks.providers import Outputs, provider
-from benchmarks.regimes import problems
 from benchmarks.results import ERRORS
-from benchmarks.verify import _double
 from hpkernels import backends
 from hpkernels.ops._bits import unpack_bits
 from hpkernels.testing import row_errors
@@ -70,7 +70,7 @@ def measure(op: str, environment: dict[str, Any], device: str = "cpu", quick: bo
         # The exact results of the inputs after they have been rounded to the dtype.
         double = {name: _double(value) for name, value in inputs.items()}
         exact = _results(case, double, "reference")
-        dense = plain.outputs_of(op, inputs)
+        dense = formulas.outputs_of(op, inputs)
         of_plain = {} if dense is None else _errors(_comparable(dense, inputs), exact)
         for backend in backends.BACKENDS:
             if provider(case, backend).reason_missing(case):
@@ -83,7 +83,7 @@ def measure(op: str, environment: dict[str, Any], device: str = "cpu", quick: bo
 
 def _results(case: Case, inputs: Inputs, backend: str) -> Outputs:
     if case.op == "masked_topk":  # whose providers have no gradients
-        return plain.ranked(inputs, lambda q, p: hpkernels.masked_topk(q, p, inputs["k"], backend=backend).values)
+        return formulas.ranked(inputs, lambda q, p: hpkernels.masked_topk(q, p, inputs["k"], backend=backend).values)
     return _comparable(provider(case, backend).run(inputs), inputs)
 
 

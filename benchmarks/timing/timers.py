@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import nvml
+from benchmarks.timing import nvml
 
 Call = Callable[[], object]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import hpkernels
 from benchmarks.cases import Case, Inputs
 from benchmarks.results import Row
-from benchmarks.timers import seconds_of
+from benchmarks.timing.timers import seconds_of
 from hpkernels import PositiveMask
 from hpkernels.cost import CHUNK_BYTES_ON_CPU, CHUNK_BYTES_ON_GPU, DEVICES, Device, RouteCost
 from hpkernels.ops import _coarse

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.timers import captured
+from benchmarks.timing.timers import captured
 from hpkernels import PositiveMask, _native, backends, examination, ghp_contrastive, multi_positive_contrastive
 from hpkernels.examination import Sizes
 from hpkernels.launches import Inputs

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import results, sass, tables
+from benchmarks import results
+from benchmarks.compiled import sass
+from benchmarks.pages import tables
 from benchmarks.results import RESOURCES
 from hpkernels import _native
 
 BEGIN, END = "<!-- begin resources -->", "<!-- end resources -->"
-_SOURCES = Path(__file__).parent.parent / "csrc"
+_SOURCES = Path(__file__).parents[2] / "csrc"
 _TYPES = {"half": "float16", "bfloat16": "bfloat16", "float": "float32", "double": "float64"}
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.accuracy.errors import ErrorRow, greater, measure, read, write
+from benchmarks.accuracy.regimes import OPS, USUAL
 from benchmarks.cases import DTYPES
-from benchmarks.errors import ErrorRow, greater, measure, read, write
-from benchmarks.regimes import OPS, USUAL
+from benchmarks.pages.tables import replace_between
 from benchmarks.results import ERRORS, RESULTS
-from benchmarks.tables import replace_between
 from hpkernels import backends
 
 BEGIN, END = "<!-- begin measured errors -->", "<!-- end measured errors -->"
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_DOCS = Path(__file__).parent.parent / "docs"
+_DOCS = Path(__file__).parents[2] / "docs"
 
 
 def add_errors(commands: Any) -> None:

@@ -24,16 +24,16 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import resources
+from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import OPS, Case, cases
+from benchmarks.compiled import resources
 from benchmarks.providers import provider
 from benchmarks.results import Row, read_folder
-from benchmarks.verify import WrongResultError, verify
 from hpkernels import __main__ as installed
 from hpkernels import _native, backends
 from hpkernels.launches import Sizes, kernel_calls
 
-_CHECKOUT = Path(__file__).parent.parent
+_CHECKOUT = Path(__file__).parents[2]
 SMALL = Sizes(images=3, grid=(7, 9), dim=45, feature_dim=37, pool_size=150, heads=2, head_dim=23, large_grid=(6, 11))
 """What the sanitizers see, which make kernels a hundred times slower: more than a tile, and no multiple of anything."""
 KERNELS = ("cuda", "triton")
@@ -92,7 +92,7 @@ Plan = list[tuple[Step, ...]]
 def steps(output: Path) -> Plan:
     """What is done, in this order: whoever is cut off misses what matters least."""
     python = sys.executable
-    own = (python, "-m", "benchmarks.gpu_check")
+    own = (python, "-m", "benchmarks.gpu.gpu_check")
     tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-v", "-p", "no:cacheprovider")
     lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
@@ -132,7 +132,7 @@ def steps(output: Path) -> Plan:
         (Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, environment=_for_this_gpu()),),
         (Step("report", (*own, "report"), 20), compiling),
         (checking, *of_both("exercise", 30, *own, "exercise")),
-        (*of_both("prove", 60, python, "-m", "benchmarks.prove"), *of_both("verify", 50, *own, "verify")),
+        (*of_both("prove", 60, python, "-m", "benchmarks.gpu.prove"), *of_both("verify", 50, *own, "verify")),
         measure("loss", 60, loss, FASTEST_KNOWN, *paper),
         (
             sanitize("memcheck", "cuda"),  # all the more where kernels have crashed

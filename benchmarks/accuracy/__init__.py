@@ -1,0 +1,1 @@
+"""Results against the reference in float64: the check before timing, and rounding errors by op and dtype."""

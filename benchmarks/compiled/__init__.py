@@ -1,0 +1,1 @@
+"""What compilers made of the kernels, read without a GPU: registers, spills, instructions, clocks."""
