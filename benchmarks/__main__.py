@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | gpu-check``.
+"""``python -m benchmarks run | plot | tables | compare | estimates | distributed | resources | errors | gpu-check``.
 
 See docs/benchmarks.md.
 """
@@ -27,6 +27,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.cases import DTYPES, OPS, Case, cases
+from benchmarks.error_tables import add_errors
 from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
@@ -67,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("plot", help="draw the plots of a folder of results again")
-    command.add_argument("folder", type=Path)
+    command = commands.add_parser("plot", help="draw the plots of results again")
+    command.add_argument("folder", type=Path, nargs="?", help="of results (default: each of benchmarks/results)")
     command.set_defaults(command=_plot)
 
-    command = commands.add_parser("tables", help="write plots and tables of all results into docs/benchmarks.md")
+    command = commands.add_parser("tables", help="write the measured part of docs/benchmarks.md from all results")
     command.set_defaults(command=_tables)
 
     command = commands.add_parser("compare", help="compare the times of a run with a baseline; 1 if ours are slower")
@@ -105,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
     command.set_defaults(command=_resources)
 
+    add_errors(commands)
+
     command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
     command.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of logs and results")
     command.add_argument("--minutes", type=float, default=9.0, help="what there is of time (default: 9)")
@@ -127,7 +130,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if folder is None and not options.quick:
         threads = torch.get_num_threads() if device == "cpu" else None
         folder = RESULTS / results.folder_name(results.device_name(device), threads)
-    environment = _environment(device)
+    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
     chosen = _chosen(options, parser, device, dtype)
     if options.sweep == "memory" and options.output is None and folder is not None:
         # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
@@ -180,10 +183,6 @@ def _measured(options: argparse.Namespace, chosen: list[Case], environment: dict
     )
 
 
-def _environment(device: str) -> dict[str, str | int]:
-    return results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
-
-
 def _print_row(row: Row) -> None:
     name = f"{row.op} {row.call} N={row.anchors} {row.dtype}"
     if row.median_ms is None:
@@ -206,9 +205,12 @@ def _draw(folder: Path) -> None:
 
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not any(options.folder.glob("*.csv")):
-        parser.error(f"{options.folder} has no CSV files")
-    _draw(options.folder)
+    folders = [options.folder] if options.folder else sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    measured = [folder for folder in folders if results.read_folder(folder)]
+    if not measured:
+        parser.error(f"{options.folder or RESULTS} has no results")
+    for folder in measured:
+        _draw(folder)
     return 0
 
 
@@ -223,11 +225,11 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(f"--tolerance must be a share, 0 or more, got {options.tolerance}")
     if options.relative_to not in (None, *known_names()):
         parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
-    measured = None if options.run is None else _rows(options.run, options.op, parser)
-    environment = _environment("cuda" if torch.cuda.is_available() else "cpu")
+    measured = None if options.run is None else _rows_of(options.run, options.op, parser)
+    environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
     where = vars(measured[0]) if measured else environment
     folder = options.baseline or baseline.folder_of(where["device"], where["threads"])
-    rows = _rows(folder, options.op, parser)
+    rows = _rows_of(folder, options.op, parser)
     if measured is None:
         measured = []
         for row in baseline.again(rows, environment):
@@ -241,8 +243,11 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     return 1 if comparison.failed else 0
 
 
-def _rows(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
-    rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+    try:
+        rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
+    except ValueError as error:
+        parser.error(str(error))
     if not rows:
         parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
     return rows

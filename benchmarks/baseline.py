@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import presentation
 from benchmarks.cases import Case
-from benchmarks.results import RESULTS, Row, folder_name
+from benchmarks.results import PART, RESULTS, Row, folder_name
 from benchmarks.run import WRONG, run
 
 TOLERANCE = 0.05
@@ -43,6 +43,7 @@ class Comparison:
     without_baseline: list[Row]
     not_compared: dict[str, list[Row]]
     wrong: list[Row]
+    relative_to: str | None
 
     @property
     def failed(self) -> bool:
@@ -60,8 +61,9 @@ def folder_of(device: str, threads: int) -> Path:
 def again(baseline: Iterable[Row], environment: dict) -> Iterator[Row]:
     """Measure once more what a baseline has of this device; the rows, each as soon as it is there."""
     providers: dict[Case, list[str]] = {}
+    here = environment["device"], environment["threads"]
     for row in baseline:
-        if row.median_ms is not None and _machine(row) == (environment["device"], environment["threads"]):
+        if row.median_ms is not None and _machine(row) == here and not row.call.startswith(PART):
             device = "cuda" if row.instructions.startswith("sm_") else "cpu"
             case = Case(row.op, row.call, row.images, (row.height, row.width), device, row.dtype)
             providers.setdefault(case, []).append(row.provider)
@@ -96,6 +98,7 @@ def compare(
         [row for key, row in timed.items() if key not in old],
         not_compared,
         [row for key, row in new.items() if key in old and row.note.startswith(WRONG)],
+        relative_to,
     )
 
 
@@ -132,6 +135,8 @@ def _change(before: Row, after: Row, old_unit: tuple, new_unit: tuple, tolerance
 
 def report(comparison: Comparison, baseline: list[Row], measured: list[Row], tolerance: float) -> Iterator[str]:
     """A comparison in lines: each change, the slower last, what was not compared, and how many of each."""
+    if comparison.relative_to:
+        yield f"ratios are of times relative to {comparison.relative_to}"
     order = (SAME, FASTER, SLOWER)
     for change in sorted(comparison.changes, key=lambda change: (order.index(change.verdict), *change.after.key)):
         yield f"{change.verdict:6}  {_name(change.after):64}  {_times(change)}{_drift(change, baseline, measured)}"

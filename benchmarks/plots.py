@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 800, 404
 _MOST_LINES = 4
-_PLOTTED = {"masked_topk": "k=1", "local_propagation": "whole+backward", "contrastive": "own"}
+_PLOTTED = {
+    "masked_topk": "k=1",
+    "local_propagation": "whole+backward",
+    "contrastive": "own",
+    "training_step": "end-to-end",
+}
 """The call of an op that is plotted; else the first that was measured at more than one size."""
 _SUBJECTS = {
     "masked_topk": "The best match of each patch in a pool",
@@ -33,7 +38,7 @@ _SUBJECTS = {
     "multi_positive_contrastive": "Contrastive loss of labelled patches",
     "contrastive": "SupCon loss of a labelled batch",
     "ghp_contrastive": "The whole loss of Hidden Positives",
-    "training_step": "A training step without its backbone",
+    "training_step": "A training step",
 }
 _NAMES = {
     "published": "the published way",

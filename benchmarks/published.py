@@ -102,7 +102,7 @@ def attention(query: Tensor, key: Tensor, grid: tuple[int, int], *, sigma: float
     images = []
     neighbours = neighbour_mask(grid).to(query.device)
     for logits in (query @ key.mT).mean(dim=1) / query.shape[-1] ** 0.5:
-        low, high = torch.quantile(logits, torch.tensor([0.1, 0.9], device=logits.device), dim=1, keepdim=True)
+        low, high = torch.quantile(logits, logits.new_tensor([0.1, 0.9]), dim=1, keepdim=True)
         weights = torch.softmax(logits.clamp(low, high), dim=1) * sigma
         weights = weights * (weights >= weights.mean(dim=1, keepdim=True))
         images.append(weights * neighbours / neighbours.sum(dim=1, keepdim=True))

@@ -21,6 +21,11 @@ from hpkernels.ops import _triton
 RESULTS = Path(__file__).parent / "results"
 RESOURCES = "resources.csv"
 """What benchmarks/resources.py writes: no times, and other columns."""
+ERRORS = "errors.csv"
+"""What benchmarks/errors.py writes: no times either."""
+
+PART = "part="
+"""How the call of a row begins that is a part of another call, timed with it."""
 
 
 @dataclass
@@ -69,8 +74,8 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of a step of training that was timed."""
-        if self.op != "training_step" or not self.median_ms:
+        """Of a whole step of training that was timed."""
+        if self.op != "training_step" or self.call.startswith(PART) or not self.median_ms:
             return None
         return 1e3 * self.images / self.median_ms
 
@@ -177,8 +182,8 @@ def _parse(kind: str, text: str) -> str | int | float | None:
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of all CSV files of a folder, but for those of the compiler."""
-    return [row for path in sorted(folder.glob("*.csv")) if path.name != RESOURCES for row in read(path)]
+    """The rows of all CSV files of a folder, but for those that are no times."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in (RESOURCES, ERRORS) for row in read(path)]
 
 
 def write(folder: Path, rows: Iterable[Row]) -> list[Path]:

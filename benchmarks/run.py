@@ -75,7 +75,10 @@ def run(
                 row.set_times([memory.seconds])
             elif not memory.error:
                 calls[tried.name] = tried.run
-        inputs = _time(case, rows, calls) if calls or any(row.median_ms for row in rows.values()) else {}
+        # Not before: processes that measure memory need what there is.
+        inputs = case.inputs() if calls or any(row.median_ms for row in rows.values()) else {}
+        if inputs:
+            _time(case, inputs, rows, calls)
         for row in rows.values():
             report(row)
             yield row
@@ -86,9 +89,8 @@ def run(
                 yield of_part
 
 
-def _time(case: Case, rows: dict[str, Row], calls: dict[str, Callable[..., object]]) -> Inputs:
-    """Time the calls, and a matrix product of the same shape among them, and fill the rows; returns their inputs."""
-    inputs = case.inputs()  # not before: processes that measure memory need what there is
+def _time(case: Case, inputs: Inputs, rows: dict[str, Row], calls: dict[str, Callable[..., object]]) -> None:
+    """Time the calls, and a matrix product of the same shape among them, and fill the rows."""
     product = rates.product(case, inputs)
     timed = {name: partial(call, inputs) for name, call in calls.items()}
     timed |= {} if product is None else {_PRODUCT: product.call}
@@ -106,7 +108,6 @@ def _time(case: Case, rows: dict[str, Row], calls: dict[str, Callable[..., objec
         rates.fill(rows.values(), case, inputs, speed)
     except RuntimeError as error:  # the times are worth keeping without
         print(f"{case}: without rates: {str(error).partition(chr(10))[0]}")
-    return inputs
 
 
 def _verified_once(case: Case, tried: Provider, verified: dict[tuple[Case, str], int], too_slow: set[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,12 +65,13 @@ def measured(folder_of_page: Path, results: Path) -> str:
 def _device(rows: list[Row], folder: Path) -> list[str]:
     lines = ["", f"### {presentation.machine(rows[0])}", "", f"{rows[0].instructions}. {_measured(rows)}", ""]
     drawn = {plots.file_name(shown[0]): shown for shown in plots.selected(rows)}
-    for op in dict.fromkeys(row.op for row in rows):
+    timed = [row for row in rows if row.median_ms is not None]
+    for op in dict.fromkeys(row.op for row in timed):
         lines += [f"#### {op}", ""]
         for name, shown in drawn.items():
             if shown[0].op == op:
                 lines += [f"![{plots.summary(shown)}]({(folder / name).as_posix()})", ""]
-        for dtype in dict.fromkeys(row.dtype for row in rows if row.op == op):
+        for dtype in dict.fromkeys(row.dtype for row in timed if row.op == op):
             own = [row for row in rows if (row.op, row.dtype) == (op, dtype)]
             lines += [f"{dtype}; [quartiles and all providers]({(folder / op).as_posix()}.csv)", "", *_table(own), ""]
     return lines
@@ -103,10 +105,10 @@ def _table(rows: list[Row]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in table]
 
 
-def _place(row: Row) -> tuple[str, float, int]:
+def _place(row: Row) -> tuple[str, float, str, int]:
     """Where a table has a row: k=8 is before k=32."""
     name, _, value = row.call.partition("=")
-    return name, float(value or 0), row.anchors
+    return name, float(value) if re.fullmatch(r"[\d.]+", value) else 0.0, value, row.anchors
 
 
 def _line(rows: list[Row], call: str, anchors: int) -> _Line:

@@ -126,13 +126,13 @@ def _is_deep(module: str, test: str, parameters: dict[str, object]) -> bool:
 def _is_repeated(module: str, test: str, parameters: dict[str, object]) -> bool:
     """Whether a deep test is left to `make test-all`, because other deep tests run the same code.
 
-    `ghp_contrastive` runs the kernels of the ops that it is made of. A simulated kernel is as deterministic, and looks
-    the same to a compiler, in every dtype.
+    `ghp_contrastive` runs the kernels of the ops that it is made of, and bfloat16 the code of float16. A simulated
+    kernel is as deterministic, and looks the same to a compiler, in every dtype.
     """
-    if module == "test_ghp_contrastive" and (test == "test_deterministic" or parameters.get("name") in _LARGE_GOLDENS):
-        return True
     case = parameters["case"]
     assert isinstance(case, Case)
+    if module == "test_ghp_contrastive" or (case.dtype == torch.bfloat16 and test != "test_matches_reference"):
+        return True
     return test in ("test_deterministic", "test_opcheck") and case.dtype != torch.float32
 
 

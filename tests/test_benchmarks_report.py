@@ -109,6 +109,9 @@ def test_report():
     assert lines[2].splitlines()[0] == "in the baseline, not measured (1):" and lines[2].endswith("compiled")
     assert lines[3].splitlines()[0] == "measured, not in the baseline (1):" and lines[3].endswith("faiss")
     assert lines[4] == "0 faster, 1 within 5% or the noise, 1 slower"
+    relative = baseline.compare(before, after, relative_to="torch-dense")
+    first = next(baseline.report(relative, before, after, 0.05))
+    assert first == "ratios are of times relative to torch-dense"
 
 
 def test_compare_by_command(tmp_path, monkeypatch, capsys):
@@ -128,7 +131,8 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
     """Without the folder of a run: what the baseline has of this machine, and nothing else."""
     here = {"device": records.device_name(), "threads": command.torch.get_num_threads(), "call": "forward"}
     small = here | {"op": "hidden_positives", "images": 1, "height": 28, "width": 28, "anchors": 784}
-    old = [row("torch-matmul", 1e6, **small), row("torch-matmul", 1e6, **small | {"device": "Another"})]
+    others = [{"device": "Another"}, {"threads": 99}, {"call": "part=head"}]
+    old = [row("torch-matmul", 1e6, **small), *(row("torch-matmul", 1e6, **small | other) for other in others)]
     records.write(tmp_path, old[:1])
     assert command.main(["compare", "--baseline", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -149,6 +153,13 @@ def test_comparisons_that_cannot_be(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(["compare", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_files_that_are_no_results(tmp_path, capsys):
+    (tmp_path / "old.csv").write_text("op,time\ncontrastive,3\n")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["compare", str(tmp_path)])
+    assert stopped.value.code == 2 and "must have the columns op, call" in capsys.readouterr().err
 
 
 def test_runs_of_another_device_are_refused(tmp_path, capsys):
@@ -197,6 +208,18 @@ def test_plots(tmp_path):
     assert "contrastive, own · A Processor, 2 threads, float32, 2030-01-02" in texts
     assert command.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "contrastive.svg").read_text() == first, "the same rows must give the same file"
+
+
+def test_all_plots_are_drawn_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        command.main(["plot"])
+    for device in ("one", "two"):
+        records.write(tmp_path / device, measured())
+    (tmp_path / "compiler").mkdir()
+    assert command.main(["plot"]) == 0
+    assert {path.parent.name for path in tmp_path.glob("*/*.svg")} == {"one", "two"}
 
 
 def test_plots_do_not_boast(tmp_path):
@@ -267,11 +290,13 @@ def test_tables(tmp_path):
     alone.repetitions = 1
     full = replace(row("torch-dense", anchors=50176), median_ms=None, note="does not fit into memory")
     fast = row("cpu", 3, op="training_step", images=64)
-    records.write(tmp_path / "results" / "device", [*measured(), alone, full, fast])
+    failed = replace(row(op="masked_topk"), median_ms=None, note="not timed: row 3 is off")
+    records.write(tmp_path / "results" / "device", [*measured(), alone, full, fast, failed])
     for _ in range(2):  # again gives the same
         tables.write_tables(page, tmp_path / "results")
         text = page.read_text().replace(presentation.NBSP, " ")
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert "masked_topk" not in text
         assert "### A Processor, 2 threads" in text and "Measured 2030-01-02 at commit abc." in text
         assert "(../results/device/contrastive.svg)" in text and "(../results/device/contrastive.csv)" in text
         assert "| call | N | `cpu` | `torch-dense` | faster | less memory | `compiled` |" in text
@@ -291,6 +316,19 @@ def test_tables_say_rates_and_providers(tmp_path):
     assert text[0] == "| call | N | hpkernels | against | faster | less memory | rate |"
     assert text[2] == "| keys | 4096 | `triton` 2.0 ms, 20 MiB | `torch-dense` 5.0 ms, 20 MiB | 2.5× | 1.0× |  |"
     assert text[3].endswith("| 9.0× | 1.0× | 412 TFLOP/s, 61% of `mm`, 50% of the roofline |")
+
+
+def test_calls_are_in_the_order_of_their_numbers():
+    calls = ["part=pools", "k=32", "k=8", "density=0.05", "own", "part=head"]
+    lines = tables._table([row(call=call) for call in calls])[2:]
+    in_order = ["density=0.05", "k=8", "k=32", "own", "part=head", "part=pools"]
+    assert [line.split()[1] for line in lines] == in_order
+
+
+def test_a_part_of_a_step_has_no_images_per_second():
+    assert row(op="training_step", call="end-to-end").images_per_second == 400
+    assert row(op="training_step", call="part=head").images_per_second is None
+    assert row().images_per_second is None
 
 
 def test_the_page_is_up_to_date(repository):

@@ -1,4 +1,4 @@
-"""The recipes of docs/contrastive.md, which are run and compared with dense formulas, and losses of another library."""
+"""The recipes of docs/recipes.md, which are run and compared with dense formulas, and losses of another library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from hpkernels import Labels, PairLists, PositiveMask, contrastive, hidden_positives, use_backend
+import hpkernels
+from benchmarks.published import ghp_contrastive as published_ghp_contrastive
+from hpkernels import Labels, PairLists, PositiveMask, contrastive, use_backend
 from hpkernels.testing import available_cases
 from tests.ops.oracles import ntxent_of_metric_learning, supcon_of_metric_learning
 from tests.pages import ROOT, document, heading
@@ -32,6 +34,16 @@ def supcon(logits, positives, kept=None):
 
 def both(logits, positives, kept):
     return (supcon(logits, positives, kept) + supcon(logits.T, positives.T, kept.T)) / 2
+
+
+def labels(it):
+    others = ~torch.eye(16, dtype=torch.bool)
+    return supcon(logits(it, "embeddings", "embeddings", 0.1), (it["labels"][:, None] == it["labels"]) & others, others)
+
+
+def two_views_without_labels(it):
+    every = logits(it, "views", "views", 0.5).masked_fill(torch.eye(16, dtype=torch.bool), -torch.inf)
+    return cross_entropy(every, torch.arange(16).roll(8))
 
 
 def a_queue_of_past_keys(it):
@@ -127,21 +139,46 @@ def one_term_for_each_positive_pair(it):
     return sum(every[i, [j, *others[i]]].logsumexp(dim=0) - every[i, j] for i, j in pairs) / len(pairs)
 
 
+def hidden_positives(it):
+    similarities = [it[name].double() for name in ("features", "pool", "features", "pool")]
+    z, every = it["z"].double(), torch.ones(25, 50, dtype=torch.bool)
+    settings = {"specific_weight": 0.0, "anchors_per_image": 25, "temperature": 0.5, "base_temperature": 0.07}
+    return published_ghp_contrastive(z, z, *similarities, every, **settings)
+
+
+def many_devices(it):
+    return both(logits(it, "images", "texts", 0.07), torch.eye(8).bool(), torch.ones(8, 8, dtype=torch.bool))
+
+
+def classes_of_other_libraries(it):
+    rows, labels, others = (
+        it["features"].double().flatten(0, 1),
+        it["labels"].repeat_interleave(2),
+        ~torch.eye(16).bool(),
+    )
+    return supcon(rows @ rows.T / 0.1, (labels[:, None] == labels) & others, others) * 0.1 / 0.07
+
+
 RECIPES = (
+    labels,
+    two_views_without_labels,
     a_queue_of_past_keys,
     a_memory_bank_with_labels,
     several_captions_an_image,
+    learnable_temperature,
     retrieval_with_hard_negatives,
     duplicates,
+    false_negatives_that_a_guide_finds,
+    soft_positives,
     decoupled,
+    a_bag_of_positives,
+    one_term_for_each_positive_pair,
     prototypes,
     log_q_correction,
     ignored_pixels,
-    soft_positives,
-    false_negatives_that_a_guide_finds,
-    learnable_temperature,
-    a_bag_of_positives,
-    one_term_for_each_positive_pair,
+    hidden_positives,
+    many_devices,
+    classes_of_other_libraries,
 )
 
 
@@ -149,7 +186,7 @@ RECIPES = (
 def page():
     """The programs of each recipe, by its heading as a name; "recipes" is what they begin with."""
     programs = {}
-    for example in document(ROOT / "docs" / "contrastive.md").examples():
+    for example in document(ROOT / "docs" / "recipes.md").examples():
         programs.setdefault(re.sub(r"\W", "_", heading(example)).lower(), []).append(example.parsed)
     return programs
 
@@ -243,6 +280,6 @@ def test_masks_may_take_the_place_of_labels():
     same = LABELS[:, None] == KEY_LABELS
     indices = same.nonzero()[:, 1]
     offsets = torch.cat((torch.zeros(1, dtype=torch.long), same.sum(dim=1).cumsum(0)))
-    near = hidden_positives(same.double(), torch.full((9,), 0.5).double(), keys=torch.eye(11).double())
+    near = hpkernels.hidden_positives(same.double(), torch.full((9,), 0.5).double(), keys=torch.eye(11).double())
     for positives in (same, PositiveMask.from_labels(LABELS, key_labels=KEY_LABELS), PairLists(offsets, indices), near):
         torch.testing.assert_close(contrastive(anchors, keys, positives=positives), expected, rtol=1e-12, atol=0)

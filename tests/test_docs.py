@@ -235,7 +235,7 @@ def test_lists_and_tables_on_the_site(page):
     """A list or a table right below a paragraph is one on GitHub, and a part of the paragraph on the site."""
     before = ""
     for line in prose(page).splitlines():
-        item = re.match(r"( *)(?:[-*]|\d+\.) ", line)
+        item = re.match(r"( *)(?:[-*]|1\.) ", line)
         if item:
             assert not before or re.match(r" *(?:[-*]|\d+\.) |  ", before), line
             assert len(item[1]) % 4 == 0, f"lists in lists are four spaces further in: {line}"

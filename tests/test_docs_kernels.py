@@ -19,6 +19,7 @@ from benchmarks import clock_budget, cuda_resources
 from benchmarks.sass_loops import step
 from hpkernels import _native, backends
 from hpkernels.cost import estimate
+from tests import test_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -249,7 +250,10 @@ def test_the_op_of_the_walk_through(tmp_path):
         .replace("\n__all__", f"{added}\n__all__")
         .replace('    "use_backend"', '    "squared_norms",\n    "use_backend"')
     )
-    (tmp_path / "docs" / "squared_norms.md").write_text("# squared_norms\n")
+    headings = "".join(f"\n## {section}\n" for section in test_layout.PAGE)
+    example = "```python\nhpkernels.squared_norms(rows)\n```"
+    text = f"# squared_norms\n\n{example}\n{headings}\n::: hpkernels.squared_norms\n"
+    (tmp_path / "docs" / "squared_norms.md").write_text(text)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -31,6 +31,7 @@ CONTRACT = [
     "test_inputs_untouched",
     "test_autocast",
 ]
+PAGE = ["Formula", "Contract", "Numerics", "Memory and time", "Limits", "Backends"]
 OPS = sorted([*backends.registered_ops(), *COMPOSED])
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -75,9 +76,13 @@ def test_no_tests_without_an_op(repository):
 
 @each_op
 def test_page_of_an_op(op, repository):
-    page = repository / "docs" / f"{op}.md"
-    assert page.exists(), f"docs/{op}.md is missing"
-    assert op in page.read_text()
+    path = repository / "docs" / f"{op}.md"
+    assert path.exists(), f"docs/{op}.md is missing"
+    page = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    title, *sections = re.findall(r"^##? (.*)$", page, re.MULTILINE)
+    assert title == op and sections == PAGE
+    assert "```python" in path.read_text().split("\n## ")[0], f"docs/{op}.md must begin with an example"
+    assert f"\n::: hpkernels.{op}\n" in page, f"docs/{op}.md must show the docstring"
 
 
 @pytest.mark.parametrize("name", hpkernels.__all__)

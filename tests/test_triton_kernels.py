@@ -119,6 +119,8 @@ def check_resources(repository, tmp_path, *arguments, **variables):
     assert done.returncode == 0, done.stderr[-10000:]  # below what the compiler printed
 
 
+@pytest.mark.deep
+@pytest.mark.repeated
 def test_resources(repository, tmp_path):
     """Every kernel for Hopper in float16: no spills in loops, no more than before, within the limits."""
     check_resources(repository, tmp_path, "--quick")
