@@ -274,6 +274,17 @@ def test_sweep_of_the_memory(tmp_path, capsys):
     assert notes == {784: "", 1568: "does not fit into 0.015625 GiB"}
 
 
+def test_limit_of_a_gpu(monkeypatch):
+    """A share of all its memory: what is used, and what the call may take."""
+    shares = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for limit in (None, 2.0, 100.0):
+        measure._limit_memory_of_gpu(small("contrastive", "own", device="cuda", memory_limit=limit), used=2**30)
+    assert shares == [0.375, 1.0]
+
+
 @pytest.mark.parametrize("arguments", [["--memory-limit", "2"], ["--sweep", "memory", "--memory-limit", "0"]])
 def test_a_limit_without_its_sweep_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -141,7 +141,10 @@ def _measure(sender: Connection, case: Case, provider_name: str, threads: int) -
         before = _reset_peak()
         _limit_memory(case.memory_limit)
         seconds = seconds_of(lambda: run(inputs))
-        sender.send(Memory(None if before is None else max(0, _status("VmHWM") - before), seconds))
+        peak = None if before is None else max(0, _status("VmHWM") - before)
+        # The limit of the system does not count memory that the allocator has kept from before.
+        fits = peak is None or case.memory_limit is None or peak <= case.memory_limit * 2**30
+        sender.send(Memory(peak, seconds) if fits else Memory(error=_too_large(case)))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
