@@ -86,6 +86,11 @@ def test_every_file_is_in_one_box():
     assert {path: len(boxes_of(path)) for path in sources()} == dict.fromkeys(sources(), 1)
 
 
+def test_every_box_names_files_that_there_are():
+    paths = [path for box in BOXES.values() for path in box.get("data-files").split()]
+    assert [path for path in paths if not any(ROOT.glob(path))] == []
+
+
 def test_arrows_are_imports(imports):
     drawn = {ends for ends in ARROWS if not ends[1].startswith("library-")}
     assert drawn <= imports.keys()
