@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import hpkernels
+from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.timing import nvml
 from hpkernels.ops import _triton
 
@@ -158,27 +158,12 @@ def _git(*arguments: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file; columns that it is too old to have are empty.
+    """The rows of a CSV file.
 
     Raises:
         ValueError: a column is missing that every file has, or is none of `Row`.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        kinds = {field.name: field.type for field in fields(Row)}
-        needed = {field.name for field in fields(Row) if field.default is MISSING}
-        given = set(reader.fieldnames or ())
-        if not needed <= given <= set(kinds):
-            raise ValueError(f"{path} must have the columns {', '.join(kinds)}, got {reader.fieldnames}")
-        return [Row(**{name: _parse(kinds[name], text) for name, text in line.items()}) for line in reader]
-
-
-def _parse(kind: str, text: str) -> str | int | float | None:
-    if kind == "str":
-        return text
-    if text == "":
-        return None
-    return int(text) if kind.startswith("int") else float(text)
+    return read_rows(path, Row)
 
 
 def read_folder(folder: Path) -> list[Row]:
@@ -188,7 +173,6 @@ def read_folder(folder: Path) -> list[Row]:
 
 def write(folder: Path, rows: Iterable[Row]) -> list[Path]:
     """Write one CSV file an op; rows that a file has for other cases or providers stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     by_op: dict[str, dict[tuple, Row]] = {}
     for row in rows:
         by_op.setdefault(row.op, {})[row.key] = row
@@ -196,9 +180,6 @@ def write(folder: Path, rows: Iterable[Row]) -> list[Path]:
     for op, new in by_op.items():
         path = folder / f"{op}.csv"
         merged = {row.key: row for row in (read(path) if path.exists() else [])} | new
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(merged[key]) for key in sorted(merged))
+        write_rows(path, Row, (merged[key] for key in sorted(merged)))
         written.append(path)
     return written

@@ -7,9 +7,8 @@ greatest is kept.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from benchmarks.accuracy import formulas
 from benchmarks.accuracy.regimes import problems
 from benchmarks.accuracy.verify import _double
 from benchmarks.cases import Case, Inputs
+from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.providers import Outputs, provider
 from benchmarks.results import ERRORS
 from hpkernels import backends
@@ -61,6 +61,11 @@ class ErrorRow:
         """Count the rows of another problem; NaN is greater than all."""
         self.error, self.rows = greater(self.error, error), self.rows + rows
         self.plain = None if of_plain is None or self.plain is None else greater(self.plain, of_plain)
+
+    def rounded(self) -> ErrorRow:
+        """With errors of two digits."""
+        error, plain = (value if value is None else float(f"{value:.2g}") for value in (self.error, self.plain))
+        return replace(self, error=error, plain=plain)
 
 
 def measure(op: str, environment: dict[str, Any], device: str = "cpu", quick: bool = False) -> list[ErrorRow]:
@@ -129,24 +134,11 @@ def greater(one: float, other: float) -> float:
 
 def write(folder: Path, rows: Iterable[ErrorRow]) -> None:
     """Write the errors of a device; those of ops that are not measured anew stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ERRORS
     merged = {row.key: row for row in [*(read(path) if path.exists() else []), *rows]}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ErrorRow)], lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(merged):
-            row = asdict(merged[key])
-            numbers = {name: format(row[name], ".2g") for name in ("error", "plain") if row[name] is not None}
-            writer.writerow(row | numbers)
+    write_rows(path, ErrorRow, (merged[key].rounded() for key in sorted(merged)))
 
 
 def read(path: Path) -> list[ErrorRow]:
     """The rows of a file that `write` has written."""
-    with path.open(newline="") as file:
-        return [_row(texts) for texts in csv.DictReader(file)]
-
-
-def _row(texts: dict[str, str]) -> ErrorRow:
-    numbers = {"error": float(texts["error"]), "plain": float(texts["plain"]) if texts["plain"] else None}
-    return ErrorRow(**texts | numbers | {"rows": int(texts["rows"]), "threads": int(texts["threads"])})
+    return read_rows(path, ErrorRow)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.compiled import sass
+from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.pages import tables
 from benchmarks.results import RESOURCES
 from hpkernels import _native
@@ -137,24 +137,13 @@ def file_of(rows: list[Row], folder: Path = results.RESULTS) -> Path:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write rows with the commit and the date."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    origin = {"commit": results.commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) | origin for row in rows)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_rows(path, Row, rows, commit=results.commit(), date=date)
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, none if there is no file."""
-    if not path.exists():
-        return []
-    numbers = {field.name for field in fields(Row) if field.type == "int"}
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: int(value) if name in numbers else value for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return read_rows(path, Row) if path.exists() else []
 
 
 def write_tables(page: Path, folder: Path = results.RESULTS) -> None:

@@ -6,7 +6,6 @@ Triton would at run time: every configuration of the tables, every variant of a 
 
 from __future__ import annotations
 
-import csv
 import math
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.compiled import sass
+from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.pages import tables
 from benchmarks.results import RESOURCES
 from hpkernels import backends
@@ -247,28 +247,13 @@ def committed(folder: Path = results.RESULTS) -> Path:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, none if there is no file."""
-    if not path.exists():
-        return []
-    numbers = {field.name for field in fields(Row) if field.type == "int"}
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: int(value) if name in numbers else value for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return read_rows(path, Row) if path.exists() else []
 
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write rows with the version of Triton, the commit and the date."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    origin = {
-        "triton": _triton.triton.__version__,
-        "commit": results.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) | origin for row in rows)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_rows(path, Row, rows, triton=_triton.triton.__version__, commit=results.commit(), date=date)
 
 
 def write_tables(page: Path, results: Path) -> None:

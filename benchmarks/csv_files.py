@@ -1,0 +1,44 @@
+"""CSV files of dataclasses: a line an object, a column a field."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a file; columns that it is too old to have are as the fields' defaults.
+
+    Raises:
+        ValueError: a column is missing that every file has, or is no field.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        kinds = {field.name: str(field.type) for field in fields(kind)}
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        given = set(reader.fieldnames or ())
+        if not needed <= given <= set(kinds):
+            raise ValueError(f"{path} must have the columns {', '.join(kinds)}, got {reader.fieldnames}")
+        return [kind(**{name: _parse(kinds[name], text) for name, text in line.items()}) for line in reader]
+
+
+def _parse(kind: str, text: str) -> str | int | float | None:
+    if kind == "str":
+        return text
+    if text == "":
+        return None
+    return int(text) if kind.startswith("int") else float(text)
+
+
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row], **same: Any) -> None:
+    """Write a file, and the folder that it is in; `same` are columns that all rows share."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) | same for row in rows)
