@@ -25,7 +25,7 @@ HPK_MULTIVERSION float round_row(const float* row, int64_t dim, int8_t* codes, d
   HPK_PRAGMA(omp simd reduction(max : greatest))
   for (int64_t d = 0; d < dim; ++d) {
     const float size = row[d] < 0 ? -row[d] : row[d];
-    greatest = size > greatest ? size : greatest;  // passes over NaN, which shows in `left`
+    greatest = size > greatest ? size : greatest;  // false for NaN, which shows in `left`
   }
   const float scale = greatest / 127.0f, inverse = scale > 0 ? 1 / scale : 0.0f;
   double sum = 0;
