@@ -25,7 +25,7 @@ def hidden_positives(
 ) -> PositiveMask:
     """Find the pairs of anchors that are more similar to each other than one of them is to the reference pool.
 
-    ``P_ij = i != j and <features_i, features_j> > min(threshold_i, threshold_j)`` (HP, CVPR 2023, section 3.2). The
+    ``P_ij = i != j and <features_i, features_j> > min(threshold_i, threshold_j)`` (HP, CVPR 2023). The
     relation is symmetric. With ``symmetric=False`` only the anchor's own threshold counts:
     ``P_ij = i != j and <features_i, features_j> > threshold_i``.
 

@@ -24,7 +24,7 @@ def local_propagation(
     prefix_tokens: int = 1,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Average each patch's code over its window, weighted by the backbone's attention (HP, CVPR 2023, section 3.4).
+    """Average each patch's code over its window, weighted by the backbone's attention (HP, CVPR 2023).
 
     ``mixed_i = (1 / c_i) * sum over j in the window of i of T_ij code_j`` with the weights of
     `local_propagation_weights` and c_i the number of window cells inside the image.

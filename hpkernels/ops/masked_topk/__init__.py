@@ -32,7 +32,7 @@ def masked_topk(
     """Find the `k` pool rows with the largest inner product with each query.
 
     ``values[i, t]`` is the t-th largest of ``<query_i, pool_m>`` over the allowed m. With L2-normalised rows this is
-    the cosine similarity; with k = 1 it is the threshold of hidden-positive discovery (HP, CVPR 2023, section 3.2).
+    the cosine similarity; with k = 1 it is the threshold of hidden-positive discovery (HP, CVPR 2023).
 
     Args:
         query: (N, D) floating-point queries, any strides.

@@ -36,7 +36,7 @@ def multi_positive_contrastive(
     With ``l_ij = <z_i, z_j> / temperature``, positives A, specific positives S and negatives R:
     ``logp_ij = l_ij - log sum_{k != i, A_ik or R_ik} exp(l_ik)``, ``w_ij = A_ij + specific_weight * S_ij``,
     ``n_i = sum_j w_ij``. The loss of an image is the mean of ``-sum_j w_ij logp_ij / n_i`` over its anchors that have
-    an A-positive, and the loss is the mean over the images that have such an anchor (HP, CVPR 2023, equations 3-6).
+    an A-positive, and the loss is the mean over the images that have such an anchor (HP, CVPR 2023).
     With positives from labels and the defaults it is SupCon (Khosla et al., NeurIPS 2020, L_out).
 
     Args:
