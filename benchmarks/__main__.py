@@ -6,6 +6,8 @@ See docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from benchmarks.cases import DTYPES, OPS, Case, cases
 from benchmarks.compiled import cuda_resources, resources
 from benchmarks.compiled.clock_budget import add_clock_budget
 from benchmarks.gpu import gpu_check
-from benchmarks.pages import catalogue, plots, tables
+from benchmarks.pages import catalogue, plots, presentation, tables
 from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     command.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32, float16 on a GPU)")
-    command.add_argument("--images", action="append", type=int, metavar="B", help="only this size; may be repeated")
+    command.add_argument("--images", action="append", type=_count, metavar="B", help="only this size; may be repeated")
     command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.add_argument(
@@ -83,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_estimates)
 
     command = commands.add_parser("distributed", help="time and memory of a loss in several processes, and in one")
-    command.add_argument("--anchors", type=int, default=8192, metavar="N", help="of all ranks together (default: 8192)")
-    command.add_argument("--dim", type=int, default=512, metavar="D", help="of their vectors (default: 512)")
-    command.add_argument("--ranks", type=int, default=2, help="processes of one thread each (default: 2)")
+    command.add_argument("--anchors", type=_count, default=8192, metavar="N", help="of all ranks (default: 8192)")
+    command.add_argument("--dim", type=_count, default=512, metavar="D", help="of their vectors (default: 512)")
+    command.add_argument("--ranks", type=_count, default=2, help="processes of one thread each (default: 2)")
     command.set_defaults(command=_distributed)
 
     command = commands.add_parser(
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
+    return int(text)
+
+
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     unknown = set(options.op or ()) - set(OPS)
     if unknown:
@@ -128,6 +136,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.sweep == "memory" and options.output is None and folder is not None:
         # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
         folder /= "memory" if options.memory_limit is None else f"memory-{options.memory_limit:g}-gib"
+    if folder is not None:
+        _check_output(folder, parser)
     for line in limits(chosen, options.provider):
         print(line)
     rows = []
@@ -146,11 +156,24 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 1 if any(row.note.startswith(WRONG) for row in rows) else 0
 
 
+def _check_output(folder: Path, parser: argparse.ArgumentParser) -> None:
+    """Make the folder of the results, and refuse one that they could not be written to once they are measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        results.read_folder(folder)  # rows of earlier runs, which stay
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be made, got {folder}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+    if not os.access(folder, os.W_OK):
+        parser.error(f"--output must be a folder that can be written to, got {folder}")
+
+
 def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser, device: str, dtype: str) -> list[Case]:
     """The cases that were asked for."""
     limit = options.memory_limit
-    if limit is not None and (options.sweep != "memory" or limit <= 0):
-        parser.error(f"--memory-limit must be more than 0, with --sweep memory, got {limit:g}")
+    if limit is not None and (options.sweep != "memory" or not 0 < limit < math.inf):
+        parser.error(f"--memory-limit must be more than 0 and finite, with --sweep memory, got {limit:g}")
     if options.sweep:
         try:
             chosen = sweeps.sweep_cases(options.sweep, options.op, device, dtype, options.images, limit)
@@ -181,10 +204,10 @@ def _print_row(row: Row) -> None:
     if row.median_ms is None:
         result = row.note
     else:
-        memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
-        spread = f"[{row.q1_ms:.4g}, {row.q3_ms:.4g}]"
-        rate = "" if row.images_per_second is None else f" {row.images_per_second:8.4g} images/s"
-        result = f"{row.median_ms:10.4g} ms {spread:20} {memory}{rate}"
+        middle, low, high = map(presentation.duration, (row.median_ms, row.q1_ms, row.q3_ms))
+        memory = "" if row.peak_mib is None else f", peak {presentation.memory(row.peak_mib)}"
+        rate = "" if row.images_per_second is None else f", {presentation.amount(row.images_per_second)} images/s"
+        result = f"{middle:>7} (quartiles {low}, {high}){memory}{rate}".replace(presentation.NBSP, " ")
     print(f"{name:48} {row.provider:24} {result}", flush=True)
 
 
@@ -198,10 +221,15 @@ def _draw(folder: Path) -> None:
 
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    folders = [options.folder] if options.folder else sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    measured = [folder for folder in folders if results.read_folder(folder)]
+    if options.folder:
+        folder = _existing(options.folder, parser)
+        _rows_of(folder, None, parser)
+        measured = [folder]
+    else:
+        folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+        measured = [folder for folder in folders if results.read_folder(folder)]
     if not measured:
-        parser.error(f"{options.folder or RESULTS} has no results")
+        parser.error(f"{RESULTS} has no results")
     for folder in measured:
         _draw(folder)
     return 0
@@ -214,14 +242,19 @@ def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not options.tolerance >= 0:
-        parser.error(f"--tolerance must be a share, 0 or more, got {options.tolerance}")
+    if not 0 <= options.tolerance < math.inf:
+        parser.error(f"--tolerance must be a share, 0 or more and finite, got {options.tolerance}")
     if options.relative_to not in (None, *known_names()):
         parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
-    measured = None if options.run is None else _rows_of(options.run, options.op, parser)
+    measured = None if options.run is None else _rows_of(_existing(options.run, parser), options.op, parser)
     environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
     where = vars(measured[0]) if measured else environment
-    folder = options.baseline or baseline.folder_of(where["device"], where["threads"])
+    if options.baseline:
+        folder = _existing(options.baseline, parser)
+    else:
+        folder = baseline.folder_of(where["device"], where["threads"])
+        if not folder.is_dir():
+            parser.error(f"there is no baseline {folder}: measure one with `run`, or name another with --baseline")
     rows = _rows_of(folder, options.op, parser)
     if measured is None:
         measured = []
@@ -230,10 +263,18 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             measured.append(row)
     comparison = baseline.compare(rows, measured, options.tolerance, options.relative_to)
     if not comparison.changes and not comparison.wrong:
-        parser.error(f"{folder} and the run have nothing in common: device, threads, op, call, N, dtype and provider")
+        parser.error(f"{folder} and the run have nothing in common: {baseline.difference(rows, measured)}")
     for line in baseline.report(comparison, rows, measured, options.tolerance):
         print(line)
     return 1 if comparison.failed else 0
+
+
+def _existing(folder: Path, parser: argparse.ArgumentParser) -> Path:
+    """A folder by its path, or by its name in benchmarks/results."""
+    found = next((path for path in (folder, RESULTS / folder) if path.is_dir()), None)
+    if found is None:
+        parser.error(f"there is no folder {folder}, here or in {RESULTS}")
+    return found
 
 
 def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
@@ -253,6 +294,8 @@ def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def _distributed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.anchors < options.ranks:
+        parser.error(f"--anchors must be at least one a rank, got {options.anchors} for {options.ranks} ranks")
     for line in distributed.lines(options.anchors, options.dim, options.ranks):
         print(line, flush=True)
     return 0

@@ -13,6 +13,8 @@ from benchmarks.results import PART, RESULTS, Row, folder_name
 from benchmarks.run import WRONG, run
 
 TOLERANCE = 0.05
+_IDENTITY = ("device", "threads", "op", "call", "N", "dtype", "provider")
+"""What two rows must share to be compared."""
 FASTER, SAME, SLOWER = "faster", "within", "slower"
 
 
@@ -102,6 +104,21 @@ def compare(
     )
 
 
+def difference(baseline: Iterable[Row], measured: Iterable[Row]) -> str:
+    """Why nothing of a run can be compared with a baseline."""
+    sides = [list(zip(*map(_identity, rows), strict=True)) for rows in (baseline, measured)]
+    differing = [
+        f"{name} {_listed(old)} and {_listed(new)}"
+        for name, old, new in zip(_IDENTITY, *sides, strict=True)
+        if not set(old) & set(new)
+    ]
+    return "; ".join(differing) or f"no case has the same {', '.join(_IDENTITY)} in both and was timed"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
 def _machine(row: Row) -> tuple[str, int]:
     return row.device, row.threads
 
@@ -140,8 +157,12 @@ def report(comparison: Comparison, baseline: list[Row], measured: list[Row], tol
     order = (SAME, FASTER, SLOWER)
     for change in sorted(comparison.changes, key=lambda change: (order.index(change.verdict), *change.after.key)):
         yield f"{change.verdict:6}  {_name(change.after):64}  {_times(change)}{_drift(change, baseline, measured)}"
+    ops = {row.op for row in measured}
+    others = [row for row in comparison.not_measured if row.op not in ops]
+    if others:
+        yield f"in the baseline, of ops that the run does not have ({len(others)})"
     for title, rows in {
-        "in the baseline, not measured": comparison.not_measured,
+        "in the baseline, not measured": [row for row in comparison.not_measured if row.op in ops],
         "measured, not in the baseline": comparison.without_baseline,
         **comparison.not_compared,
     }.items():

@@ -22,8 +22,10 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         kinds = {field.name: str(field.type) for field in fields(kind)}
         needed = {field.name for field in fields(kind) if field.default is MISSING}
         given = set(reader.fieldnames or ())
-        if not needed <= given <= set(kinds):
-            raise ValueError(f"{path} must have the columns {', '.join(kinds)}, got {reader.fieldnames}")
+        for fault, columns in {"lacks": needed - given, "has unknown": given - set(kinds)}.items():
+            if columns:
+                names = ", ".join(name for name in [*kinds, *(reader.fieldnames or ())] if name in columns)
+                raise ValueError(f"{path} {fault} columns: {names}; is it a file that the benchmarks wrote?")
         return [kind(**{name: _parse(kinds[name], text) for name, text in line.items()}) for line in reader]
 
 

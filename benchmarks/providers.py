@@ -14,6 +14,7 @@ import hpkernels
 from benchmarks import peers  # noqa: F401, enters its providers
 from benchmarks.cases import END_TO_END, Case, Inputs
 from benchmarks.end_to_end import end_to_end
+from benchmarks.pages import catalogue
 from benchmarks.registry import (
     PAIRS_LIMIT,
     REGISTRY,
@@ -136,7 +137,11 @@ def known_names() -> list[str]:
 
 
 def limits(cases: Iterable[Case], names: Iterable[str] | None) -> list[str]:
-    """A line for each provider of these names (None: all) that runs a case and cannot express all of its op."""
-    ran = [entry for case in cases for entry in providers(case) if not entry.reason_missing(case)]
-    about = {entry.name: entry.cannot for entry in ran if entry.cannot and (names is None or entry.name in names)}
-    return [f"{name} cannot express: {cannot}" for name, cannot in sorted(about.items())]
+    """What the providers of these names (None: all) that run a case cannot express of its op, a line each."""
+    of_ops: dict[tuple[str, str], dict[str, None]] = {}
+    for case in cases:
+        for entry in providers(case):
+            wanted = (names is None or entry.name in names) and not entry.reason_missing(case)
+            if wanted and (cannot := catalogue.cannot(entry.name, case.op)):
+                of_ops.setdefault((entry.name, cannot), {})[case.op] = None
+    return [f"{', '.join(ops)}: {name} cannot express {cannot}" for (name, cannot), ops in sorted(of_ops.items())]

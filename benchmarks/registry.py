@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.pages.catalogue import PROVIDERS
 from hpkernels import backends
 from training.model import to_map, to_rows
 
@@ -62,11 +61,6 @@ class Provider:
     compiles: bool = False
     backend: str | None = None
     only: tuple[str, ...] | None = None
-
-    @property
-    def cannot(self) -> str:
-        """What it cannot express of what the op's contract has, in one phrase, or ""."""
-        return PROVIDERS[self.name].cannot if self.name in PROVIDERS else ""
 
     def computes(self, call: str) -> bool:
         """Whether it computes a call of its op."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import estimates, published
 from benchmarks import results as records
 from benchmarks import run as runner
+from benchmarks.accuracy import error_tables
 from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import Provider, known_names, provider, providers
@@ -303,7 +305,12 @@ def test_csv_keeps_rows_of_other_runs(tmp_path):
 
 def test_csv_with_other_columns_is_refused(tmp_path):
     (tmp_path / "old.csv").write_text("op,time\nmasked_topk,3\n")
-    with pytest.raises(ValueError, match="must have the columns op, call"):
+    with pytest.raises(ValueError, match="old.csv lacks columns: call, images, .*provider; is it"):
+        records.read_folder(tmp_path)
+    records.write(tmp_path, [row()])
+    text = (tmp_path / "masked_topk.csv").read_text()
+    (tmp_path / "old.csv").write_text(text.replace("median_ms", "time"))
+    with pytest.raises(ValueError, match="old.csv has unknown columns: time; is it"):
         records.read_folder(tmp_path)
 
 
@@ -329,6 +336,60 @@ def test_run_from_end_to_end(tmp_path, capsys):
         assert line["verified_anchors"] == line["anchors"] == "784"
         assert line["device"] and line["commit"] and line["date"] and line["torch"] == torch.__version__
     assert "hidden_positives forward N=784" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--images", "0"], "--images: must be a whole number, 1 or more, got 0"),
+        (["run", "--images", "-1"], "--images: must be a whole number, 1 or more, got -1"),
+        (["distributed", "--ranks", "0"], "--ranks: must be a whole number, 1 or more, got 0"),
+        (["distributed", "--ranks", "²"], "--ranks: must be a whole number, 1 or more, got ²"),
+        (["distributed", "--dim", "0"], "--dim: must be a whole number, 1 or more, got 0"),
+        (["distributed", "--anchors", "1"], "--anchors must be at least one a rank, got 1 for 2 ranks"),
+    ],
+)
+def test_counts_must_be_positive(arguments, message, monkeypatch, capsys):
+    for module, name in ((command, "run"), (command.distributed, "lines")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured with a bad count"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("file", "--output must be a folder that can be made, got .*file: File exists"),
+        ("file/below", "--output must be a folder that can be made, got .*below: Not a directory"),
+        ("foreign", "foreign/x.csv lacks columns: "),
+    ],
+)
+def test_an_output_is_refused_before_anything_is_measured(output, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured what could not be written"))
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["run", "--quick", "--output", str(tmp_path / output)])
+    assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_a_row_is_printed_in_the_units_of_the_pages(capsys):
+    slow = row(op="training_step", call="forward+backward", images=64, peak_mib=3767.0)
+    slow.set_times([11.9, 12.0, 12.1])
+    command._print_row(slow)
+    assert capsys.readouterr().out.endswith(" 12 s (quartiles 12 s, 12 s), peak 3.7 GiB, 5.3 images/s\n")
+
+
+def test_errors_go_where_they_are_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(error_tables, "measure", lambda *_: [])
+    monkeypatch.setattr(error_tables, "write_tables", lambda *_: pytest.fail("the pages are of another machine"))
+    assert command.main(["errors", "--op", "masked_topk", "--output", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / records.ERRORS).is_file()
+    with pytest.raises(SystemExit):
+        command.main(["errors", "--help"])
+    assert "overwrites" in capsys.readouterr().out
 
 
 def test_calls_can_be_chosen(monkeypatch):

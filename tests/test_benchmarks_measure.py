@@ -17,7 +17,9 @@ from benchmarks import run as runner
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import provider
 from benchmarks.timing import measure, nvml, rates, timers
+from hpkernels import _native
 from hpkernels.cost import DEVICES, Device
+from hpkernels.ops import _coarse
 
 
 class FakeGpu:
@@ -427,6 +429,23 @@ def test_ceilings(monkeypatch):
     assert found.matrix["bfloat16"] >= found.matrix["float32"] == found.vector > 0
     assert found.bandwidth > 0 and found.capability is None and found.source == "measured"
     assert estimates.ceilings is rates.ceilings
+
+
+def test_rates_without_the_library(monkeypatch):
+    """An installation without the CPU kernels has no operator to ask about int8 products."""
+    missing = _native.Availability(False, "no _C")
+    monkeypatch.setattr(_native, "LIBRARIES", _native.LIBRARIES | {"_C": missing})
+    monkeypatch.setattr(torch.ops, "hpkernels_cpu", SimpleNamespace())
+    monkeypatch.setattr(rates, "_COPIED", 2**20)
+    monkeypatch.setattr(rates, "_ON_CPU", (64, 64, 64))
+    for cached in (rates.ceilings, _coarse.int8_is_fast):
+        cached.cache_clear()
+    try:
+        row, _ = measured_rows(Case("masked_topk", "k=8", images=2, grid=(5, 6)))
+        assert row.roofline == "measured" and rates.ceilings("cpu", "float32").ranking is None
+    finally:
+        for cached in (rates.ceilings, _coarse.int8_is_fast):
+            cached.cache_clear()
 
 
 SMALL = Case("hidden_positives", "forward", images=2, grid=(5, 6))

@@ -15,7 +15,7 @@ from benchmarks import results as records
 from benchmarks import run as runner
 from benchmarks import sweeps
 from benchmarks.accuracy.verify import WrongResultError, verify
-from benchmarks.cases import END_TO_END, Case, cases
+from benchmarks.cases import END_TO_END, OPS, Case, cases
 from benchmarks.end_to_end import seconds_of_parts
 from benchmarks.pages import catalogue
 from benchmarks.peers import chunked, search
@@ -51,7 +51,13 @@ def test_docs_have_the_table_of_providers(repository):
 
 def test_the_run_says_what_a_provider_cannot_express():
     case = small("masked_topk", "k=1")
-    assert limits([case], ["torch-topk", "cpu"]) == ["torch-topk cannot express: masks, groups"]
+    assert limits([case], ["torch-topk", "cpu"]) == ["masked_topk: torch-topk cannot express masks, groups"]
+    several = [case, small("ghp_contrastive", "rate=1"), small("multi_positive_contrastive", "rate=1")]
+    losses, ranking = limits(several, ["torch-chunked"])
+    assert ranking == "masked_topk: torch-chunked cannot express masks, groups"
+    assert losses.startswith("ghp_contrastive, multi_positive_contrastive: torch-chunked cannot express anchors of no")
+    for line in limits([case for op in OPS for case in cases(op)], None):
+        assert "what these" not in line and "what that" not in line, "a line stands alone"
     assert not any(line.startswith("cuvs") for line in limits([case], None)), "it does not run here"
 
 
@@ -285,12 +291,15 @@ def test_limit_of_a_gpu(monkeypatch):
     assert shares == [0.375, 1.0]
 
 
-@pytest.mark.parametrize("arguments", [["--memory-limit", "2"], ["--sweep", "memory", "--memory-limit", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--memory-limit", "2"], *(["--sweep", "memory", "--memory-limit", value] for value in ("0", "nan", "inf"))],
+)
 def test_a_limit_without_its_sweep_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(["run", *arguments])
     assert stopped.value.code == 2
-    assert "--memory-limit must be more than 0, with --sweep memory, got" in capsys.readouterr().err
+    assert "--memory-limit must be more than 0 and finite, with --sweep memory, got" in capsys.readouterr().err
 
 
 def test_whole_steps_are_of_what_the_loop_computes_in():

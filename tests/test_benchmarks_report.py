@@ -145,8 +145,10 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "nowhere has no results"),
-        (["nowhere", "--tolerance", "-1"], "--tolerance must be a share, 0 or more, got -1.0"),
+        (["nowhere"], "there is no folder nowhere, here or in "),
+        (["nowhere", "--tolerance", "-1"], "--tolerance must be a share, 0 or more and finite, got -1.0"),
+        (["nowhere", "--tolerance", "inf"], "--tolerance must be a share, 0 or more and finite, got inf"),
+        (["--baseline", "nowhere"], "there is no folder nowhere, here or in "),
         (["nowhere", "--relative-to", "abacus"], "unknown provider abacus; known are"),
     ],
 )
@@ -156,11 +158,25 @@ def test_comparisons_that_cannot_be(arguments, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_files_that_are_no_results(tmp_path, capsys):
+@pytest.mark.parametrize("program", ["compare", "plot"])
+def test_files_that_are_no_results(program, tmp_path, capsys):
     (tmp_path / "old.csv").write_text("op,time\ncontrastive,3\n")
     with pytest.raises(SystemExit) as stopped:
-        command.main(["compare", str(tmp_path)])
-    assert stopped.value.code == 2 and "must have the columns op, call" in capsys.readouterr().err
+        command.main([program, str(tmp_path)])
+    assert stopped.value.code == 2 and "old.csv lacks columns: call, images" in capsys.readouterr().err
+
+
+def test_baselines_have_names(tmp_path, monkeypatch, capsys):
+    """A folder of benchmarks/results is found by its name; what to do where this machine has none is said."""
+    for module in (command, baseline):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    records.write(tmp_path / "run", [row()])
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "run")])
+    assert "a-2-threads: measure one with `run`, or name another with --baseline" in capsys.readouterr().err
+    records.write(tmp_path / "other", [row()])
+    assert command.main(["compare", "run", "--baseline", "other"]) == 0
 
 
 def test_runs_of_another_device_are_refused(tmp_path, capsys):
@@ -168,7 +184,18 @@ def test_runs_of_another_device_are_refused(tmp_path, capsys):
     records.write(tmp_path / "old", [row(device="Another")])
     with pytest.raises(SystemExit):
         command.main(["compare", str(tmp_path / "run"), "--baseline", str(tmp_path / "old")])
-    assert "nothing in common: device, threads" in capsys.readouterr().err
+    assert "nothing in common: device Another and A Processor\n" in capsys.readouterr().err
+    records.write(tmp_path / "old", [row(threads=1), row("faiss", threads=2)])
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "run"), "--baseline", str(tmp_path / "old")])
+    assert "nothing in common: no case has the same device, threads, op" in capsys.readouterr().err
+
+
+def test_ops_that_were_not_run_are_counted():
+    before = [row(), row("compiled"), *(row(op="masked_topk", anchors=anchors) for anchors in (1, 2, 3))]
+    _, others, missing, _ = baseline.report(baseline.compare(before, [row()]), before, [row()], 0.05)
+    assert others == "in the baseline, of ops that the run does not have (3)"
+    assert missing.startswith("in the baseline, not measured (1):") and missing.endswith("compiled")
 
 
 def measured() -> list[records.Row]:

@@ -27,14 +27,21 @@ _DOCS = Path(__file__).parents[2] / "docs"
 
 def add_errors(commands: Any) -> None:
     """Enter the command `errors` into those of ``python -m benchmarks``."""
-    command = commands.add_parser("errors", help="measure rounding errors; write them into the pages of the ops")
+    about = "measure rounding errors; write them into the pages of the ops"
+    command = commands.add_parser(
+        "errors",
+        help=about,
+        description=f"{about}. Without --output this overwrites benchmarks/results/<device>/{ERRORS} and the tables in"
+        " docs/*.md.",
+    )
     command.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
+    command.add_argument("--output", type=Path, help=f"folder of {ERRORS}; the pages stay as they are")
     command.set_defaults(command=_errors)
 
 
 def _errors(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = RESULTS / results.folder_name(
+    folder = options.output or RESULTS / results.folder_name(
         results.device_name(device), torch.get_num_threads() if device == "cpu" else None
     )
     environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
@@ -42,7 +49,8 @@ def _errors(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         rows = measure(op, environment, device)
         write(folder, rows)
         print(f"{op}: {len(rows)} rows", flush=True)
-    write_tables(_DOCS, RESULTS)
+    if options.output is None:
+        write_tables(_DOCS, RESULTS)
     return 0
 
 

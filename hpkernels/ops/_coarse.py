@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hpkernels import _native
+
 _INT8_FEATURES = range(16, 2**17)
 """D for int8: 127² times as many is the most that an int32 sum holds, and few are not worth rounding (and with D = 1
 PyTorch's int8 product is wrong: it mistakes transposed rows for others)."""
@@ -96,5 +98,5 @@ def without_int8() -> Iterator[None]:
 
 @functools.cache
 def int8_is_fast() -> bool:
-    """Whether this processor has instructions for int8 products."""
-    return bool(torch.ops.hpkernels_cpu.has_int8_products())
+    """Whether this processor has instructions for int8 products, and the CPU kernels are there to ask."""
+    return _native.LIBRARIES["_C"].ok and bool(torch.ops.hpkernels_cpu.has_int8_products())
