@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import hpkernels
-from hpkernels import _native, backends, selfcheck
+from hpkernels import _native, backends, cost, explanation, selfcheck
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VARIABLES = re.compile(r"(HPKERNELS|OMP|GOMP|KMP|MKL|TORCH|PYTORCH|TRITON|CUDA|NVIDIA_TF32)_\w+|CXX|MAX_JOBS")
@@ -138,11 +138,14 @@ def lines(told: dict[str, Any]) -> list[str]:
         out += [""]
     out += [f"{name:28} {'loaded' if state['ok'] else 'not loaded'}: {state['reason']}"
             for name, state in told["libraries"].items()]  # fmt: skip
-    out += ["", f"{'what auto takes':28} {'device':7}" + "".join(f"{_name(dtype):11}" for dtype in DTYPES).rstrip()]
+    out += [
+        "",
+        f"{'what auto takes':28} {'for tensors on':15}" + "".join(f"{_name(dtype):11}" for dtype in DTYPES).rstrip(),
+    ]
     for row in told["auto"]:
         shown = [row[_name(dtype)].partition(":")[0].replace(_UNCHECKED, "*") for dtype in DTYPES]
         choices = "".join(f"{choice:11}" for choice in shown)
-        out.append(f"{row['op']:28} {row['device']:7}{choices}".rstrip())
+        out.append(f"{row['op']:28} {row['device']:15}{choices}".rstrip())
     out.append(f"{'ghp_contrastive':28} composed of masked_topk, hidden_positives and multi_positive_contrastive")
     choices_made = {row[_name(dtype)] for row in told["auto"] for dtype in DTYPES}
     if any(choice.endswith(_UNCHECKED) for choice in choices_made):
@@ -213,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=_report)
     commands = parser.add_subparsers(metavar="COMMAND")
-    checking = commands.add_parser("check", help="compare the kernels with the reference on each device, and keep it")
+    to_check = "compare the kernels with the reference on each device, and keep the verdict"
+    checking = commands.add_parser("check", help=to_check, description=to_check)
     checking.add_argument("--device", action="append", choices=["cpu", *_gpus()], help="only this; may be repeated")
     checking.add_argument(
         "--limit", type=_seconds, default=300.0, metavar="S", help="seconds of a check (default: 300)"
@@ -221,9 +225,16 @@ def main(arguments: list[str] | None = None) -> int:
     for task in ("--one", "--settle"):  # of the processes that it starts
         checking.add_argument(task, nargs=3, help=argparse.SUPPRESS)
     checking.set_defaults(command=_check)
-    explaining = commands.add_parser("explain", help="which backend, engine and route a call takes, and why")
-    explaining.add_argument("op")
-    explaining.add_argument("sizes", nargs="*", metavar="NAME=VALUE", help="device, dtype, or a size as N=50176")
+    to_explain = "say which backend, engine and route a call takes, why, and what it costs"
+    explaining = commands.add_parser("explain", help=to_explain, description=to_explain)
+    explaining.add_argument("op", help=f"one of {', '.join(cost.OPS)}")
+    explaining.add_argument(
+        "sizes",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help=f"device ({', '.join(cost.DEVICES)}), dtype, or a size of `hpkernels.estimate`, as N=50176:"
+        f" {', '.join(explanation.SIZES)}",
+    )
     explaining.set_defaults(command=_explain)
     for command in (checking, explaining):  # before the command or after it
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
@@ -263,8 +274,8 @@ def _check(options: argparse.Namespace) -> _Told:
 
 
 def _explain(options: argparse.Namespace) -> _Told:
-    explanation = hpkernels.explain(**{"op": options.op} | dict(map(_assignment, options.sizes)))
-    return dataclasses.asdict(explanation), str(explanation), 0
+    told = hpkernels.explain(**{"op": options.op} | dict(map(_assignment, options.sizes)))
+    return dataclasses.asdict(told), str(told), 0
 
 
 def _assignment(text: str) -> tuple[str, Any]:

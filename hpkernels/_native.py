@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,19 @@ def _file(library: str) -> Path | None:
     return files[0] if files else None
 
 
+def _left_elsewhere(library: str) -> Availability | None:
+    """The reason where this copy of the package has no such library, and another on Python's path has."""
+    own = Path(__file__).resolve().parent
+    for package in (Path(folder, "hpkernels").resolve() for folder in sys.path):
+        if package != own and any(package.glob(f"{library}.*")):
+            return Availability(
+                False,
+                f"hpkernels is imported from {own}, which has no {library} library; the copy in {package} has one: run"
+                " from another folder, or install with `pip install --editable`",
+            )
+    return None
+
+
 def _load(file: Path, reason: str) -> Availability:
     """Load a library and with it the kernels that it registers, or say why that is not possible."""
     try:
@@ -42,7 +56,9 @@ def _load(file: Path, reason: str) -> Availability:
 def _load_cpu() -> Availability:
     file = _file("_C")
     if file is None:
-        return Availability(False, "this installation has no _C library; reinstall with a C++ compiler at hand")
+        return _left_elsewhere("_C") or Availability(
+            False, "this installation has no _C library; reinstall with a C++ compiler at hand"
+        )
     return _load(file, f"compiled, {file.name}")
 
 
@@ -51,7 +67,7 @@ def _load_cuda() -> Availability:
         return _load(Path(os.environ[EMULATED_VARIABLE]), "emulated on the CPU: slow, for tests")
     file = _file("_C_cuda")
     if file is None:
-        return Availability(
+        return _left_elsewhere("_C_cuda") or Availability(
             False, "this installation has no _C_cuda library; reinstall with nvcc and a PyTorch with CUDA at hand"
         )
     compiled = f"{file.name}, compiled for {architectures(file)}"

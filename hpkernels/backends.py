@@ -67,7 +67,7 @@ def availability(
 ) -> Availability:
     """Whether `backend` can run `op` on tensors of this device and dtype, or the reason why not."""
     if not is_registered(op, backend):
-        return Availability(False, f"{op} has no {backend} kernels in this version; use backend='reference'")
+        return Availability(False, f"{op} has no {backend} kernels of its own; use backend='auto'")
     supported: Availability = _modules[op, backend].supports(torch.device(device), dtype)
     return supported
 

@@ -34,6 +34,16 @@ block."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+OPS = (
+    "masked_topk",
+    "hidden_positives",
+    "multi_positive_contrastive",
+    "local_propagation",
+    "ghp_contrastive",
+    "contrastive",
+)
+"""The ops whose cost is known."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -271,7 +281,7 @@ def route_work(in_blocks: float, by_themselves: float) -> float:
     return _BLOCK_FLOPS * in_blocks + _PAIR_SLOWDOWN * _PAIR_FLOPS * by_themselves
 
 
-def lists_may_pay(anchors: int, anchors_per_image: int, negative_rate: float) -> bool:
+def lists_may_be_faster(anchors: int, anchors_per_image: int, negative_rate: float) -> bool:
     """Whether the route of lists, of Triton and CUDA, can be faster than blocks of all pairs, if positives are few."""
     listed = anchors_per_image / anchors + _SAMPLED_SLOWDOWN * negative_rate
     return listed + MOST_LISTED_DENSITY < 1 and anchors > anchors_per_image
@@ -374,15 +384,7 @@ def _local_propagation(b: int, g: int, dim: int, heads_dim: int, window: int, si
 
 
 def _check(op: str, dtype: str, device: str | Device, **shares: float) -> None:
-    ops = (
-        "masked_topk",
-        "hidden_positives",
-        "multi_positive_contrastive",
-        "local_propagation",
-        "ghp_contrastive",
-        "contrastive",
-    )
-    for name, value, known in (("op", op, ops), ("dtype", dtype, _BYTES), ("device", device, DEVICES)):
+    for name, value, known in (("op", op, OPS), ("dtype", dtype, _BYTES), ("device", device, DEVICES)):
         if not isinstance(value, Device) and value not in known:
             raise ValueError(f"estimate: `{name}` must be one of {', '.join(known)}, got {value!r}")
     for name, share in shares.items():

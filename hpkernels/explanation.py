@@ -15,11 +15,12 @@ from hpkernels.ops import _cuda, _triton
 from hpkernels.ops.masked_topk.cuda import MOST_KEPT
 from hpkernels.ops.multi_positive_contrastive import routes
 
-_SIZES = {
+SIZES = {
     name: parameter.default
     for name, parameter in inspect.signature(cost.estimate).parameters.items()
     if name not in ("op", "device", "dtype")
 }
+"""What a call may give besides op, device and dtype, with the defaults."""
 _LISTS, _BLOCKS = "lists of pairs, blocks within images", "blocks of all pairs"
 _COST_OF = {_LISTS: "lists", _BLOCKS: "blocks"}
 """The names that the cost model has for the routes of the GPU backends."""
@@ -67,23 +68,48 @@ class Explanation:
         if self.cost is None:
             rows.append(("cost", "no rates of this device are known: name one, device=..."))
         else:
-            of, megabytes = self.cost, 2**20
-            time = f"{of.milliseconds:.4g} ms on the roofline (a prediction), bound by {of.bound}"
-            work = f"{of.flops / 1e9:.4g} GFLOP, {of.bytes / megabytes:.4g} MiB moved"
-            rows.append(("cost", f"{time}; {work}, workspace {of.workspace / megabytes:.4g} MiB"))
+            time = f"{_time(self.cost.milliseconds)} on the roofline (a prediction), bound by {self.cost.bound}"
+            work = f"{_work(self.cost.flops)}, {_memory(self.cost.bytes)} moved"
+            rows.append(("cost", f"{time}; {work}, workspace {_memory(self.cost.workspace)}"))
         lines = [f"{self.op}, {self.dtype}, on {self.device}: {self.backend}"]
         lines += [f"  {name:30} {what}" for name, what in rows]
         lines += ["not taken, and why", *(f"  {name}: {reason}" for name, reason in self.not_taken.items())]
         return "\n".join(lines)
 
 
-def explain(op: str, *, device: str | None = None, dtype: str = "float16", **sizes: Any) -> Explanation:
+def _time(milliseconds: float) -> str:
+    return _in_unit(milliseconds * 1e3, 1000, "µs", "ms", "s")
+
+
+def _work(flops: float) -> str:
+    return _in_unit(flops / 1e6, 1000, "MFLOP", "GFLOP", "TFLOP", "PFLOP")
+
+
+def _memory(size: float) -> str:
+    return _in_unit(size / 2**10, 1024, "KiB", "MiB", "GiB", "TiB")
+
+
+def _in_unit(value: float, step: int, *units: str) -> str:
+    """`value`, of the first unit, in the unit that reads best; each is `step` of the one before."""
+    index = 0
+    while value >= step and index + 1 < len(units):
+        value, index = value / step, index + 1
+    return f"{_number(value)} {units[index]}"
+
+
+def _number(value: float) -> str:
+    """Four digits, or more for all those before the point: no exponent."""
+    return f"{value:.4g}" if value < 1024 else f"{value:,.0f}"
+
+
+def explain(op: str, *, device: str | None = None, dtype: str | None = None, **sizes: Any) -> Explanation:
     """Explain which backend, engine and route a call takes on this machine or on a named device, and why not others.
 
     Args:
         op: as for `hpkernels.estimate`.
-        device: a name in `hpkernels.cost.DEVICES`; None: the GPU of this machine, or its CPU if it has none.
-        dtype: "float16", "bfloat16", "float32" or "float64".
+        device: a name in `hpkernels.cost.DEVICES`, in upper or lower case; None: the GPU of this machine, or its CPU if
+            it has none.
+        dtype: "float16", "bfloat16", "float32" or "float64". None: "float16" on a GPU, "float32" on a CPU.
         sizes: those of `hpkernels.estimate`, as far as they differ from its defaults.
 
     Returns:
@@ -103,12 +129,15 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
     _check_sizes(sizes)
     if device is not None and not isinstance(device, str):
         raise ValueError(f"explain: `device` must be one of {', '.join(DEVICES)}, got {device!r}")
-    try:
-        cost.estimate(op, dtype=dtype, device=device or "CPU", **sizes)  # which checks them
+    if device is not None:
+        device = next((name for name in DEVICES if name.casefold() == device.casefold()), device)
+    try:  # which checks them
+        cost.estimate(op, dtype="float32" if dtype is None else dtype, device=device or "CPU", **sizes)
     except ValueError as error:
         raise ValueError(str(error).replace("estimate:", "explain:", 1)) from None
     place = _Place.named(device) if device else _Place.here()
-    given = _SIZES | sizes
+    dtype = dtype or ("float32" if place.kind == "cpu" else "float16")
+    given = SIZES | sizes
     if given["N"] is None:
         given["N"] = (64 if given["images"] is None else given["images"]) * given["anchors_per_image"]
     kind = getattr(torch, dtype)
@@ -126,9 +155,9 @@ def explain(op: str, *, device: str | None = None, dtype: str = "float16", **siz
 
 def _check_sizes(sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
-        if name not in _SIZES:
-            raise ValueError(f"explain: sizes must be some of {', '.join(_SIZES)}, got `{name}`")
-        default = _SIZES[name]
+        if name not in SIZES:
+            raise ValueError(f"explain: sizes must be some of {', '.join(SIZES)}, got `{name}`")
+        default = SIZES[name]
         kinds: Any = bool if isinstance(default, bool) else (int, float) if isinstance(default, float) else int
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             wanted = {bool: "True or False", int: "an integer"}.get(kinds, "a number")
@@ -302,23 +331,24 @@ def _route(backend: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
             name: cost.route_work(*logits) for name, logits in cost.contrastive_logits(anchors, group, *counts).items()
         }
         return route, {
-            f"route {name}": f"{amount / work[route]:.3g} times the work, by the density given; a call counts its pairs"
+            f"route {name}": f"{_number(amount / work[route])} times the work, by the density given; a call counts its"
+            " pairs"
             for name, amount in work.items()
             if name != route
         }
     across = given["density"] * (1 - given["within_image_share"]) * anchors**2
     if not given["symmetric"]:
         return _BLOCKS, {_LISTS: "they are of positives that are known to be symmetric"}
-    if not cost.lists_may_pay(anchors, group, rate):
+    if not cost.lists_may_be_faster(anchors, group, rate):
         reason = "there is one image" if anchors == group else f"with a rate of {rate:g} nothing is saved by them"
         return _BLOCKS, {_LISTS: reason}
     capacity = routes.capacity(anchors)
     if across > capacity:
         return _BLOCKS, {
-            _LISTS: f"{across:.3g} positives across images, by the density given, are more than the {capacity:.3g} that"
+            _LISTS: f"{across:,.0f} positives across images, by the density given, are more than the {capacity:,} that"
             " are listed; the device decides by counting"
         }
     return _LISTS, {
-        _BLOCKS: f"{across:.3g} positives across images, by the density given, are no more than the {capacity:.3g} that"
+        _BLOCKS: f"{across:,.0f} positives across images, by the density given, are no more than the {capacity:,} that"
         " are listed; the device decides by counting"
     }

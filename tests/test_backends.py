@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ def test_an_unavailable_backend_says_why():
             ok, reason = backends.availability(op, backend)
             assert isinstance(ok, bool) and len(reason) > 5
     ok, reason = backends.availability(OP, "no such backend")
-    assert not ok and OP in reason and "reference" in reason
+    assert not ok and OP in reason and reason.endswith("use backend='auto'")
 
 
 def test_auto_prefers_in_the_stated_order(register):
@@ -175,6 +176,20 @@ def no_library(monkeypatch):
     backends._warned.clear()
     yield
     backends._warned.clear()
+
+
+@pytest.mark.parametrize("library", ["_C", "_C_cuda"])
+def test_the_checkout_before_the_installed_copy_is_named(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "_file", lambda library: None)
+    monkeypatch.setattr(_native, "EMULATED", False)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    load = {"_C": _native._load_cpu, "_C_cuda": _native._load_cuda}[library]
+    assert f"this installation has no {library} library" in load().reason
+    installed = tmp_path / "hpkernels"
+    installed.mkdir()
+    (installed / f"{library}.abi3.so").touch()
+    ok, reason = load()
+    assert not ok and f"has no {library} library; the copy in {installed} has one" in reason
 
 
 def warnings_of(call):

@@ -50,6 +50,15 @@ def test_unavailable_backend():
         contrastive(A.double(), K.double(), positives=L, backend="cuda")
 
 
+def test_messages_about_positives_name_what_a_beginner_passes():
+    with pytest.raises(TypeError, match="must be an integer or bool tensor, Labels, .* got list$"):
+        contrastive(A, K, positives=[0, 1])
+    with pytest.raises(
+        ValueError, match=r"`positives.anchor_ids` must be an integer \(not uint64\) tensor of shape \(4,\)"
+    ):
+        contrastive(A, positives=torch.arange(3))
+
+
 @each_exact_case
 @pytest.mark.parametrize("name", ["plain", "own", "both"])
 def test_second_differentiation(case, name):

@@ -52,7 +52,7 @@ def allow_lists(monkeypatch):
     """``allow_lists(density)``: list positives up to a density, or go through blocks for None."""
 
     def allow(density):
-        monkeypatch.setattr(routes, "lists_may_pay", lambda *_: density is not None)
+        monkeypatch.setattr(routes, "lists_may_be_faster", lambda *_: density is not None)
         monkeypatch.setattr(routes, "MOST_LISTED_DENSITY", density)
 
     return allow

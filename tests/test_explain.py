@@ -13,8 +13,8 @@ import torch
 
 import hpkernels
 from hpkernels import __main__ as program
-from hpkernels import _native, backends, explain
-from hpkernels.cost import lists_may_pay
+from hpkernels import _native, backends, explain, explanation
+from hpkernels.cost import lists_may_be_faster
 from hpkernels.ops import _cuda, _triton
 from hpkernels.ops.multi_positive_contrastive import cpu, routes
 from hpkernels.ops.multi_positive_contrastive.options import pack_bits
@@ -41,7 +41,7 @@ def test_the_backend_is_the_one_that_is_selected(op, dtype):
         assert told.not_taken[backend] == backends.automatic(first, backend, "cpu", getattr(torch, dtype)).reason
     routes = hpkernels.estimate(op, dtype=dtype, device="CPU").routes
     assert told.cost in routes.values() and told.device == "the CPU of this machine"
-    assert f"{told.cost.milliseconds:.4g} ms" in str(told)
+    assert f"{explanation._time(told.cost.milliseconds)} on the roofline" in str(told)
 
 
 @pytest.mark.parametrize(("rate", "density"), [(0.0, 0.001), (0.02, 0.001), (0.3, 0.3), (1.0, 0.001), (0.02, 0.2)])
@@ -56,7 +56,7 @@ def test_the_route_on_the_cpu_is_the_one_that_dispatch_takes(rate, density):
     told = explain("multi_positive_contrastive", device="CPU", negative_rate=rate, density=density, **sizes)
     assert told.steps[-1].route == taken
     assert told.cost == hpkernels.estimate(
-        "multi_positive_contrastive", device="CPU", negative_rate=rate, density=density, **sizes
+        "multi_positive_contrastive", device="CPU", dtype="float32", negative_rate=rate, density=density, **sizes
     ).routes[taken]  # fmt: skip
     others = {name for name in told.not_taken if name.startswith("route ")}
     assert others == {f"route {route}" for route in ("pairs", "images", "blocks")} - {f"route {taken}"}
@@ -76,7 +76,7 @@ def test_the_route_on_a_gpu(sizes, expected):
     given = {"N": 50176, "negative_rate": 0.02, "density": 0.001} | sizes
     told = explain("ghp_contrastive", device="H100", **given)
     across = 0.2 * given["density"] * given["N"] ** 2
-    allowed = lists_may_pay(given["N"], 784, given["negative_rate"])
+    allowed = lists_may_be_faster(given["N"], 784, given["negative_rate"])
     symmetric = given.get("symmetric", True)
     assert (symmetric and allowed and across <= routes.capacity(given["N"])) == expected
     route, other = ("lists of pairs, blocks within images", "blocks of all pairs")[:: 1 if expected else -1]
@@ -85,6 +85,30 @@ def test_the_route_on_a_gpu(sizes, expected):
     costs = hpkernels.estimate("ghp_contrastive", device="H100", **given).routes
     assert told.cost == costs["lists" if expected else "blocks"]
     assert ("lists" in costs) == symmetric
+
+
+def test_numbers_have_units_and_no_exponent():
+    assert [explanation._time(ms) for ms in (0.0012, 5.678, 53630, 1.2e8)] == [
+        "1.2 µs",
+        "5.678 ms",
+        "53.63 s",
+        "120,000 s",
+    ]
+    assert [explanation._memory(2**20 * mib) for mib in (0, 1010, 53630)] == ["0 KiB", "1010 MiB", "52.37 GiB"]
+    assert explanation._work(1.319e13) == "13.19 TFLOP"
+    told = explain("ghp_contrastive", N=50176, device="H100")
+    assert "503,526 positives across images" in told.not_taken["blocks of all pairs"]
+    assert not re.search(r"\de[+-]\d", str(told))
+
+
+def test_the_dtype_of_a_call_that_names_none():
+    assert [explain("masked_topk", device=device).dtype for device in ("CPU", "H100")] == ["float32", "float16"]
+    assert explain("masked_topk", device="CPU", dtype="float16").dtype == "float16"
+
+
+def test_the_name_of_a_device_in_lower_case():
+    for device in ("cpu", "h100", "rtx 4090"):
+        assert explain("masked_topk", device=device) == explain("masked_topk", device=device.upper())
 
 
 def test_the_reason_against_lists_of_positives_that_are_not_symmetric():
@@ -187,6 +211,13 @@ def test_the_command(capsys):
         with pytest.raises(SystemExit) as ended:
             program.main(["explain", "masked_topk", *wrong])
         assert str(ended.value).startswith("explain: ")
+
+
+def test_help_names_what_can_be_given(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["explain", "--help"])
+    words = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert {*OPS, *explanation.SIZES, "H100", "dtype"} <= words
 
 
 def test_the_command_in_a_process(repository):

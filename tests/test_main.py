@@ -53,6 +53,15 @@ def test_auto_is_what_select_takes(told):
                 assert row[report._name(dtype)] == backends.select(row["op"], "auto", tensor)
 
 
+def test_the_table_says_what_its_columns_are(told):
+    lines = report.lines(told)
+    head = next(line for line in lines if line.startswith("what auto takes"))
+    row = next(line for line in lines if line.startswith("masked_topk"))
+    assert head.split()[3:] == ["for", "tensors", "on", *map(report._name, report.DTYPES)]
+    columns = [head.index("for tensors on"), *(head.index(report._name(dtype)) for dtype in report.DTYPES)]
+    assert all(row[column - 1] == " " != row[column] for column in columns)
+
+
 def test_each_backend_is_taken_or_not_with_a_reason(told):
     for row in told["auto"]:
         for dtype in map(report._name, report.DTYPES):

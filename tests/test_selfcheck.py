@@ -17,7 +17,7 @@ import torch
 import hpkernels
 from hpkernels import __main__ as program
 from hpkernels import _native, backends, examination, selfcheck
-from hpkernels.cost import lists_may_pay
+from hpkernels.cost import lists_may_be_faster
 from hpkernels.ops import _triton
 from hpkernels.ops.local_propagation.reference import _window_cells
 from hpkernels.ops.multi_positive_contrastive import routes
@@ -555,8 +555,8 @@ def test_the_problem_takes_both_routes_and_leaves_no_doubt(monkeypatch):
     bits, anchors, group = results["hidden_positives of features"], len(given["features"]), 8 * 24
     mask = hpkernels.PositiveMask(bits, anchors).to_dense()
     across = int(mask.sum()) - sum(int(mask[i : i + group, i : i + group].sum()) for i in range(0, anchors, group))
-    assert 0 < across < routes.capacity(anchors) and lists_may_pay(anchors, group, 0.02)
-    assert not lists_may_pay(anchors, group, 1.0)
+    assert 0 < across < routes.capacity(anchors) and lists_may_be_faster(anchors, group, 0.02)
+    assert not lists_may_be_faster(anchors, group, 1.0)
     logits = (exact["query"] @ exact["key"].mT)[:, :, 1:, 1:].mean(dim=1) / 8
     low, high = (logits.quantile(quantile, dim=2, keepdim=True) for quantile in (0.1, 0.9))
     above = logits.clamp(low, high).softmax(dim=2) * logits.shape[2] - 1  # the threshold

@@ -33,7 +33,7 @@ def route(monkeypatch):
     """``route(density)``: allow lists up to a density, or go through blocks for None."""
 
     def allow(density):
-        monkeypatch.setattr(routes, "lists_may_pay", lambda *_: density is not None)
+        monkeypatch.setattr(routes, "lists_may_be_faster", lambda *_: density is not None)
         monkeypatch.setattr(routes, "MOST_LISTED_DENSITY", density)
 
     return allow

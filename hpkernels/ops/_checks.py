@@ -16,6 +16,7 @@ from torch.nn import Parameter
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64,)
 ANY_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+LABELS = tuple(dtype for dtype in ANY_INTEGER if dtype != torch.uint64)
 BOOLEAN = (torch.bool,)
 NUMERIC = (*BOOLEAN, *ANY_INTEGER, *FLOATING)
 
@@ -215,7 +216,7 @@ def _name(dtype: torch.dtype | torch.layout) -> str:
 
 
 def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
-    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer", NUMERIC: "numeric"}
+    kinds = {FLOATING: "floating-point", ANY_INTEGER: "integer", LABELS: "integer (not uint64)", NUMERIC: "numeric"}
     return kinds.get(tuple(dtypes)) or " or ".join(map(_name, dtypes))
 
 

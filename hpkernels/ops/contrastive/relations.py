@@ -13,8 +13,6 @@ from hpkernels.ops import _checks as check
 from hpkernels.ops._bits import pack_bits, words_per_row
 from hpkernels.positive_mask import PositiveMask
 
-_IDS = tuple(dtype for dtype in check.ANY_INTEGER if dtype != torch.uint64)
-
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -157,7 +155,10 @@ def _of_part(op: str, name: str, part: Any, like: Tensor, sizes: Sizes, weighted
     if isinstance(part, PairLists):
         return Checked(_of_lists(op, name, part, like, sizes, weighted), False)
     got = f"a tensor of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
-    raise TypeError(f"{op}: `{name}` must be Labels, a PositiveMask, PairLists or a tuple of them, got {got}")
+    raise TypeError(
+        f"{op}: `{name}` must be an integer or bool tensor, Labels, a PositiveMask, PairLists or a tuple of them,"
+        f" got {got}"
+    )
 
 
 def _of_labels(op: str, name: str, labels: Labels, like: Tensor, sizes: Sizes) -> Relation:
@@ -177,9 +178,9 @@ def _of_labels(op: str, name: str, labels: Labels, like: Tensor, sizes: Sizes) -
 
 def _ids(op: str, name: str, ids: Tensor, count: int, columns: int | None, like: Tensor) -> Tensor:
     if isinstance(ids, Tensor) and ids.dim() == 2:
-        check.tensor(op, name, ids, (count, columns or "C"), _IDS)
+        check.tensor(op, name, ids, (count, columns or "C"), check.LABELS)
     else:
-        check.tensor(op, name, ids, (count,), _IDS)
+        check.tensor(op, name, ids, (count,), check.LABELS)
         if columns not in (None, 1):
             raise ValueError(f"{op}: `{name}` must have {columns} columns as those of the anchors, got one")
     check.same(op, name, ids, "anchors", like, dtype=False)

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_pay
+from hpkernels.cost import MOST_LISTED_DENSITY, lists_may_be_faster
 from hpkernels.ops._bits import as_bits, transposed_bits
 
 _MOST_LISTED = 2**31 - 1  # positives across images; up to N = 378 000 their density is what bounds them
@@ -252,7 +252,7 @@ def empty(
     anchors = rows if anchors is None else anchors
     drawn = group if negatives is None and rate < 1 else 0
     found = [positives.new_empty((drawn, words)), positives.new_empty((rows, 4), dtype=torch.float32)]
-    if not (rows == anchors and symmetric and negatives is None and lists_may_pay(anchors, group, rate)):
+    if not (rows == anchors and symmetric and negatives is None and lists_may_be_faster(anchors, group, rate)):
         return [*found, positives.new_empty(5, dtype=torch.int64)]
     sampled = sampled_capacity(group, anchors, rate)
     stages = math.ceil(sampled * row_bytes * math.ceil(anchors / group / _STAGED_IMAGES) / _STAGED_BYTES)
