@@ -63,7 +63,8 @@ def measured(folder_of_page: Path, results: Path) -> str:
 
 
 def _device(rows: list[Row], folder: Path) -> list[str]:
-    lines = ["", f"### {presentation.machine(rows[0])}", "", f"{rows[0].instructions}. {_measured(rows)}", ""]
+    of_all = f"Instructions: {rows[0].instructions}. {_measured(rows)}"
+    lines = ["", f"### {presentation.machine(rows[0])}", "", of_all, ""]
     drawn = {plots.file_name(shown[0]): shown for shown in plots.selected(rows)}
     timed = [row for row in rows if row.median_ms is not None]
     for op in dict.fromkeys(row.op for row in timed):
@@ -81,7 +82,7 @@ def _measured(rows: list[Row]) -> str:
     commits: dict[str, set[str]] = {}
     for row in rows:
         commits.setdefault(row.date[:10], set()).add(row.commit)
-    runs = (f"{date} at commit {', '.join(sorted(commits[date]))}" for date in sorted(commits))
+    runs = (f"{date} at commit{'s' * (len(of) > 1)} {', '.join(sorted(of))}" for date, of in sorted(commits.items()))
     versions = sorted({f"hpkernels {row.hpkernels}, PyTorch {row.torch}, Python {row.python}" for row in rows})
     return f"{'; '.join(versions)}. Measured {'; '.join(runs)}."
 
