@@ -21,6 +21,10 @@ _log = logging.getLogger("mkdocs.hooks")
 _TARGET = re.compile(r"""(\]\(|\b(?:src|srcset|href)=")([^)"\s#]+)""")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
+# Words with a hyphen, of code in a sentence or a table: blocks have <span></span> before.
+_CODE = re.compile(r"(?<=(?<!</span>)<code>)[^<]+(?=</code>)")
+_HYPHENATED = re.compile(r"(?<!\S)(?=\S*-)\S{2,32}(?!\S)")
+
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/, and the pictures that pages take from there."""
@@ -51,7 +55,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas as MathML, which browsers draw without a script."""
+    """Write formulas as MathML, which browsers draw without a script, and keep `--dtype` and its like in one line."""
 
     def drawn(match: re.Match[str]) -> str:
         formula = html.unescape(match[3]).replace("{aligned}", "{align*}")  # the name that the converter knows
@@ -64,7 +68,10 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
             _log.warning("%s: a command that the converter to MathML does not know: %s", page.file.src_uri, formula)
         return mathml
 
-    return _FORMULA.sub(drawn, content)
+    def whole(match: re.Match[str]) -> str:
+        return _HYPHENATED.sub(r'<span class="whole">\g<0></span>', match[0])
+
+    return _CODE.sub(whole, _FORMULA.sub(drawn, content))
 
 
 def _outside(target: str, page: str) -> str | None:
