@@ -262,7 +262,7 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             _print_row(row)
             measured.append(row)
     comparison = baseline.compare(rows, measured, options.tolerance, options.relative_to)
-    if not comparison.changes and not comparison.wrong:
+    if not comparison.changes and not comparison.lost:
         parser.error(f"{folder} and the run have nothing in common: {baseline.difference(rows, measured)}")
     for line in baseline.report(comparison, rows, measured, options.tolerance):
         print(line)

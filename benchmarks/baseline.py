@@ -44,14 +44,20 @@ class Comparison:
     not_measured: list[Row]
     without_baseline: list[Row]
     not_compared: dict[str, list[Row]]
-    wrong: list[Row]
+    lost: list[Row]
     relative_to: str | None
 
     @property
     def failed(self) -> bool:
-        """Whether something of ours is slower, or no longer right."""
+        """Whether something of ours is slower, or has no time any more: it is wrong, fails or does not fit."""
         of_ours = (change for change in self.changes if presentation.is_ours(change.after.provider))
-        return bool(self.wrong) or any(change.verdict == SLOWER for change in of_ours)
+        lost = any(presentation.is_ours(row.provider) for row in self.lost)
+        return lost or any(change.verdict == SLOWER for change in of_ours)
+
+
+def _left_out(row: Row) -> bool:
+    """Whether a row has no time because it was not asked for."""
+    return not row.note or row.note.startswith("left out")
 
 
 def folder_of(device: str, threads: int) -> Path:
@@ -96,10 +102,10 @@ def compare(
             changes.append(_change(old[key], timed[key], *units, tolerance))
     return Comparison(
         changes,
-        [row for key, row in old.items() if key not in timed],
+        [row for key, row in old.items() if key not in new or (key not in timed and _left_out(new[key]))],
         [row for key, row in timed.items() if key not in old],
         not_compared,
-        [row for key, row in new.items() if key in old and row.note.startswith(WRONG)],
+        [row for key, row in new.items() if key in old and key not in timed and not _left_out(row)],
         relative_to,
     )
 
@@ -168,8 +174,8 @@ def report(comparison: Comparison, baseline: list[Row], measured: list[Row], tol
     }.items():
         if rows:
             yield "\n        ".join([f"{title} ({len(rows)}):", *map(_name, rows)])
-    for row in comparison.wrong:
-        yield f"wrong   {_name(row)}: {row.note.removeprefix(WRONG)}"
+    for row in comparison.lost:
+        yield f"lost    {_name(row)}: {row.note.removeprefix(WRONG)}"
     counts = Counter(change.verdict for change in comparison.changes)
     yield f"{counts[FASTER]} faster, {counts[SAME]} within {tolerance:.0%} or the noise, {counts[SLOWER]} slower"
 

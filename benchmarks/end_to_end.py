@@ -101,9 +101,13 @@ def published_end_to_end(inputs: Step) -> dict[str, Tensor]:
     return _step(inputs, "published", replaced)
 
 
-def seconds_of_parts(inputs: Step, provider: str, repetitions: int) -> dict[str, list[float]]:
-    """The seconds of each part of the last steps of a provider; nothing if the inputs are not those of a whole step."""
-    taken = inputs.get("parts", {}).get(provider, [])[-repetitions:]
+def seconds_of_parts(inputs: Step, provider: str, repetitions: int, calls_of_each: int = 1) -> dict[str, list[float]]:
+    """The seconds of each part of a provider's last steps, of the first of so many calls of each repetition.
+
+    Nothing if the inputs are not those of a whole step.
+    """
+    taken = inputs.get("parts", {}).get(provider, [])
+    taken = taken[len(taken) - repetitions * calls_of_each :: calls_of_each] if repetitions else []
     return {
         part: [step.get(part, 0.0) for step in taken] for part in dict.fromkeys(key for step in taken for key in step)
     }

@@ -159,15 +159,16 @@ def _of_labels(case: Case) -> dict[str, Tensor]:
     """Such features that the positives of an anchor are those of its random label, which give the density of the call.
 
     Rows of one label are alike (0.9), and the pool has a row for each label, half as like (0.5); others are orthogonal.
+    Task-specific positives are the task-agnostic ones: both together are of that density.
     """
     generator, labels = _generator(), round(1 / float(case.call.partition("=")[2]))
-    made = {}
+    chosen, made = torch.randint(labels, (case.anchors,), generator=generator), {}
     for rows, pool, dim in (("features", "pool", FEATURE_DIM), ("specific", "specific_pool", DIM)):
 
         def unit(count: int, dim: int = dim) -> Tensor:
             return normalize(torch.randn((count, dim), generator=generator))
 
-        centres, chosen = unit(labels), torch.randint(labels, (case.anchors,), generator=generator)
+        centres = unit(labels)
         made[rows] = _exact(normalize(centres[chosen] + 0.33 * unit(case.anchors)))
         made[pool] = _exact(normalize(centres[torch.arange(POOL_SIZE) % labels] + 1.7 * unit(POOL_SIZE)))
     return made

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs
+from benchmarks.cases import END_TO_END, Case, Inputs
 from hpkernels import backends
 from training.model import to_map, to_rows
 
@@ -34,6 +34,7 @@ BLOCKS_LIMIT = 16384  # anchors; what goes through all pairs in blocks fits, but
 PRODUCTS_LIMIT = 3136  # anchors; the broadcast propagation takes seconds an image, the same for each
 # The memory of a GPU holds about 20 GB of matrices of the published way at the size of the paper.
 _LIMITS_ON_GPU = dict.fromkeys((PAIRS_LIMIT, PRODUCTS_LIMIT), 50176)
+_CAPTURED = ("cuda", "triton", "torch-topk", "torch-matmul", "torch-bmm", "torch-shifts")
 _MOST_COMPILED = 64
 """Sizes that a function is compiled for; PyTorch would take the ninth in eager mode without a word."""
 
@@ -71,11 +72,17 @@ class Provider:
         """Why this provider cannot run the op of `case` on its device in its dtype, or ""."""
         if self.only is not None and (case.device != self.only[0] or case.dtype not in self.only[1:]):
             return f"it takes {' or '.join(self.only[1:])} on {self.only[0]}"
+        if case.call == END_TO_END and (package := _lacks_for_training()):
+            return f"a whole step needs the extra training: {package} is not installed"
         if self.backend is not None:
             arguments = self.backend, case.device, getattr(torch, case.dtype)
             states = [backends.availability(step, *arguments) for step in _STEPS.get(case.op, (case.op,))]
             return next((state.reason for state in states if not state.ok), self.missing)
         return self.missing
+
+    def is_captured(self, case: Case) -> bool:
+        """Whether a CUDA graph can hold the call: it then waits for nothing."""
+        return self.name in _CAPTURED and case.call != END_TO_END
 
     def reason_to_skip(self, case: Case) -> str:
         """Why this provider does not run `case`, or ""."""
@@ -83,6 +90,16 @@ class Provider:
         if most is not None and case.anchors > most:
             return f"left out above {most} anchors: it computes all pairs"
         return self.reason_missing(case)
+
+
+@cache
+def _lacks_for_training() -> str:
+    """A package that the training loop needs and that is not installed, or ""."""
+    try:
+        importlib.import_module("training.train")
+    except ModuleNotFoundError as error:
+        return error.name or str(error)
+    return ""
 
 
 REGISTRY: dict[str, list[Provider]] = {}

@@ -15,6 +15,7 @@ import torch
 
 import hpkernels
 from benchmarks.csv_files import read_rows, write_rows
+from benchmarks.inputs import END_TO_END
 from benchmarks.timing import nvml
 from hpkernels.ops import _triton
 
@@ -24,8 +25,8 @@ RESOURCES = "resources.csv"
 ERRORS = "errors.csv"
 """What benchmarks/accuracy/errors.py writes: no times either."""
 
-PART = "part="
-"""How the call of a row begins that is a part of another call, timed with it."""
+PART = f"{END_TO_END} "
+"""How the call of a row begins that is a part of a whole step of training, timed with it."""
 
 
 @dataclass

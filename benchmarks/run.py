@@ -14,12 +14,10 @@ from benchmarks.end_to_end import seconds_of_parts
 from benchmarks.providers import Provider, providers
 from benchmarks.results import Row
 from benchmarks.timing import measure, nvml, rates
+from benchmarks.timing.measure import WRONG
 
 _LONGEST_COMPILE = 60.0  # seconds
 _PRODUCT = "torch.mm"  # not the name of a provider
-
-WRONG = "not timed: "
-"""How the note of a row begins whose provider was wrong or failed."""
 
 
 def run(
@@ -82,7 +80,8 @@ def run(
         for row in rows.values():
             report(row)
             yield row
-            for part, seconds in seconds_of_parts(inputs, row.provider, row.repetitions).items():
+            calls_of_each = 2 if row.timer == "events" else 1  # on a GPU one more by the wall clock
+            for part, seconds in seconds_of_parts(inputs, row.provider, row.repetitions, calls_of_each).items():
                 of_part = replace(row, call=f"{case.call} {part}", peak_mib=None)
                 of_part.set_times(seconds)
                 report(of_part)
@@ -94,7 +93,8 @@ def _time(case: Case, inputs: Inputs, rows: dict[str, Row], calls: dict[str, Cal
     product = rates.product(case, inputs)
     timed = {name: partial(call, inputs) for name, call in calls.items()}
     timed |= {} if product is None else {_PRODUCT: product.call}
-    measured = measure.times(timed, case.device)
+    not_captured = {tried.name for tried in providers(case) if not tried.is_captured(case)}
+    measured = measure.times(timed, case.device, not_captured)
     mm = measured.pop(_PRODUCT, None)
     for name, times in measured.items():
         row = rows[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ class FakeGpu:
     """Logs what is asked of a GPU, in order; a graph runs what was captured, and 2 ms lie between two events."""
 
     def __init__(self, monkeypatch, refuses: str = "", captures: bool = True):
+        self.stream = "first"
         self.log, self.refuses, self.captures, self.pools = [], refuses, captures, []
         gpu = self
 
@@ -55,18 +56,19 @@ class FakeGpu:
                 gpu.pools.append(pool)
 
             def __enter__(self):
+                gpu.stream = "capturing"
+
+            def __exit__(self, *_):  # a failing one leaves its stream current, as PyTorch's does
                 if gpu.refuses:
                     raise RuntimeError(gpu.refuses)
-
-            def __exit__(self, *_):
-                pass
+                gpu.stream = "first"
 
         fakes = {
             "Event": Event,
             "CUDAGraph": Graph,
             "graph": graph,
             "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-            "stream": lambda stream: nullcontext(),
+            "stream": self.on_stream,
             "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
             "synchronize": lambda: self.log.append("wait"),
             "is_initialized": lambda: True,
@@ -80,6 +82,14 @@ class FakeGpu:
         monkeypatch.setattr(timers, "flush_cache", lambda: self.log.append("flush"))
         monkeypatch.setattr(nvml, "card", lambda: self.card)
         monkeypatch.setattr(timers.time, "sleep", lambda seconds: self.log.append(f"sleep {seconds}"))
+
+    @contextmanager
+    def on_stream(self, stream):
+        before = self.stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def sample(self):
         self.log.append("sample")
@@ -115,6 +125,24 @@ def test_a_call_that_cannot_be_captured_is_timed_by_events(monkeypatch):
     gpu.log.clear()
     timer.repeat()
     assert gpu.log[1:7] == ["flush", "start", "call", "end", "sample", "wait"]
+    assert gpu.stream == "first"
+
+
+def test_a_call_that_is_not_made_for_a_graph_is_not_captured(monkeypatch):
+    gpu = FakeGpu(monkeypatch, refuses="never")
+    measured = measure.times({"a": gpu.call()}, "cuda", not_captured={"a"})["a"]
+    assert (measured.timer, gpu.pools) == ("events", []) and measured.note.startswith(
+        "no graph: it is not made for one"
+    )
+
+
+def test_a_call_that_fails_while_it_is_timed_says_so():
+    def fail():
+        raise RuntimeError("an illegal access\nand more")
+
+    measured = measure.times({"wrong": fail, "right": lambda: None})
+    assert (measured["wrong"].note, measured["wrong"].seconds) == (f"{measure.WRONG}an illegal access", [])
+    assert len(measured["right"].seconds) >= measure.REPETITIONS
 
 
 @pytest.mark.parametrize("captures", [True, False])
@@ -186,7 +214,7 @@ def test_calls_on_a_gpu_take_turns(monkeypatch):
     calls = {name: lambda name=name: gpu.log.append(name) for name in "ab"}
     measured = measure.times(calls, "cuda")
     turns = [entry for entry in gpu.log if entry in "ab"]
-    assert turns[2:] == ["a", "a", "b", "b"] * measure.REPETITIONS  # by events and by the wall clock
+    assert turns[4:] == ["a", "a", "b", "b"] * measure.REPETITIONS  # by events and by the wall clock
     assert gpu.pools == ["the pool"] * 2
     assert {len(times.seconds) for times in measured.values()} == {measure.REPETITIONS}
 

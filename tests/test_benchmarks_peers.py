@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import registry, sweeps
 from benchmarks import results as records
 from benchmarks import run as runner
-from benchmarks import sweeps
 from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import END_TO_END, OPS, Case, cases
 from benchmarks.end_to_end import seconds_of_parts
@@ -200,13 +200,20 @@ def test_a_faiss_without_gpus_says_so(stand_ins):
         provider(case, "faiss-gpu").run(case.inputs())
 
 
-def test_sizes_that_are_compiled(monkeypatch):
-    """More than the default limit of PyTorch, beyond which it would run eager code without a word."""
-    from benchmarks import registry
+def test_a_whole_step_needs_the_packages_of_training(monkeypatch):
+    case = next(case for case in cases("training_step", quick=True) if case.call == "end-to-end")
+    assert provider(case, "reference").reason_missing(case) == ""
+    monkeypatch.setitem(sys.modules, "training.train", None)  # as if a package that it imports were not there
+    registry._lacks_for_training.cache_clear()
+    assert "needs the extra training: training.train is not" in provider(case, "reference").reason_missing(case)
+    registry._lacks_for_training.cache_clear()
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    registry.compiled.__wrapped__(len)
-    assert torch._dynamo.config.recompile_limit == 64
+
+def test_sizes_that_are_compiled():
+    """More than the default limit of PyTorch, beyond which it would run eager code without a word."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        registry.compiled.__wrapped__(len)
+        assert torch._dynamo.config.recompile_limit == 64
 
 
 def test_density_cases():

@@ -96,7 +96,10 @@ def test_only_ours_fail_a_comparison():
     assert baseline.compare(before, [row("cpu", 20), row("faiss")]).failed
     wrong = replace(row(), median_ms=None, note="not timed: row 3 is off")
     comparison = baseline.compare(before, [wrong, row("faiss")])
-    assert comparison.failed and comparison.wrong == [wrong]
+    assert comparison.failed and comparison.lost == [wrong]
+    assert baseline.compare(before, [replace(wrong, note="does not fit into memory")]).failed
+    assert not baseline.compare(before, [replace(wrong, note="left out above 784 anchors")]).failed
+    assert not baseline.compare(before, [row("cpu"), replace(row("faiss"), median_ms=None, note="not timed: x")]).failed
 
 
 def test_report():
@@ -132,7 +135,7 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
     """Without the folder of a run: what the baseline has of this machine, and nothing else."""
     here = {"device": records.device_name(), "threads": command.torch.get_num_threads(), "call": "forward"}
     small = here | {"op": "hidden_positives", "images": 1, "height": 28, "width": 28, "anchors": 784}
-    others = [{"device": "Another"}, {"threads": 99}, {"call": "part=head"}]
+    others = [{"device": "Another"}, {"threads": 99}, {"call": "end-to-end head"}]
     old = [row("torch-matmul", 1e6, **small), *(row("torch-matmul", 1e6, **small | other) for other in others)]
     records.write(tmp_path, old[:1])
     assert command.main(["compare", "--baseline", str(tmp_path)]) == 0
@@ -347,15 +350,15 @@ def test_tables_say_rates_and_providers(tmp_path):
 
 
 def test_calls_are_in_the_order_of_their_numbers():
-    calls = ["part=pools", "k=32", "k=8", "density=0.05", "own", "part=head"]
+    calls = ["own pools", "k=32", "k=8", "density=0.05", "own", "own head"]
     lines = tables._table([row(call=call) for call in calls])[2:]
-    in_order = ["density=0.05", "k=8", "k=32", "own", "part=head", "part=pools"]
-    assert [line.split()[1] for line in lines] == in_order
+    in_order = ["density=0.05", "k=8", "k=32", "own", "own head", "own pools"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == in_order
 
 
 def test_a_part_of_a_step_has_no_images_per_second():
     assert row(op="training_step", call="end-to-end").images_per_second == 400
-    assert row(op="training_step", call="part=head").images_per_second is None
+    assert row(op="training_step", call="end-to-end head").images_per_second is None
     assert row().images_per_second is None
 
 

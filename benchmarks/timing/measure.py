@@ -10,7 +10,7 @@ import gc
 import multiprocessing
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,8 @@ ENOUGH = 0.5  # seconds after which REPETITIONS suffice
 BUDGET = 10.0  # seconds of a provider's calls in one case
 LONG_CALL = 60.0  # seconds; longer calls are timed once, in the process that measures their memory
 PATIENCE = 300.0  # seconds of a process that measures memory
+WRONG = "not timed: "
+"""How the note of a row begins whose provider was wrong or failed."""
 
 
 class Memory(NamedTuple):
@@ -44,35 +46,42 @@ class Memory(NamedTuple):
     error: str = ""
 
 
-def times(calls: dict[str, Call], device: str = "cpu") -> dict[str, Times]:
-    """What is measured of each call after a warm-up that is not counted; every round times each call once."""
-    timers = _timers(calls, device)
-    running = {name: timer for name, timer in timers.items() if _fits(timer.warm_up, timer.times)}
+def times(calls: dict[str, Call], device: str = "cpu", not_captured: Container[str] = frozenset()) -> dict[str, Times]:
+    """What is measured of each call after a warm-up that is not counted; every round times each call once.
+
+    On a GPU by a graph of the call, but for those that are `not_captured`.
+    """
+    timers = _timers(calls, device, not_captured)
+    running = {name: timer for name, timer in timers.items() if _done(timer.warm_up, timer.times)}
     gc.collect()
     while running:
         running = {
             name: timer
             for name, timer in running.items()
-            if _fits(timer.repeat, timer.times) and not _finished(timer.times)
+            if _done(timer.repeat, timer.times) and not _finished(timer.times)
         }
     return {name: timer.times for name, timer in timers.items()}
 
 
-def _timers(calls: dict[str, Call], device: str) -> dict[str, WallTimer | GpuTimer]:
+def _timers(calls: dict[str, Call], device: str, not_captured: Container[str]) -> dict[str, WallTimer | GpuTimer]:
     if device != "cuda":
         return {name: WallTimer(call) for name, call in calls.items()}
     pool = torch.cuda.graph_pool_handle()
-    return {name: GpuTimer(call, pool) for name, call in calls.items()}
+    return {name: GpuTimer(call, pool, name not in not_captured) for name, call in calls.items()}
 
 
-def _fits(step: Callable[[], None], measured: Times) -> bool:
-    """Take a step; False, and a note, if it does not fit into the memory of the GPU beside the graphs of others."""
+def _done(step: Callable[[], None], measured: Times) -> bool:
+    """Take a step; False, and a note, if it fails, or does not fit into a GPU's memory beside the graphs of others."""
     try:
         step()
     except torch.OutOfMemoryError:
         measured.add_note("did not fit into memory beside the other providers")
-        return False
-    return True
+    except RuntimeError as error:
+        measured.note = f"{WRONG}{str(error).partition(chr(10))[0]}"
+        measured.seconds.clear()
+    else:
+        return True
+    return False
 
 
 def _finished(measured: Times) -> bool:

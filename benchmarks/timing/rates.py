@@ -6,6 +6,7 @@ the positives at hand. What a provider computes beyond that does not count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ def known_device(device: str) -> str | None:
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((known for known in DEVICES if known in name), None)
+    return next((known for known in DEVICES if re.search(rf"\b{known}\b", name)), None)
 
 
 @cache

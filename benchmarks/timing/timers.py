@@ -22,7 +22,7 @@ from benchmarks.timing import nvml
 
 Call = Callable[[], object]
 
-WARM_UP = 3.0  # seconds at most, however unstable
+WARM_UP = 1.0  # seconds at most, however unstable
 BATCH = 10  # calls of which the median is compared with those of other batches
 BATCH_SECONDS = 0.2  # after which a batch of fewer calls ends
 WINDOW = 3  # batches that must agree
@@ -101,11 +101,13 @@ class GpuTimer:
     Args:
         call: what is timed.
         pool: memory that the graphs of calls share which never run at once; ``torch.cuda.graph_pool_handle()``.
+        capture: whether to try a graph. Not for what waits for the device: a capture that fails leaves the allocator of
+            PyTorch 2.11 in a state that later calls fail in, and keeps its memory.
     """
 
-    def __init__(self, call: Call, pool: Any = None) -> None:
+    def __init__(self, call: Call, pool: Any = None, capture: bool = True) -> None:
         self._call, self._card = call, nvml.card()
-        self._run, reason = _replay(call, pool)
+        self._run, reason = _replay(call, pool) if capture else (call, "no graph: it is not made for one")
         self.times = Times("events" if reason else "graph", note=reason)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -170,7 +172,8 @@ def captured(call: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[
         call()  # once before: kernels are compiled and loaded
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # The outer one restores the stream, which a capture that fails does not.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
         results = call()
     return results, graph.replay
 
