@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import baseline, distributed, estimates, results, sweeps
+from benchmarks import baseline, distributed, estimates, folders, results, sweeps
 from benchmarks.accuracy.error_tables import add_errors
 from benchmarks.accuracy.verify import WrongResultError
 from benchmarks.cases import DTYPES, OPS, Case, cases
@@ -137,7 +136,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
         folder /= "memory" if options.memory_limit is None else f"memory-{options.memory_limit:g}-gib"
     if folder is not None:
-        _check_output(folder, parser)
+        folders.check_output(folder, parser)
     for line in limits(chosen, options.provider):
         print(line)
     rows = []
@@ -154,19 +153,6 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if folder is not None:
         _draw(folder)
     return 1 if any(row.note.startswith(WRONG) for row in rows) else 0
-
-
-def _check_output(folder: Path, parser: argparse.ArgumentParser) -> None:
-    """Make the folder of the results, and refuse one that they could not be written to once they are measured."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        results.read_folder(folder)  # rows of earlier runs, which stay
-    except OSError as error:
-        parser.error(f"--output must be a folder that can be made, got {folder}: {error.strerror}")
-    except ValueError as error:
-        parser.error(str(error))
-    if not os.access(folder, os.W_OK):
-        parser.error(f"--output must be a folder that can be written to, got {folder}")
 
 
 def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser, device: str, dtype: str) -> list[Case]:
@@ -200,15 +186,7 @@ def _measured(options: argparse.Namespace, chosen: list[Case], environment: dict
 
 
 def _print_row(row: Row) -> None:
-    name = f"{row.op} {row.call} N={row.anchors} {row.dtype}"
-    if row.median_ms is None:
-        result = row.note
-    else:
-        middle, low, high = map(presentation.duration, (row.median_ms, row.q1_ms, row.q3_ms))
-        memory = "" if row.peak_mib is None else f", peak {presentation.memory(row.peak_mib)}"
-        rate = "" if row.images_per_second is None else f", {presentation.amount(row.images_per_second)} images/s"
-        result = f"{middle:>7} (quartiles {low}, {high}){memory}{rate}".replace(presentation.NBSP, " ")
-    print(f"{name:48} {row.provider:24} {result}", flush=True)
+    print(presentation.line(row), flush=True)
 
 
 def _draw(folder: Path) -> None:
@@ -222,12 +200,12 @@ def _draw(folder: Path) -> None:
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.folder:
-        folder = _existing(options.folder, parser)
-        _rows_of(folder, None, parser)
+        folder = folders.existing(options.folder, parser)
+        folders.rows_of(folder, None, parser)
         measured = [folder]
     else:
-        folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-        measured = [folder for folder in folders if results.read_folder(folder)]
+        every = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+        measured = [folder for folder in every if results.read_folder(folder)]
     if not measured:
         parser.error(f"{RESULTS} has no results")
     for folder in measured:
@@ -246,16 +224,18 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(f"--tolerance must be a share, 0 or more and finite, got {options.tolerance}")
     if options.relative_to not in (None, *known_names()):
         parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
-    measured = None if options.run is None else _rows_of(_existing(options.run, parser), options.op, parser)
+    measured = (
+        None if options.run is None else folders.rows_of(folders.existing(options.run, parser), options.op, parser)
+    )
     environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
     where = vars(measured[0]) if measured else environment
     if options.baseline:
-        folder = _existing(options.baseline, parser)
+        folder = folders.existing(options.baseline, parser)
     else:
         folder = baseline.folder_of(where["device"], where["threads"])
         if not folder.is_dir():
             parser.error(f"there is no baseline {folder}: measure one with `run`, or name another with --baseline")
-    rows = _rows_of(folder, options.op, parser)
+    rows = folders.rows_of(folder, options.op, parser)
     if measured is None:
         measured = []
         for row in baseline.again(rows, environment):
@@ -267,24 +247,6 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     for line in baseline.report(comparison, rows, measured, options.tolerance):
         print(line)
     return 1 if comparison.failed else 0
-
-
-def _existing(folder: Path, parser: argparse.ArgumentParser) -> Path:
-    """A folder by its path, or by its name in benchmarks/results."""
-    found = next((path for path in (folder, RESULTS / folder) if path.is_dir()), None)
-    if found is None:
-        parser.error(f"there is no folder {folder}, here or in {RESULTS}")
-    return found
-
-
-def _rows_of(folder: Path, ops: list[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
-    try:
-        rows = [row for row in results.read_folder(folder) if not ops or row.op in ops]
-    except ValueError as error:
-        parser.error(str(error))
-    if not rows:
-        parser.error(f"{folder} has no results" + (f" of {', '.join(ops)}" if ops else ""))
-    return rows
 
 
 def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -112,6 +112,9 @@ def compare(
 
 def difference(baseline: Iterable[Row], measured: Iterable[Row]) -> str:
     """Why nothing of a run can be compared with a baseline."""
+    baseline, measured = list(baseline), list(measured)
+    if not measured:
+        return "it has no case that was timed on this machine"
     sides = [list(zip(*map(_identity, rows), strict=True)) for rows in (baseline, measured)]
     differing = [
         f"{name} {_listed(old)} and {_listed(new)}"

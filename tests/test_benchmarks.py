@@ -370,9 +370,11 @@ def test_an_output_is_refused_before_anything_is_measured(output, message, tmp_p
     (tmp_path / "file").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["run", "--quick", "--output", str(tmp_path / output)])
-    assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
+    monkeypatch.setattr(error_tables, "measure", lambda *_: pytest.fail("measured what could not be written"))
+    for program in (["run", "--quick"], ["errors"]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main([*program, "--output", str(tmp_path / output)])
+        assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_a_row_is_printed_in_the_units_of_the_pages(capsys):
@@ -380,6 +382,9 @@ def test_a_row_is_printed_in_the_units_of_the_pages(capsys):
     slow.set_times([11.9, 12.0, 12.1])
     command._print_row(slow)
     assert capsys.readouterr().out.endswith(" 12 s (quartiles 12 s, 12 s), peak 3.7 GiB, 5.3 images/s\n")
+    slow.set_times([12.0])
+    command._print_row(slow)
+    assert " 12 s (one run), peak" in capsys.readouterr().out
 
 
 def test_errors_go_where_they_are_told_to(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baseline
+from benchmarks import baseline, folders
 from benchmarks import results as records
 from benchmarks.pages import plots, presentation, tables
 
@@ -171,7 +171,7 @@ def test_files_that_are_no_results(program, tmp_path, capsys):
 
 def test_baselines_have_names(tmp_path, monkeypatch, capsys):
     """A folder of benchmarks/results is found by its name; what to do where this machine has none is said."""
-    for module in (command, baseline):
+    for module in (folders, baseline):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     records.write(tmp_path / "run", [row()])
@@ -192,6 +192,9 @@ def test_runs_of_another_device_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["compare", str(tmp_path / "run"), "--baseline", str(tmp_path / "old")])
     assert "nothing in common: no case has the same device, threads, op" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["compare", "--baseline", str(tmp_path / "old")])
+    assert "nothing in common: it has no case that was timed on this machine" in capsys.readouterr().err
 
 
 def test_ops_that_were_not_run_are_counted():

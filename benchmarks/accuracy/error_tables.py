@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import folders, results
 from benchmarks.accuracy.errors import ErrorRow, greater, measure, read, write
 from benchmarks.accuracy.regimes import OPS, USUAL
 from benchmarks.cases import DTYPES
@@ -40,6 +40,8 @@ def add_errors(commands: Any) -> None:
 
 
 def _errors(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.output is not None:
+        folders.check_output(options.output, parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.output or RESULTS / results.folder_name(
         results.device_name(device), torch.get_num_threads() if device == "cpu" else None

@@ -62,6 +62,20 @@ def machine(row: Row) -> str:
     return row.device.replace("(R)", "") + threads
 
 
+def line(row: Row) -> str:
+    """What a run prints of a row."""
+    name = f"{row.op} {row.call} N={row.anchors} {row.dtype}"
+    if row.median_ms is None:
+        result = row.note
+    else:
+        middle, low, high = map(duration, (row.median_ms, row.q1_ms, row.q3_ms))
+        spread = "one run" if row.repetitions == 1 else f"quartiles {low}, {high}"
+        peak = "" if row.peak_mib is None else f", peak {memory(row.peak_mib)}"
+        rate = "" if row.images_per_second is None else f", {amount(row.images_per_second)} images/s"
+        result = f"{middle:>7} ({spread}){peak}{rate}".replace(NBSP, " ")
+    return f"{name:48} {row.provider:24} {result}"
+
+
 def duration(milliseconds: float) -> str:
     """A time in the unit that reads best.
 
