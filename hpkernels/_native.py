@@ -57,7 +57,9 @@ def _load_cpu() -> Availability:
     file = _file("_C")
     if file is None:
         return _left_elsewhere("_C") or Availability(
-            False, "this installation has no _C library; reinstall with a C++ compiler at hand"
+            False,
+            "this installation has no _C library; reinstall with a C++ compiler at hand (with HPKERNELS_BUILD=cpu the"
+            " installation fails and says what is missing)",
         )
     return _load(file, f"compiled, {file.name}")
 

@@ -168,10 +168,7 @@ def _first(op: str, device: torch.device, dtype: torch.dtype) -> str:
 _warned: set[str] = set()
 _meant = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """The backends that are made for tensors of a type of device."""
-_hints = {
-    "cpu": "with HPKERNELS_BUILD=cpu the installation fails and says what is missing",
-    "cuda": "`python -m hpkernels check` tries again, `python -m hpkernels` says more",
-}
+_hints = {"cuda": " (`python -m hpkernels check` tries again, `python -m hpkernels` says more)"}
 
 
 def _warn_of_reference(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
@@ -185,7 +182,7 @@ def _warn_of_reference(device: torch.device, dtype: torch.dtype, reasons: dict[s
         _warned.add(why)
         warnings.warn(
             f"hpkernels: {str(dtype).removeprefix('torch.')} tensors on {device} take the reference backend, which is"
-            f" slower: {why} ({_hints[device.type]})",
+            f" slower: {why}{_hints.get(device.type, '')}",
             UserWarning,
             stacklevel=4,
         )
