@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -164,7 +165,7 @@ def test_a_backend_that_raises_is_left_out_and_the_reference_says_why_once(prete
         warnings.simplefilter("always")
         assert taken() == taken("hidden_positives") == "reference"
     (said,) = [str(warning.message) for warning in caught]
-    assert "cuda: RuntimeError: no kernel image is available; cpu: not built (" in said and "\n" not in said
+    assert "cuda: RuntimeError: no kernel image is available; cpu: not built" in said and "\n" not in said
 
 
 def test_a_check_that_hangs_is_given_up_and_not_made_again(pretend, monkeypatch):
@@ -655,7 +656,7 @@ def test_the_report_shows_verdicts(pretend, monkeypatch):
     told = program.report()
     assert {row["float32"] for row in told["auto"]} == {"cuda (not checked yet)"}
     text = "\n".join(program.lines(told))
-    assert "masked_topk                  cpu    cuda*" in text and "* if its self-check passes" in text
+    assert re.search(r"^masked_topk +cpu +cuda\*$", text, re.MULTILINE) and "* if its self-check passes" in text
     for backend in ("cuda", "triton"):
         selfcheck.check(backend, CPU, torch.float32)
     told = program.report()
