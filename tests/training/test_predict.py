@@ -446,7 +446,7 @@ def test_an_overlay_larger_than_a_jpeg_is_refused_before_the_photograph_is_segme
     Image.new("L", (65_501, 2)).save(tmp_path / "wide.png")
     monkeypatch.setattr(program, "predict_together", lambda *of, **_: [] if not of[3] else pytest.fail("segmented"))
     refused = (
-        "wide.png cannot be written: an overlay is a JPEG, which has at most 65500 .* would have 65501 x 2: choose"
+        "wide.png cannot be written: an overlay is a JPEG, .* at most 65500 pixels .* would have 65501 x 2: choose"
     )
     with pytest.raises(SystemExit, match=refused):
         segment_folder(images=tmp_path / "wide.png")
@@ -456,9 +456,7 @@ def test_an_overlay_larger_than_a_jpeg_is_refused_before_the_photograph_is_segme
 
 def test_a_legend_that_makes_an_overlay_too_large_is_told(segment_folder, tmp_path):
     Image.new("L", (2, 65_500)).save(tmp_path / "high.png")
-    with pytest.raises(
-        SystemExit, match="high.png cannot be written: an overlay is a JPEG, .* would have [0-9]+ x 655"
-    ):
+    with pytest.raises(SystemExit, match="high.png cannot be written: an overlay is .* would have [0-9]+ x 655"):
         segment_folder("--legend", images=tmp_path / "high.png")
     assert not list((tmp_path / "out").glob("high*"))
 
