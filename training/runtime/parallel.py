@@ -178,7 +178,10 @@ def may_speak(consequence: bool = False) -> bool:
 
 
 def lost_rank(error: Exception) -> str | None:
-    """What to say where an exchange fails because another rank of torchrun has ended or hangs; None of other errors."""
+    """What to say where an exchange fails because another rank of torchrun has ended or hangs; None of other errors.
+
+    A rank that had something to say has said it before it ended. torchrun is about to end this one, so say it at once.
+    """
     if not _launched() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
     reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0])  # without the line of C++ that raised it

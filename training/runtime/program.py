@@ -114,12 +114,10 @@ def one_sentence(program: str) -> Iterator[None]:
             print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        own = _sentence(error)
-        sentence = parallel.lost_rank(error) if own is None else own
+        sentence = _sentence(error) or parallel.lost_rank(error)
         if sentence is not None and not os.environ.get(TRACEBACK_VARIABLE):
-            lines = error.lines if isinstance(error, SeveralMistakes) else ()
-            _leave(program, sentence, lines, consequence=own is None)
-        if not parallel.may_speak(consequence=own is None):
+            _leave(program, sentence, error.lines if isinstance(error, SeveralMistakes) else ())
+        if not parallel.may_speak(consequence=sentence is None):
             sys.exit(1)
         raise
 
@@ -134,8 +132,8 @@ def _sentence(error: Exception) -> str | None:
     return f"there is not enough memory: {int(asked[1]) / 2**30:,.1f} GiB were asked for at once"
 
 
-def _leave(program: str, text: str, lines: Sequence[str] = (), consequence: bool = False) -> NoReturn:
-    if not parallel.may_speak(consequence):
+def _leave(program: str, text: str, lines: Sequence[str] = ()) -> NoReturn:
+    if not parallel.may_speak():
         sys.exit(1)
     text = text.removeprefix(f"{program}: ").partition("Exception raised from")[0]  # what follows are frames of C++
     said = "\n  ".join(" ".join(line.split()) for line in (f"{program}: {text}{':' if lines else ''}", *lines))
