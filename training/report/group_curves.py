@@ -61,12 +61,14 @@ def _drawn(curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colo
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
         for group, (steps, mean, spread) in curves.items():
-            axes.plot(steps, mean, color=colours[group], label=group, linewidth=1.6)
+            label = f" {group}"  # matplotlib leaves out labels that begin with an underscore
+            axes.plot(steps, mean, color=colours[group], label=label, linewidth=1.6)
             axes.fill_between(steps, mean - spread, mean + spread, color=colours[group], alpha=0.2, linewidth=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_facecolor("none")
         axes.set_xlabel("step")
-        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize="small")
+        columns = max(1, 90 // (8 + max(map(len, curves))))
+        figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize="small")
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
