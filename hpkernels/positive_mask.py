@@ -89,7 +89,7 @@ class PositiveMask:
         anchors, columns = mask.shape
         if not keys and anchors != columns:
             raise ValueError(
-                f"{op}: `mask` must be a bool tensor of shape ({anchors}, {anchors}), or come with keys=True for"
+                f"{op}: `mask` must be of shape ({anchors}, {anchors}), or come with keys=True for"
                 f" anchors x keys, got bool of shape ({anchors}, {columns})"
             )
         bits: Tensor = packed_mask(mask, keys)

@@ -53,9 +53,7 @@ def test_unavailable_backend():
 def test_messages_about_positives_name_what_a_beginner_passes():
     with pytest.raises(TypeError, match="must be an integer or bool tensor, Labels, .* got list$"):
         contrastive(A, K, positives=[0, 1])
-    with pytest.raises(
-        ValueError, match=r"`positives.anchor_ids` must be an integer \(not uint64\) tensor of shape \(4,\)"
-    ):
+    with pytest.raises(ValueError, match=r"`positives.anchor_ids` must be of shape \(4,\), got int64 of shape \(3,\)"):
         contrastive(A, positives=torch.arange(3))
 
 

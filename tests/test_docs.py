@@ -228,6 +228,8 @@ def test_numbers_of_the_home_page():
     assert re.findall(r"^\| .* \| ([\d.]+ m?s) \| ([\d.]+ .iB) \|$", page, re.MULTILINE) == expected
     small = [measured(*supcon, name, "1024")[0].removesuffix(" ms") for name in ("torch-dense", "cpu")]
     assert "At 1024 anchors plain PyTorch takes {} ms, and hpkernels {}.".format(*small) in page
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r" ([\d.]+ m?s), ([\d.]+ .iB) \|", readme) == [expected[0], expected[2], *expected[4:]]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name)

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy import stats
 
 from training.evaluation.metrics import to_json
+from training.report.group_curves import group_curves
 from training.runtime.checkpoint import written_whole
 from training.runtime.program import Parser, expanded, one_sentence
 from training.trials import (
@@ -27,6 +28,7 @@ from training.trials import (
     check_comparable,
     find_runs,
     grouped,
+    logged,
     look,
     read_trial,
     shown,
@@ -273,6 +275,9 @@ def write_page(path: Path, comparison: Comparison, metrics: Sequence[str] = ()) 
         legend=legend(comparison),
         plots=list(filter(None, (_plot(comparison, name) for name in metrics or ("kmeans.accuracy", "kmeans.miou")))),
         classes=_class_differences(comparison),
+        curves=group_curves(
+            {group.name: [logged(trial.folder) for trial in group.trials.values()] for group in comparison.groups}
+        ),
     )
     with written_whole(path) as file:
         file.write(html.encode())

@@ -9,7 +9,7 @@ import argparse
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -29,11 +29,18 @@ from training.data.photographs import LARGEST, allow_pixels, display_name, read_
 from training.evaluate import HEADLINE
 from training.prediction.manifest import Manifest, sha256
 from training.prediction.photograph import Prediction, predict, predict_together, windows_of
-from training.prediction.pictures import OUTPUTS, Writer, outputs, write_names
+from training.prediction.pictures import OUTPUTS, Writer, check_jpeg, outputs, write_names
 from training.prediction.pseudo_labels import IGNORED, check_panoptic, class_ids, read_ids, write_panoptic
 from training.run import open_trained
 from training.runtime.output import prepare_folder
-from training.runtime.program import Parser, add_overrides, expanded, one_sentence, parse_with_overrides
+from training.runtime.program import (
+    Parser,
+    SeveralMistakes,
+    add_overrides,
+    expanded,
+    one_sentence,
+    parse_with_overrides,
+)
 from training.segment import SEGMENTATIONS, check_usable, is_matched, map_names
 from training.state import TrainingState
 
@@ -48,15 +55,27 @@ _EDITABLE = (
 )
 
 
-def read_ahead(files: Sequence[Path], number: int) -> Iterator[list[tuple[Path, Image.Image | ValueError]]]:
-    """The photographs in `files`, `number` at a time, or why one cannot be read; the next are decoded meanwhile."""
+def read_ahead(
+    todo: Mapping[Path, Mapping[str, Path]], number: int
+) -> Iterator[list[tuple[Path, Image.Image | ValueError]]]:
+    """The photographs that are the keys of `todo`, `number` at a time, or why one cannot be read or drawn upon.
+
+    The next are decoded meanwhile.
+    """
 
     def read(file: Path) -> tuple[Path, Image.Image | ValueError]:
         try:
-            return file, read_rgb(file)
+            photograph = read_rgb(file)
         except ValueError as error:
             return file, error
+        try:  # here, not after the photograph was segmented
+            if "overlay" in todo[file]:
+                check_jpeg(photograph.size)
+        except ValueError as error:
+            return file, ValueError(_unwritten(file, error))
+        return file, photograph
 
+    files = list(todo)
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for at in range(0, len(files), number):
@@ -84,7 +103,7 @@ def predict_all(
         OSError: the disk is full.
     """
     bad = []
-    for some in read_ahead(list(todo), number):
+    for some in read_ahead(todo, number):
         good = [(file, photograph) for file, photograph in some if isinstance(photograph, Image.Image)]
         bad += [_why(error) for _, error in some if isinstance(error, ValueError)]
         try:
@@ -95,15 +114,19 @@ def predict_all(
         for (file, photograph), prediction in zip(good, found, strict=True):
             try:
                 write(file, photograph, prediction)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 for path in todo[file].values():  # some may be of an earlier run
                     with suppress(OSError):
                         path.unlink()
-                if errno.ENOSPC in (error.errno, getattr(error.__cause__, "errno", None)):
+                if errno.ENOSPC in (getattr(each, "errno", None) for each in (error, error.__cause__)):
                     raise
-                bad.append(f"the prediction of {display_name(file)} cannot be written: {error}")
+                bad.append(_unwritten(file, error))
         bar.update(len(some))
     return bad
+
+
+def _unwritten(file: Path, error: Exception) -> str:
+    return f"the prediction of {display_name(file)} cannot be written: {error}"
 
 
 def _number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
@@ -155,7 +178,8 @@ def run(options: argparse.Namespace) -> None:
     """Segment what the command line asks for and what was not done before; the bad files are told at the end.
 
     Raises:
-        ValueError: nothing can be done, or some photographs could not be read.
+        ValueError: nothing can be done.
+        SeveralMistakes: some photographs are left out.
     """
     out, kind = options.out, options.segmentation
     if options.max_megapixels is not None:
@@ -193,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
     before = f" ({len(planned) - len(todo)} of them were done before)" if len(todo) < len(planned) else ""
     print(f"{len(planned) - len(bad)} images, {len(names)} classes, in {display_name(out)}{before}")
     if bad:
-        raise ValueError("; ".join([f"{len(bad)} of {len(planned)} images are left out", *bad]))
+        raise SeveralMistakes(f"{len(bad)} of {len(planned)} images are left out", bad)
 
 
 @contextmanager

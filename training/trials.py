@@ -6,6 +6,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from training.config import WHILE_TRAINING
 from training.config_file import config_from_dict, flat
+from training.runtime.progress import LOG
 
 BASELINE = "baseline"
 """Stands for the frozen features: of each group its own."""
@@ -141,6 +143,17 @@ def read_trial(folder: Path) -> Trial:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{file} is not what training.train writes: {why}") from error
     return Trial(folder, metrics, {key: value for key, value in config.items() if key not in _PLACE})
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """What the run of a folder logged, by the name of the figure and step; nothing where there is no such log."""
+    found: dict[str, dict[int, float]] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        for line in map(json.loads, (folder / LOG).read_text(encoding="utf-8").splitlines()):
+            for name, value in line.items():
+                if isinstance(value, int | float):
+                    found.setdefault(name, {})[line["step"]] = value
+    return found
 
 
 def grouped(trials: Sequence[Trial]) -> tuple[list[Group], dict[str, list[Any]]]:

@@ -26,7 +26,7 @@ _PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 # An H100 SXM. Its published 989 TFLOP/s are 4096 a clock of 132 multiprocessors at 1.83 GHz; under load they have less.
 _PROCESSORS, _CLOCK, _PUBLISHED_CLOCK = 132, 1.7e9, 1.83e9
 # Of a multiprocessor, a clock. Instructions are of a warp; their rates are those of NVIDIA's CUDA C++ Programming Guide
-# for compute capability 9.0. 5.5 TB/s of the second-level cache is what others have measured on an H100 PCIe.
+# for compute capability 9.0. 5.5 TB/s of the second-level cache is an assumption (docs/kernels.md has what is known).
 _RATES = {
     "products": 4096,
     "shared memory": 128,

@@ -34,8 +34,12 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype]:
 def tensor(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
     """Check that `value` is a tensor of one of `dtypes` and of `shape`, with no empty dimension."""
     # The messages are built only when they are needed: Dynamo cannot print the symbolic sizes of dynamic shapes.
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        raise TypeError(_tensor_text(op, name, value, shape, dtypes))
+    if not isinstance(value, Tensor):
+        wanted = f"{_dtype_names(dtypes)} tensor of shape {_shape_text(shape)}"
+        raise TypeError(f"{op}: `{name}` must be {_with_article(wanted)}, got {_describe(value)}")
+    if value.dtype not in dtypes:
+        wanted = f"{_dtype_names(dtypes)} tensor"
+        raise TypeError(f"{op}: `{name}` must be {_with_article(wanted)}, got {_describe(value)}")
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else _name(value.layout)
         raise TypeError(f"{op}: `{name}` must be a dense tensor (torch.strided), got a {kind} one")
@@ -44,7 +48,7 @@ def tensor(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequen
         size == actual for size, actual in zip(shape, value.shape, strict=True) if not isinstance(size, str)
     )
     if not sizes_fit:
-        raise ValueError(_tensor_text(op, name, value, shape, dtypes))
+        raise ValueError(f"{op}: `{name}` must be of shape {_shape_text(shape)}, got {_describe(value)}")
     if any(size == 0 for size in value.shape):
         raise ValueError(f"{op}: `{name}` must not be empty, got {_describe(value)}")
 
@@ -189,10 +193,8 @@ def flag(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: `{name}` must be True or False, got {_kind(value)}")
 
 
-def _tensor_text(op: str, name: str, value: Any, shape: Sequence[Size], dtypes: Sequence[torch.dtype]) -> str:
-    wanted = f"{_dtype_names(dtypes)} tensor of shape {_shape_text(shape)}"
-    article = "an" if wanted.startswith("int") else "a"
-    return f"{op}: `{name}` must be {article} {wanted}, got {_describe(value)}"
+def _with_article(text: str) -> str:
+    return f"{'an' if text.startswith('int') else 'a'} {text}"
 
 
 def _span_text(minimum: int, maximum: int | None) -> str:

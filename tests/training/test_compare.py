@@ -1,5 +1,6 @@
 """Runs compared: groups, pairs by seed, intervals, what is refused, and the page."""
 
+import base64
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from tiny import tiny_values
 from training import compare as program
 from training.compare import as_dict, as_text, compare, paired_difference, tables
 from training.config_file import config_from_dict
+from training.report.group_curves import mean_and_spread
 from training.results import write_results
 from training.run import open_run
 from training.train import train
@@ -241,6 +243,29 @@ def test_the_page_holds_everything_and_needs_nothing(leave, two_groups, capsys):
     assert "seed 3: −7.00" in page.replace("-7.00", "−7.00")
     for place in re.findall(r'(?:cx|x1|x2)="([^"]*)%"', page):
         assert 0 <= float(place) <= 100
+
+
+def test_the_page_has_a_curve_for_each_group(two_groups):
+    for seed in range(3):
+        for step in range(4):
+            line = {"step": step, "loss": 2.0 - step + seed, "lambda": 0.5, "seconds": {"other": 1.0}}
+            with open(two_groups / f"hp_s{seed}" / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+    with open(two_groups / "hp_s2" / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')  # it was killed
+    program.main([str(two_groups)])
+    page = (two_groups / "compare.html").read_text()
+    (picture,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page)
+    drawn = base64.b64decode(picture).decode()
+    assert "<h3>Loss</h3>" in page and page.count("src=") == 1
+    assert "hp</text>" in drawn and "other</text>" not in drawn, "which has logged nothing"
+
+
+def test_curves_are_of_the_steps_that_all_seeds_have():
+    steps, mean, spread = mean_and_spread([{0: 1.0, 1: 5.0, 2: 3.0}, {0: 3.0, 2: 4.0}])
+    assert steps.tolist() == [0, 2] and mean.tolist() == [2.0, 3.5]
+    assert spread == pytest.approx([math.sqrt(2), math.sqrt(0.5)])
+    assert mean_and_spread([{3: 1.0}])[2].tolist() == [0.0]
 
 
 def test_groups_without_labels_have_position_scores_alone(leave, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +216,49 @@ def test_torchrun_goes_on_with_a_run_of_another_number_of_ranks(of_ranks, one_pr
     for name in ("head", "ema_head", "specific_pool", "linear_probe", "cluster_probe"):
         for key, value in one_process.state.modules[name].state_dict().items():
             torch.testing.assert_close(several["modules"][name][key], value, rtol=1e-4, atol=1e-5)
+
+
+def process_of_rank(launcher, rank):
+    """The number of the process that `torchrun` started as `rank`."""
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise ProcessLookupError(f"no rank {rank}")
+
+
+@pytest.fixture
+def endless(tmp_path, repository):
+    """Two ranks of `torchrun` in a run of many steps, which has begun."""
+    config = tmp_path / "endless.yaml"
+    config.write_text(yaml.safe_dump(values_of(tmp_path, steps=100_000, log_every=1, checkpoint_every=100_000)))
+    process = torchrun(config, repository=repository)
+    log, deadline = tmp_path / "hp" / "log.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    yield process, tmp_path / "hp"
+    process.kill()
+    process.wait()
+
+
+def test_sigterm_to_torchrun_saves_the_step(endless):
+    process, output = endless
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, "torchrun's own"
+    step = checkpoint.load(output / "checkpoint.pt")["state"]["step"]
+    assert errors.count(f"train: stopped after step {step} of 100000, which is saved: the same command goes on") == 1
+    assert "training/train.py" not in errors, "no traceback of ours"
+
+
+def test_a_rank_whose_partner_was_killed_says_so_in_one_sentence(endless):
+    process, _ = endless
+    os.kill(process_of_rank(process, 1), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("train: another rank has ended, or does not answer: ") == 1, errors
+    assert "; the same command goes on from the last checkpoint" in errors
+    assert "training/train.py" not in errors, "no traceback of ours"
 
 
 def test_the_device_of_a_rank(monkeypatch):

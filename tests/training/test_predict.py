@@ -288,9 +288,7 @@ def test_files_pictures_and_tensors_are_photographs(run, mosaics, kind, edit):
     for photograph in (str(file), read_rgb(file), pixels):
         again = predict(config, run.backbone, run.state, photograph, kind)
         assert torch.equal(again.classes, classes) and torch.equal(again.confidence, confidence)
-    with pytest.raises(
-        TypeError, match=r"`photograph` must be a file, a picture or a tensor \(3, h, w\) uint8, got Tensor"
-    ):
+    with pytest.raises(TypeError, match=r"a tensor \(3, h, w\) uint8, got torch.float32 of shape \(3, 70, 33\)$"):
         predict(config, run.backbone, run.state, pixels.float(), kind)
 
 
@@ -421,9 +419,44 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_result(segment_folder, tmp_
 
 def test_a_bad_file_does_not_stop_the_rest(segment_folder, mosaics, tmp_path):
     (mosaics / "frame_3.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match="^predict: 1 of 4 images are left out; .*frame_3.png cannot be read"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^predict: 1 of 4 images are left out:\n  data: .*frame_3.png cannot be read: it is no image$",
+    ):
         segment_folder("--batch", "4")
     assert len(lines(tmp_path / "out")) == 4
+
+
+def test_of_many_bad_files_the_first_are_named_in_a_line_each(segment_folder, mosaics):
+    for index in range(12):
+        (mosaics / f"bad_{index}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as ended:
+        segment_folder()
+    first, *named, more = str(ended.value).splitlines()
+    assert first == "predict: 12 of 15 images are left out:"
+    assert len(named) == 10 and all(line.endswith("cannot be read: it is no image") for line in named)
+    assert more == "  and 2 more"
+
+
+def test_an_overlay_larger_than_a_jpeg_is_refused_before_the_photograph_is_segmented(
+    segment_folder, tmp_path, monkeypatch
+):
+    Image.new("L", (65_501, 2)).save(tmp_path / "wide.png")
+    monkeypatch.setattr(program, "predict_together", lambda *of, **_: [] if not of[3] else pytest.fail("segmented"))
+    refused = (
+        "wide.png cannot be written: an overlay is a JPEG, .* at most 65500 pixels .* would have 65501 x 2: choose"
+    )
+    with pytest.raises(SystemExit, match=refused):
+        segment_folder(images=tmp_path / "wide.png")
+    monkeypatch.undo()
+    assert Image.open(segment_folder("--write", "classes", images=tmp_path / "wide.png") / "wide.png").size[0] == 65_501
+
+
+def test_a_legend_that_makes_an_overlay_too_large_is_told(segment_folder, tmp_path):
+    Image.new("L", (2, 65_500)).save(tmp_path / "high.png")
+    with pytest.raises(SystemExit, match="high.png cannot be written: an overlay is .* would have [0-9]+ x 655"):
+        segment_folder("--legend", images=tmp_path / "high.png")
+    assert not list((tmp_path / "out").glob("high*"))
 
 
 def test_the_limit_of_pixels(segment_folder, mosaics, tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ def predict(
     elif isinstance(photograph, Path | str):
         photograph = read_rgb(Path(photograph))
     elif not isinstance(photograph, Image.Image):
-        got = type(photograph).__name__
+        is_tensor = isinstance(photograph, Tensor)
+        got = f"{photograph.dtype} of shape {tuple(photograph.shape)}" if is_tensor else type(photograph).__name__
         raise TypeError(f"predict: `photograph` must be a file, a picture or a tensor (3, h, w) uint8, got {got}")
     check_usable(state, kind)
     return predict_together(config, backbone, state, [photograph.convert("RGB")], kind, scale, batch)[0]

@@ -31,6 +31,7 @@ OUTPUTS = {
 """The kinds of pictures, and the names that they have for a photograph of the stem {}."""
 
 _NAMES = "classes.json"
+_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
 
 
 def outputs(images: Path, out: Path, kinds: Sequence[str] = ("classes", "overlay")) -> dict[Path, dict[str, Path]]:
@@ -95,6 +96,22 @@ def _folds_case(folder: Path) -> bool:
     return False
 
 
+def check_jpeg(size: tuple[int, int]) -> None:
+    """Refuse an overlay, a JPEG, that is too large to be one.
+
+    Args:
+        size: width and height.
+
+    Raises:
+        ValueError: it is.
+    """
+    if max(size) > _JPEG_SIDE:
+        raise ValueError(
+            f"an overlay is a JPEG, which has at most {_JPEG_SIDE} pixels on a side, and this one would have"
+            f" {size[0]} x {size[1]}: choose --write without overlay"
+        )
+
+
 def write_names(out: Path, names: list[str]) -> None:
     """Write what each value of the class maps is.
 
@@ -138,6 +155,7 @@ class Writer:
 
         Raises:
             OSError: one cannot be written.
+            ValueError: an overlay with its legend is larger than a JPEG can be.
         """
         classes, confidence = found.classes.numpy(), found.confidence.numpy()
         indexed = class_picture(classes, len(self.names))
@@ -153,6 +171,7 @@ class Writer:
                 picture = indexed
             elif kind == "overlay":
                 picture = overlay(photograph, indexed, self.legend)
+                check_jpeg(picture.size)  # with a legend it is taller than the photograph
             elif kind == "confidence":
                 picture = Image.fromarray(confidence)
             else:

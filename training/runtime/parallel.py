@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -174,6 +175,17 @@ def may_speak(consequence: bool = False) -> bool:
     with suppress(RuntimeError):  # where torchrun itself has ended, there is nothing to ask
         return bool(_store().add("training has failed", 1) == 1)
     return True
+
+
+def lost_rank(error: Exception) -> str | None:
+    """What to say where an exchange fails because another rank of torchrun has ended or hangs; None of other errors.
+
+    A rank that had something to say has said it before it ended. torchrun is about to end this one, so say it at once.
+    """
+    if not _launched() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        return None
+    reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0])  # without the line of C++ that raised it
+    return f"another rank has ended, or does not answer: {reason}; the same command goes on from the last checkpoint"
 
 
 def _launched() -> bool:

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,18 @@ _MISTAKES = (
     np.linalg.LinAlgError,
     torch.OutOfMemoryError,
 )
+
+
+_LINES = 10  # of several mistakes that are told
+
+
+class SeveralMistakes(ValueError):
+    """A sentence, and what is wrong with each of several things: a line each, of which the first are told."""
+
+    def __init__(self, sentence: str, mistakes: Sequence[str]) -> None:
+        super().__init__(sentence)
+        more = [f"and {len(mistakes) - _LINES} more"] if len(mistakes) > _LINES else []
+        self.lines = [*mistakes[:_LINES], *more]
 
 
 def expanded(path: str) -> Path:
@@ -102,9 +114,9 @@ def one_sentence(program: str) -> Iterator[None]:
             print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = _sentence(error) or parallel.lost_rank(error)
         if sentence is not None and not os.environ.get(TRACEBACK_VARIABLE):
-            _leave(program, sentence)
+            _leave(program, sentence, error.lines if isinstance(error, SeveralMistakes) else ())
         if not parallel.may_speak(consequence=sentence is None):
             sys.exit(1)
         raise
@@ -120,10 +132,10 @@ def _sentence(error: Exception) -> str | None:
     return f"there is not enough memory: {int(asked[1]) / 2**30:,.1f} GiB were asked for at once"
 
 
-def _leave(program: str, text: str) -> NoReturn:
+def _leave(program: str, text: str, lines: Sequence[str] = ()) -> NoReturn:
     if not parallel.may_speak():
         sys.exit(1)
     text = text.removeprefix(f"{program}: ").partition("Exception raised from")[0]  # what follows are frames of C++
-    sentence = " ".join(text.split())
-    line = "" if parallel.is_first() else "\n"  # after the bar of the first rank
-    sys.exit(f"{line}{program}: {sentence.encode('utf-8', 'backslashreplace').decode()}")
+    said = "\n  ".join(" ".join(line.split()) for line in (f"{program}: {text}{':' if lines else ''}", *lines))
+    before = "" if parallel.is_first() else "\n"  # after the bar of the first rank
+    sys.exit(f"{before}{said.encode('utf-8', 'backslashreplace').decode()}")
