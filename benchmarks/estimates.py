@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hpkernels
 from benchmarks.timing.measure import seconds_of
@@ -12,6 +14,18 @@ from hpkernels.testing import random_problem
 
 _IMAGES, _SIDE, _DIM, _FEATURES, _POOL, _RATE = 4, 28, 512, 384, 2048, 0.02
 _REPETITIONS = 5  # of which the least counts: the model knows no other processes
+
+
+def add_estimates(commands: Any) -> None:
+    """Enter the command `estimates` into those of ``python -m benchmarks``."""
+    command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
+    command.set_defaults(command=_estimates)
+
+
+def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in lines():
+        print(line, flush=True)
+    return 0
 
 
 def lines() -> Iterator[str]:

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import replace
+import subprocess
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import estimates, published
+from benchmarks import csv_files, distributed, estimates, published
 from benchmarks import results as records
 from benchmarks import run as runner
-from benchmarks.accuracy import error_tables
+from benchmarks.accuracy import error_tables, errors
 from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import Provider, known_names, provider, providers
@@ -314,6 +315,34 @@ def test_csv_with_other_columns_is_refused(tmp_path):
         records.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [records.Row, errors.ErrorRow, distributed.DistributedRow])
+def test_every_file_of_measurements_ends_with_where_they_are_from(kind, tmp_path):
+    csv_files.write_rows(tmp_path / "x.csv", kind, [])
+    columns = (tmp_path / "x.csv").read_text().strip().split(",")
+    own = [field.name for field in fields(records.Environment)]
+    assert columns[-len(own) :] == own == list(records.environment())
+    assert columns[0] in ("op", "call")
+
+
+def test_a_commit_with_changes_says_so(tmp_path, monkeypatch):
+    """But for those of results and pages, which measuring and writing tables make."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "benchmarks" / "results")
+    files = [tmp_path / name for name in ("benchmarks/results/x.csv", "docs/x.md", "benchmarks/x.py", "csrc/x.cu")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("old")
+    assert records.commit() == "unknown"
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    head = records.commit()
+    assert re.fullmatch(r"[0-9a-f]{12}", head)
+    for file, change in zip(files, ["", "", "+", "+"], strict=True):
+        file.write_text("new")
+        assert records.commit() == head + change
+        file.write_text("old")
+
+
 @pytest.mark.parametrize(
     "device, folder",
     [
@@ -321,8 +350,38 @@ def test_csv_with_other_columns_is_refused(tmp_path):
         ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763-2-threads"),
     ],
 )
-def test_folder_of_a_device(device, folder):
+def test_folder_of_a_device(device, folder, monkeypatch):
     assert records.folder_name(device, 2) == folder
+    monkeypatch.setattr(records, "device_name", lambda device: "A CPU" if device == "cpu" else "NVIDIA H100")
+    threads = torch.get_num_threads()
+    assert records.folder_here().name == records.folder_name("A", threads)
+    assert records.folder_here(threads=3).name == "a-3-threads"
+    assert records.folder_here("cuda") == records.RESULTS / "nvidia-h100"
+
+
+def test_processes_are_measured_into_a_file(tmp_path, monkeypatch, capsys):
+    """Medians and quartiles of the repetitions; rows of other sizes stay, those of the same are replaced."""
+    taken = {
+        "one process": ([3.0, 1.0, 2.0, 5.0, 4.0], 2**21),
+        "gather": ([7.0, 7.0], None),
+        "ring": ([8.0, 9.0], 2**20),
+    }
+    monkeypatch.setattr(distributed, "_measured", lambda call, way, *_: taken[way])
+    monkeypatch.setattr(distributed.results, "RESULTS", tmp_path)
+    for anchors in ("64", "32", "64"):
+        assert command.main(["distributed", "--anchors", anchors, "--ranks", "3"]) == 0
+    (file,) = tmp_path.glob("*-3-threads/distributed.csv")
+    rows = distributed.read(file)
+    assert [(row.anchors, row.call) for row in rows[::3]] == [
+        (anchors, call) for anchors in (32, 64) for call in ("both", "keys", "own")
+    ]
+    gather, one, ring = rows[:3]
+    assert (one.q1_ms, one.median_ms, one.q3_ms, one.repetitions, one.peak_mib) == (2.0, 3.0, 4.0, 5, 2.0)
+    assert (gather.q1_ms, gather.median_ms, gather.q3_ms, gather.peak_mib) == (7.0, 7.0, 7.0, None)
+    assert (ring.median_ms, ring.ranks, ring.threads, ring.dim) == (8.5, 3, 3, 512)
+    assert one.device == records.device_name() and one.commit and one.date
+    assert "keys   one process        3.0 ms      2.0 MiB a rank" in capsys.readouterr().out
+    assert records.read_folder(file.parent) == []  # it has no op's rows
 
 
 def test_run_from_end_to_end(tmp_path, capsys):
@@ -335,7 +394,8 @@ def test_run_from_end_to_end(tmp_path, capsys):
         assert 0 < float(line["q1_ms"]) <= float(line["median_ms"]) <= float(line["q3_ms"])
         assert line["verified_anchors"] == line["anchors"] == "784"
         assert line["device"] and line["commit"] and line["date"] and line["torch"] == torch.__version__
-    assert "hidden_positives forward N=784" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "hidden_positives forward N=784" in out and "cannot express" not in out
 
 
 @pytest.mark.parametrize(
@@ -350,7 +410,7 @@ def test_run_from_end_to_end(tmp_path, capsys):
     ],
 )
 def test_counts_must_be_positive(arguments, message, monkeypatch, capsys):
-    for module, name in ((command, "run"), (command.distributed, "lines")):
+    for module, name in ((command, "run"), (distributed, "measure")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured with a bad count"))
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
@@ -370,8 +430,9 @@ def test_an_output_is_refused_before_anything_is_measured(output, message, tmp_p
     (tmp_path / "file").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.csv").write_text("a,b\n1,2\n")
-    monkeypatch.setattr(error_tables, "measure", lambda *_: pytest.fail("measured what could not be written"))
-    for program in (["run", "--quick"], ["errors"]):
+    for module in (error_tables, distributed):
+        monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured what could not be written"))
+    for program in (["run", "--quick"], ["errors"], ["distributed"]):
         with pytest.raises(SystemExit) as stopped:
             command.main([*program, "--output", str(tmp_path / output)])
         assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
@@ -388,10 +449,14 @@ def test_a_row_is_printed_in_the_units_of_the_pages(capsys):
 
 
 def test_errors_go_where_they_are_told_to(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(error_tables, "measure", lambda *_: [])
+    def measured(op, environment, device):
+        return [errors.ErrorRow(op, "values", "float32", "cpu", "usual", 1e-7, None, 5, **environment)]
+
+    monkeypatch.setattr(error_tables, "measure", measured)
     monkeypatch.setattr(error_tables, "write_tables", lambda *_: pytest.fail("the pages are of another machine"))
     assert command.main(["errors", "--op", "masked_topk", "--output", str(tmp_path / "new")]) == 0
-    assert (tmp_path / "new" / records.ERRORS).is_file()
+    (written,) = errors.read(tmp_path / "new" / records.ERRORS)
+    assert (written.op, written.device, written.torch) == ("masked_topk", records.device_name(), torch.__version__)
     with pytest.raises(SystemExit):
         command.main(["errors", "--help"])
     assert "overwrites" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpkernels
 from benchmarks import estimates
@@ -165,6 +166,23 @@ def test_warm_up_ends_when_it_is_stable():
     assert next(series, None) is None  # of six batches the last three agree
 
 
+@pytest.mark.parametrize(
+    ("medians", "agree"),
+    [
+        ((1.0, 1.015, 1.029), True),
+        ((1.0, 1.0305, 1.0305), False),  # by more than 3 % of the least, if not of the greatest
+        ((1.0305, 1.0305, 1.0), False),
+        ((1.0, 1.05, 1.0), False),  # the first and the last are alike
+    ],
+)
+def test_batches_agree_within_three_per_cent(medians, agree, monkeypatch):
+    """The clock leaves time for three batches and no more."""
+    clock = iter([0, 0, 0, 0, timers.WARM_UP])
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: next(clock))
+    series = iter([0.001 * median for median in medians for _ in range(timers.BATCH)])
+    assert timers.stable(lambda: next(series)) == agree
+
+
 def test_what_events_do_not_resolve_is_stable():
     series = iter([1e-6 * median for median in (5, 5.5, 4.6) for _ in range(timers.BATCH)])
     assert timers.stable(lambda: next(series))
@@ -232,6 +250,70 @@ def test_a_call_that_does_not_fit_beside_others_is_told(monkeypatch):
     measured = measure.times({"large": large, "small": lambda: None}, "cuda")
     assert measured["large"].note == "no graph: no; did not fit into memory beside the other providers"
     assert len(measured["small"].seconds) == measure.REPETITIONS
+
+
+class FakeAllocator:
+    """The memory of a GPU, which keeps its peak until it is forgotten, and refuses what is beyond a limit."""
+
+    TOTAL = 100
+
+    def __init__(self, monkeypatch):
+        self.used, self.peak, self.share, self.log = 10, 90, 1.0, []
+        fakes = {
+            "empty_cache": lambda: self.log.append("empty cache"),
+            "reset_peak_memory_stats": self.reset,
+            "memory_allocated": lambda: self.used,
+            "max_memory_allocated": lambda: self.peak,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=self.TOTAL * 2**30),
+            "set_per_process_memory_fraction": self.limit,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def reset(self):
+        self.log.append("reset")
+        self.peak = self.used
+
+    def limit(self, share):
+        self.share = share
+
+    def take(self, amount):
+        """What a call does: it takes as much, and gives it back."""
+        self.log.append("call")
+        if self.used + amount > self.share * self.TOTAL + 1e-9:
+            raise torch.OutOfMemoryError
+        self.peak = max(self.peak, self.used + amount)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, 30),
+        (30.0, 30),
+        (29.0, "does not fit into 29 GiB"),
+    ],
+)
+def test_peak_memory_of_a_gpu(limit, expected, monkeypatch):
+    """Of the second call alone, above what the inputs take, in GiB here; afterwards there is no limit."""
+    gpu = FakeAllocator(monkeypatch)
+    amounts = iter([60, 30])  # the first use of a library takes more
+    run = SimpleNamespace(run=lambda inputs: gpu.take(next(amounts)))
+    monkeypatch.setattr(measure, "provider", lambda case, name: run)
+    monkeypatch.setattr(measure, "_limit_memory_of_gpu", scaled(measure._limit_memory_of_gpu))
+    case = SimpleNamespace(device="cuda", memory_limit=limit, inputs=dict)
+    found = measure.peak_memory(case, "any")
+    assert gpu.log == ["call", "empty cache", "reset", "call"]
+    assert gpu.share == 1.0
+    if isinstance(expected, str):
+        assert found == measure.Memory(error=expected)
+    else:
+        assert found.peak == expected and found.seconds > 0 and found.error == ""
+
+
+def scaled(limit_memory):
+    """A limit for a GPU whose bytes are GiB."""
+    return lambda case, used: limit_memory(case, used * 2**30)
 
 
 @pytest.mark.parametrize(("l2", "size"), [(50 * 2**20, 100 * 2**20), (0, timers.UNKNOWN_L2)])
@@ -305,6 +387,42 @@ def test_nvml(card):
         "temperature_c": 63,
         "throttled": "power cap, hardware thermal",
     }
+
+
+def test_columns_are_medians(card):
+    """Of three samples whose means, first, last and greatest values are others."""
+    three = [
+        nvml.Sample(1980, 2619, 100.0, 50),
+        nvml.Sample(1500, 1593, 690.0, 70),
+        nvml.Sample(1935, 2600, 600.0, 65),
+    ]
+    assert nvml.summary(three) == {"sm_mhz": 1935, "memory_mhz": 2600, "power_w": 600.0, "temperature_c": 70}
+
+
+THROTTLING = {
+    "nvmlClocksThrottleReasonSwPowerCap": "power cap",
+    "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
+    "nvmlClocksThrottleReasonSwThermalSlowdown": "software thermal",
+    "nvmlClocksThrottleReasonHwThermalSlowdown": "hardware thermal",
+    "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power brake",
+}
+
+
+@pytest.mark.parametrize(
+    ("bit", "reason"),
+    [
+        *zip((0x04, 0x08, 0x20, 0x40, 0x80), THROTTLING.values(), strict=True),
+        *((bit, None) for bit in (0x01, 0x02, 0x10, 0x100)),  # idle, clocks that were set, of another GPU, of a display
+    ],
+)
+def test_reasons_for_throttling(bit, reason, card):
+    found = card(fake_nvml(nvmlDeviceGetCurrentClocksEventReasons=lambda handle: bit)).sample().throttled
+    assert found == (() if reason is None else (reason,))
+
+
+def test_reasons_are_those_of_nvml():
+    package = pytest.importorskip("pynvml")
+    assert {getattr(package, name): reason for name, reason in THROTTLING.items()} == nvml._THROTTLING
 
 
 def test_without_the_package_there_is_nothing(card):
@@ -457,6 +575,54 @@ def test_ceilings(monkeypatch):
     assert found.matrix["bfloat16"] >= found.matrix["float32"] == found.vector > 0
     assert found.bandwidth > 0 and found.capability is None and found.source == "measured"
     assert estimates.ceilings is rates.ceilings
+
+
+class Counted(TorchDispatchMode):
+    """Adds up the FLOPs of products, and the bytes that copies read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "_int_mm"):
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        if name == "copy_":
+            self.bytes += sum(value.numel() * value.element_size() for value in args[:2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_ceilings_are_what_the_calls_do_by_their_time(monkeypatch):
+    """Each call counted by what PyTorch is asked for; the n-th takes n seconds."""
+    monkeypatch.setattr(rates, "_COPIED", 2**12)
+    monkeypatch.setattr(rates, "_ON_CPU", (32, 16, 64))
+    monkeypatch.setattr(_coarse, "int8_is_fast", lambda: True)
+    counted = []
+
+    def least(call):
+        with Counted() as count:
+            call()
+        counted.append(count)
+        return float(len(counted))
+
+    monkeypatch.setattr(rates, "_least", least)
+    rates.ceilings.cache_clear()
+    try:
+        found = rates.ceilings("cpu", "bfloat16")
+    finally:
+        rates.ceilings.cache_clear()
+    single, _, ranking, copy = counted
+    assert single.flops == ranking.flops == 2 * 32 * 16 * 64 and copy.bytes == 2 * 2**12
+    # Half precision, which took twice as long, is computed in float32.
+    assert found.matrix == {"float32": single.flops, "bfloat16": single.flops}
+    assert found.ranking == ranking.flops / 3 and found.bandwidth == copy.bytes / 4
+
+
+def test_a_ceiling_is_the_least_time(monkeypatch):
+    seconds = iter([5.0, 3.0, 2.0, 4.0, 6.0])
+    monkeypatch.setattr(rates, "seconds_of", lambda call: next(seconds))
+    assert rates._least(lambda: None) == 2.0 and next(seconds, None) is None
 
 
 def test_rates_without_the_library(monkeypatch):

@@ -61,6 +61,12 @@ def test_the_run_says_what_a_provider_cannot_express():
     assert not any(line.startswith("cuvs") for line in limits([case], None)), "it does not run here"
 
 
+def test_limits_are_printed_when_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    assert command.main(["run", "--limits", "--op", "masked_topk", "--provider", "torch-topk"]) == 0
+    assert capsys.readouterr().out == "masked_topk: torch-topk cannot express masks, groups\n"
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op, call", [(op, call) for op, calls in CHUNKED.items() for call in calls])

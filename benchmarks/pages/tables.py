@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.pages import plots, presentation
-from benchmarks.results import Row, read_folder
+from benchmarks.results import Environment, Row, read_folder
 
 BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"
 
@@ -63,7 +64,7 @@ def measured(folder_of_page: Path, results: Path) -> str:
 
 
 def _device(rows: list[Row], folder: Path) -> list[str]:
-    of_all = f"Instructions: {rows[0].instructions}. {_measured(rows)}"
+    of_all = f"Instructions: {rows[0].instructions}. {versions_and_dates(rows)}"
     lines = ["", f"### {presentation.machine(rows[0])}", "", of_all, ""]
     drawn = {plots.file_name(shown[0]): shown for shown in plots.selected(rows)}
     timed = [row for row in rows if row.median_ms is not None]
@@ -78,7 +79,8 @@ def _device(rows: list[Row], folder: Path) -> list[str]:
     return lines
 
 
-def _measured(rows: list[Row]) -> str:
+def versions_and_dates(rows: Sequence[Environment]) -> str:
+    """With what, when and at which commits rows were measured, in two sentences."""
     commits: dict[str, set[str]] = {}
     for row in rows:
         commits.setdefault(row.date[:10], set()).add(row.commit)
