@@ -25,7 +25,8 @@ import hpkernels
 from benchmarks import arguments, results
 from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.results import DISTRIBUTED, Environment
-from benchmarks.timing.measure import _reset_peak, _status, seconds_of
+from benchmarks.timing.measure import peak_above, reset_peak
+from benchmarks.timing.timers import seconds_of
 
 _CLASSES = 100
 _REPETITIONS = 5
@@ -142,9 +143,9 @@ def _rank(
     torch.manual_seed(rank)
     _run(call, way, *_inputs(64, dim))  # what libraries keep from their first use is not memory of the call
     inputs = _inputs(anchors // ranks, dim)
-    before = _reset_peak()
+    before = reset_peak()
     _run(call, way, *inputs)
-    peak = None if before is None else max(0, _status("VmHWM") - before)
+    peak = peak_above(before)
     seconds = []
     for _ in range(_REPETITIONS):
         dist.barrier()

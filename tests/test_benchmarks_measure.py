@@ -606,7 +606,7 @@ def test_ceilings_are_what_the_calls_do_by_their_time(monkeypatch):
         counted.append(count)
         return float(len(counted))
 
-    monkeypatch.setattr(rates, "_least", least)
+    monkeypatch.setattr(rates, "least", least)
     rates.ceilings.cache_clear()
     try:
         found = rates.ceilings("cpu", "bfloat16")
@@ -622,7 +622,7 @@ def test_ceilings_are_what_the_calls_do_by_their_time(monkeypatch):
 def test_a_ceiling_is_the_least_time(monkeypatch):
     seconds = iter([5.0, 3.0, 2.0, 4.0, 6.0])
     monkeypatch.setattr(rates, "seconds_of", lambda call: next(seconds))
-    assert rates._least(lambda: None) == 2.0 and next(seconds, None) is None
+    assert rates.least(lambda: None) == 2.0 and next(seconds, None) is None
 
 
 def test_rates_without_the_library(monkeypatch):

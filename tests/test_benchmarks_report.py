@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import arguments, baseline, compare, distributed
 from benchmarks import results as records
-from benchmarks.pages import distributed_table, plots, presentation, tables
+from benchmarks.pages import distributed_table, plots, plotted, presentation, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = {
@@ -315,14 +315,14 @@ def test_plots_do_not_boast(tmp_path):
 
 
 def test_one_size_is_no_plot():
-    assert plots.selected(measured()[:4]) == []
+    assert plotted.selected(measured()[:4]) == []
 
 
 def committed() -> list[tuple]:
     return [
-        pytest.param(folder / plots.file_name(rows[0]), rows, id=f"{folder.name}/{plots.file_name(rows[0])}")
+        pytest.param(folder / plotted.file_name(rows[0]), rows, id=f"{folder.name}/{plotted.file_name(rows[0])}")
         for folder in sorted(records.RESULTS.iterdir())
-        for rows in plots.selected(records.read_folder(folder))
+        for rows in plotted.selected(records.read_folder(folder))
     ]
 
 
@@ -330,7 +330,7 @@ def committed() -> list[tuple]:
 def test_committed_plots_show_the_committed_rows(path, rows):
     assert path.is_file(), f"python -m benchmarks plot {path.parent}"
     description = drawing(path.read_text()).find(f"{SVG}desc").text
-    assert description == plots.description(rows), f"python -m benchmarks plot {path.parent}"
+    assert description == plotted.description(rows), f"python -m benchmarks plot {path.parent}"
 
 
 @pytest.mark.parametrize("path, rows", committed())
