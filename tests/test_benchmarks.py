@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,32 @@ def test_others_are_timed_where_one_is_wrong(error, monkeypatch):
         list(runner.run([SMALL], None, ENVIRONMENT, lambda row: None))
 
 
+def test_long_calls_are_timed_once(monkeypatch):
+    """In the process that has measured their memory."""
+    monkeypatch.setattr(runner, "providers", lambda case: [provider(SMALL, "reference")])
+    monkeypatch.setattr(measure, "times", lambda calls, *_: {name: pytest.fail("timed again") for name in calls})
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory(2**21, 61.0))
+    for name in ("product", "fill"):
+        monkeypatch.setattr(runner.rates, name, lambda *_: None)
+    (row,) = runner.run([SMALL], None, ENVIRONMENT, lambda row: None)
+    assert (row.median_ms, row.repetitions, row.peak_mib) == (61000.0, 1, 2.0)
+
+
+def test_what_compiles_too_long_is_left_out_from_then_on(monkeypatch):
+    clock = iter([0.0, 61.0, 70.0, 70.5])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    entries = [replace(provider(SMALL, "reference"), name=name, compiles=True) for name in ("slow", "quick")]
+    monkeypatch.setattr(runner, "providers", lambda case: entries)
+    monkeypatch.setattr(runner, "verify", lambda *_: 60)
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory(None, None, "not measured"))
+    both = [SMALL, replace(SMALL, images=1)]
+    notes = [(row.anchors, row.provider, row.note) for row in runner.run(both[:1], None, {}, lambda row: None)]
+    assert notes == [(60, "slow", "not measured"), (60, "quick", "not measured")]
+    clock = iter([0.0, 61.0, 70.0, 70.5, 80.0, 80.5])
+    *_, slow, quick = runner.run(both, None, {}, lambda row: None)
+    assert (slow.note, quick.note) == ("left out: compiling took more than 60 s", "not measured")
+
+
 @pytest.mark.parametrize("all_sizes", [False, True])
 def test_nobody_is_left_out_of_all_sizes(all_sizes, monkeypatch):
     patience = []
@@ -273,6 +300,33 @@ def test_peak_memory_says_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(measure, "provider", lambda *_: Provider("huge", lambda inputs: torch.empty(2**50)))
     measure._measure(Sender, SMALL, "huge", torch.get_num_threads())
     assert sent == [measure.Memory(error="does not fit into memory")]
+
+
+def sent_by_process(monkeypatch, case: Case, tried: Provider) -> list[measure.Memory]:
+    """What a process that measures memory sends; it is this one, which therefore has no limit."""
+    sent = []
+    monkeypatch.setattr(measure, "_limit_memory", lambda gib=None: sent.append(f"limit {gib}"))
+    monkeypatch.setattr(measure, "provider", lambda *_: tried)
+    measure._measure(SimpleNamespace(send=sent.append), case, tried.name, torch.get_num_threads())
+    return sent
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_call_is_warmed_up_with_a_small_case(compiles, monkeypatch):
+    """But compiled code with the case itself, which it must have seen; the limit of a call begins after that."""
+    case, seen = replace(SMALL, images=60, memory_limit=2.5), []
+    tried = Provider("any", lambda inputs: seen.append(len(inputs["features"])), compiles=compiles)
+    *limits, memory = sent_by_process(monkeypatch, case, tried)
+    assert seen == [1800 if compiles else 1560, 1800]
+    assert limits == ["limit None", "limit 2.5"] and memory.error == "" and memory.seconds > 0
+
+
+@pytest.mark.parametrize(("peak", "error"), [(2**30, ""), (2**30 + 1, "does not fit into 1 GiB")])
+def test_memory_that_was_kept_from_before_counts(peak, error, monkeypatch):
+    """The system does not refuse it: the allocator has it already."""
+    monkeypatch.setattr(measure, "peak_above", lambda before: peak)
+    memory = sent_by_process(monkeypatch, replace(SMALL, memory_limit=1.0), Provider("any", lambda inputs: None))[-1]
+    assert (memory.peak, memory.error) == (None if error else peak, error)
 
 
 def test_errors_of_a_process_that_measures_memory_are_reported():

@@ -456,7 +456,7 @@ def test_a_run_says_once_that_clocks_are_missing(monkeypatch, capsys):
 
 def measured_rows(case, mm=2e12):
     timed, untimed = (records.Row(case.op, case.call, 1, 1, 1, 1, "float32", name) for name in ("cpu", "other"))
-    timed.set_times([0.002, 0.001, 0.004])
+    timed.set_times([0.002, 0.001, 0.004], wall=[0.009])  # rates are of the device's time
     rates.fill([timed, untimed], case, case.inputs(), mm)
     return timed, untimed
 

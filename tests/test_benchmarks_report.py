@@ -11,6 +11,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import arguments, baseline, compare, distributed
 from benchmarks import results as records
+from benchmarks.cases import Case
 from benchmarks.pages import distributed_table, plots, plotted, presentation, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -191,6 +192,33 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
     assert "time: 1 faster, 0 within the tolerance or noise, 0 slower" in lines
     assert not [line for line in lines if "reference" in line]
     assert not list(baseline.again(old[1:], here))
+
+
+def test_all_that_a_baseline_has_is_measured_again(monkeypatch):
+    """On the device that it was measured on, whatever its size; what fails keeps no other from being measured."""
+    asked = []
+
+    def run(cases, names, environment, report, keep_going, all_sizes):
+        asked.append((*cases, names, keep_going, all_sizes))
+        return []
+
+    monkeypatch.setattr(baseline, "run", run)
+    gpu = {"instructions": "sm_90, Triton 3.6.0"}
+    rows = [row("cpu"), row("faiss"), replace(row("published"), median_ms=None), row("cuda", **gpu, dtype="float16")]
+    assert not list(baseline.again(rows, MACHINE))
+    case = Case("contrastive", "own", 4, (32, 32))
+    assert asked == [
+        (case, ["cpu", "faiss"], True, True),
+        (replace(case, device="cuda", dtype="float16"), ["cuda"], True, True),
+    ]
+
+
+def test_folder_of_a_baseline(tmp_path, monkeypatch):
+    """Of a GPU it has no number of threads."""
+    monkeypatch.setattr(baseline, "RESULTS", tmp_path)
+    assert baseline.folder_of("NVIDIA H100", 16).name == "nvidia-h100-16-threads"
+    (tmp_path / "nvidia-h100").mkdir()
+    assert baseline.folder_of("NVIDIA H100", 16).name == "nvidia-h100"
 
 
 @pytest.mark.parametrize(
