@@ -31,10 +31,10 @@ from benchmarks.run import WRONG, run
 _DOCS = Path(__file__).parent.parent / "docs"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     return options.command(options, parser)
 
 
