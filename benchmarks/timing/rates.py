@@ -215,5 +215,5 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def least(call: Callable[[], object]) -> float:
-    """The least seconds of some calls: what a model knows of that has no other processes."""
+    """The least seconds of some calls, for a model that knows no other processes."""
     return min(seconds_of(call) for _ in range(_REPETITIONS))
