@@ -130,9 +130,14 @@ def test_a_call_that_is_not_made_for_a_graph_is_not_captured(monkeypatch):
     )
 
 
-def test_a_call_that_fails_while_it_is_timed_says_so():
+@pytest.mark.parametrize("right_before", [0, 3])
+def test_a_call_that_fails_while_it_is_timed_says_so(right_before):
+    """Times of before the failure are no result."""
+    left = iter(range(right_before))
+
     def fail():
-        raise RuntimeError("an illegal access\nand more")
+        if next(left, None) is None:
+            raise RuntimeError("an illegal access\nand more")
 
     measured = measure.times({"wrong": fail, "right": lambda: None})
     assert (measured["wrong"].note, measured["wrong"].seconds) == (f"{measure.WRONG}an illegal access", [])

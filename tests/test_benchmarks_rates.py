@@ -145,15 +145,16 @@ def test_ceilings(monkeypatch):
 
 
 class Counted(TorchDispatchMode):
-    """Adds up the FLOPs of products, and the bytes that copies read and write."""
+    """Adds up the FLOPs of products, whose dtypes it keeps, and the bytes that copies read and write."""
 
     def __init__(self):
         super().__init__()
-        self.flops = self.bytes = 0
+        self.flops, self.bytes, self.dtypes = 0, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("mm", "_int_mm"):
+            self.dtypes.append(args[0].dtype)
             self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
         if name == "copy_":
             self.bytes += sum(value.numel() * value.element_size() for value in args[:2])
@@ -179,7 +180,8 @@ def test_ceilings_are_what_the_calls_do_by_their_time(monkeypatch):
         found = rates.ceilings("cpu", "bfloat16")
     finally:
         rates.ceilings.cache_clear()
-    single, _, ranking, copy = counted
+    single, half, ranking, copy = counted
+    assert [each.dtypes for each in (single, half, ranking)] == [[torch.float32], [torch.bfloat16], [torch.int8]]
     assert single.flops == ranking.flops == 2 * 32 * 16 * 64 and copy.bytes == 2 * 2**12
     # Half precision, which took twice as long, is computed in float32.
     assert found.matrix == {"float32": single.flops, "bfloat16": single.flops}
