@@ -276,6 +276,14 @@ def test_times_take_turns_and_do_not_count_the_first(monkeypatch):
     assert {name: len(times.seconds) for name, times in measured.items()} == {"a": 5, "b": 5}
 
 
+def test_short_calls_are_repeated_until_it_is_enough(monkeypatch):
+    assert len(measure.times({"a": lambda: None})["a"].seconds) == measure.MOST_REPETITIONS
+    monkeypatch.setattr(measure, "MOST_REPETITIONS", 10**9)
+    monkeypatch.setattr(measure, "ENOUGH", 0.01)
+    times = measure.times({"a": lambda: None})["a"]
+    assert times.spent >= 0.01 > times.spent - times.seconds[-1]
+
+
 def test_times_stop_at_the_budget(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
     assert len(measure.times({"a": lambda: None})["a"].seconds) == measure.FEWEST_REPETITIONS
