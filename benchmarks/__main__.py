@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import baseline, distributed, estimates, folders, results, sweeps
+from benchmarks import arguments, results, sweeps
 from benchmarks.accuracy.error_tables import add_errors
 from benchmarks.accuracy.verify import WrongResultError
 from benchmarks.cases import DTYPES, OPS, Case, cases
-from benchmarks.compiled import cuda_resources, resources
+from benchmarks.compare import add_compare
 from benchmarks.compiled.clock_budget import add_clock_budget
+from benchmarks.compiled.commands import add_resources
+from benchmarks.distributed import add_distributed
+from benchmarks.estimates import add_estimates
 from benchmarks.gpu import gpu_check
-from benchmarks.pages import catalogue, plots, presentation, tables
+from benchmarks.pages import catalogue, distributed_table, plots, presentation, tables
 from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
 from benchmarks.run import WRONG, run
-from hpkernels import _native
-from hpkernels.ops import _triton
 
 _DOCS = Path(__file__).parent.parent / "docs"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     return options.command(options, parser)
 
 
@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     command.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32, float16 on a GPU)")
-    command.add_argument("--images", action="append", type=_count, metavar="B", help="only this size; may be repeated")
+    command.add_argument(
+        "--images", action="append", type=arguments.count, metavar="B", help="only this size; may be repeated"
+    )
     command.add_argument("--all-sizes", action="store_true", help="leave nobody out, however large or slow the case is")
     command.add_argument("--keep-going", action="store_true", help="time the others where a provider is wrong or fails")
     command.add_argument(
@@ -59,46 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--memory-limit", type=float, metavar="GIB", help="of a call, with --sweep memory (default: what there is)"
     )
+    command.add_argument("--limits", action="store_true", help="only print what each provider cannot express")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plot", help="draw the plots of results again")
     command.add_argument("folder", type=Path, nargs="?", help="of results (default: each of benchmarks/results)")
     command.set_defaults(command=_plot)
 
-    command = commands.add_parser("tables", help="write the measured part of docs/benchmarks.md from all results")
+    command = commands.add_parser("tables", help="write what docs/benchmarks.md and distributed.md have of all results")
     command.set_defaults(command=_tables)
 
-    command = commands.add_parser("compare", help="compare the times of a run with a baseline; 1 if ours are slower")
-    command.add_argument("run", type=Path, nargs="?", help="folder of a run (default: measures what the baseline has)")
-    command.add_argument(
-        "--baseline", type=Path, nargs="?", help="folder of results (default: benchmarks/results/<device>)"
-    )
-    command.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
-    command.add_argument(
-        "--tolerance", type=float, default=baseline.TOLERANCE, metavar="SHARE", help="default: %(default)s"
-    )
-    command.add_argument("--relative-to", metavar="PROVIDER", help="compare times in units of this provider's")
-    command.set_defaults(command=_compare)
-
-    command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
-    command.set_defaults(command=_estimates)
-
-    command = commands.add_parser("distributed", help="time and memory of a loss in several processes, and in one")
-    command.add_argument("--anchors", type=_count, default=8192, metavar="N", help="of all ranks (default: 8192)")
-    command.add_argument("--dim", type=_count, default=512, metavar="D", help="of their vectors (default: 512)")
-    command.add_argument("--ranks", type=_count, default=2, help="processes of one thread each (default: 2)")
-    command.set_defaults(command=_distributed)
-
-    command = commands.add_parser(
-        "resources", help="registers and spills of the Triton kernels, compiled for each target"
-    )
-    command.add_argument(
-        "--check", action="store_true", help="write nothing; fail if limits or committed rows are passed"
-    )
-    command.add_argument("--quick", action="store_true", help="with --check: only Hopper in float16, in a minute")
-    command.add_argument("--cuda", action="store_true", help="of the CUDA kernels, from the library as it is built")
-    command.set_defaults(command=_resources)
-
+    add_compare(commands)
+    add_estimates(commands)
+    add_distributed(commands)
+    add_resources(commands)
     add_clock_budget(commands)
     add_errors(commands)
 
@@ -107,12 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, default=9.0, help="what there is of time (default: 9)")
     command.set_defaults(command=_gpu_check)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
-    return int(text)
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -128,17 +98,17 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     dtype = options.dtype or ("float32" if device == "cpu" else "float16")
     folder = options.output
     if folder is None and not options.quick:
-        threads = torch.get_num_threads() if device == "cpu" else None
-        folder = RESULTS / results.folder_name(results.device_name(device), threads)
-    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+        folder = results.folder_here(device)
+    environment = results.environment(device)
     chosen = _chosen(options, parser, device, dtype)
+    if options.limits:
+        print("\n".join(limits(chosen, options.provider)))
+        return 0
     if options.sweep == "memory" and options.output is None and folder is not None:
         # Apart: a call that does not fit into a limit is no replacement for one that was measured without.
         folder /= "memory" if options.memory_limit is None else f"memory-{options.memory_limit:g}-gib"
     if folder is not None:
-        folders.check_output(folder, parser)
-    for line in limits(chosen, options.provider):
-        print(line)
+        arguments.check_output(folder, parser)
     rows = []
     try:
         for row in _measured(options, chosen, environment):
@@ -200,8 +170,8 @@ def _draw(folder: Path) -> None:
 
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.folder:
-        folder = folders.existing(options.folder, parser)
-        folders.rows_of(folder, None, parser)
+        folder = arguments.existing(options.folder, parser)
+        arguments.rows_of(folder, None, parser)
         measured = [folder]
     else:
         every = sorted(path for path in RESULTS.iterdir() if path.is_dir())
@@ -216,50 +186,7 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     tables.replace_between(_DOCS / "benchmarks.md", catalogue.BEGIN, catalogue.END, catalogue.table())
     tables.write_tables(_DOCS / "benchmarks.md", RESULTS)
-    return 0
-
-
-def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not 0 <= options.tolerance < math.inf:
-        parser.error(f"--tolerance must be a share, 0 or more and finite, got {options.tolerance}")
-    if options.relative_to not in (None, *known_names()):
-        parser.error(f"unknown provider {options.relative_to}; known are {', '.join(known_names())}")
-    measured = (
-        None if options.run is None else folders.rows_of(folders.existing(options.run, parser), options.op, parser)
-    )
-    environment = results.environment("compare", "cuda" if torch.cuda.is_available() else "cpu")
-    where = vars(measured[0]) if measured else environment
-    if options.baseline:
-        folder = folders.existing(options.baseline, parser)
-    else:
-        folder = baseline.folder_of(where["device"], where["threads"])
-        if not folder.is_dir():
-            parser.error(f"there is no baseline {folder}: measure one with `run`, or name another with --baseline")
-    rows = folders.rows_of(folder, options.op, parser)
-    if measured is None:
-        measured = []
-        for row in baseline.again(rows, environment):
-            _print_row(row)
-            measured.append(row)
-    comparison = baseline.compare(rows, measured, options.tolerance, options.relative_to)
-    if not comparison.changes and not comparison.lost:
-        parser.error(f"{folder} and the run have nothing in common: {baseline.difference(rows, measured)}")
-    for line in baseline.report(comparison, rows, measured, options.tolerance):
-        print(line)
-    return 1 if comparison.failed else 0
-
-
-def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    for line in estimates.lines():
-        print(line, flush=True)
-    return 0
-
-
-def _distributed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if options.anchors < options.ranks:
-        parser.error(f"--anchors must be at least one a rank, got {options.anchors} for {options.ranks} ranks")
-    for line in distributed.lines(options.anchors, options.dim, options.ranks):
-        print(line, flush=True)
+    distributed_table.write_table(_DOCS / "distributed.md", RESULTS)
     return 0
 
 
@@ -267,57 +194,6 @@ def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if not torch.cuda.is_available():
         parser.error("gpu-check needs a GPU, and PyTorch sees none on this machine")
     return 0 if gpu_check.check(options.output, options.minutes) else 1
-
-
-def _resources(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if options.cuda:
-        return _cuda_resources(options.check, parser)
-    if options.quick and not options.check:
-        parser.error("--quick goes with --check: the committed rows are of all targets and dtypes")
-    reason = resources.reason_to_skip()
-    if reason:
-        parser.error(reason)
-    dtypes, targets = resources.DTYPES, tuple(resources.TARGETS)
-    if options.check:
-        dtypes = resources.CHECKED_DTYPES
-    if options.quick:
-        dtypes, targets = ("float16",), ("sm_90",)
-    rows, complaints = resources.compile_all(
-        resources.jobs(dtypes, targets=targets), lambda line: print(f"\r{line}", end="", flush=True)
-    )
-    print()
-    file = resources.committed()
-    complaints += resources.complaints(rows, resources.read(file) if options.check else [])
-    if not options.quick:
-        complaints += resources.unused(rows, _triton.table())
-    if not options.check:
-        resources.write(file, rows)
-        resources.write_tables(_DOCS / "triton.md", RESULTS)
-    return _complain(complaints)
-
-
-def _cuda_resources(check: bool, parser: argparse.ArgumentParser) -> int:
-    if reason := cuda_resources.reason_to_skip():
-        parser.error(reason)
-    library = _native._file("_C_cuda")
-    if not check and (newer := cuda_resources.newer_sources(library)):
-        parser.error(f"{library.name} is older than {', '.join(newer)}: python setup.py build_ext --inplace")
-    rows = cuda_resources.rows_of(library)
-    if not rows:
-        parser.error(f"{library.name} has no kernels")
-    file = cuda_resources.file_of(rows)
-    complaints = cuda_resources.complaints(rows, cuda_resources.read(file) if check else [])
-    if not check:
-        cuda_resources.write(file, rows)
-        cuda_resources.write_tables(_DOCS / "cuda.md")
-    print(f"{len(rows)} kernels, compiled for {_native.architectures(library)}")
-    return _complain(complaints)
-
-
-def _complain(complaints: list[str]) -> int:
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return 1 if complaints else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A run compared with a baseline: what became faster, what slower, and what is within the tolerance or the noise."""
+"""A run compared with a baseline: time and memory that changed, and what is within the tolerance or the noise."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,15 @@ from pathlib import Path
 from benchmarks.cases import Case
 from benchmarks.pages import presentation
 from benchmarks.results import PART, RESULTS, Row, folder_name
-from benchmarks.run import WRONG, run
+from benchmarks.run import run
 
 TOLERANCE = 0.05
+MEMORY_TOLERANCE, MEMORY_NOISE = 0.25, 8.0
+"""A share, and MiB: what the allocator keeps differs from run to run by as much, though the code is the same."""
 _IDENTITY = ("device", "threads", "op", "call", "N", "dtype", "provider")
-"""What two rows must share to be compared."""
+"""The names of what `identity` has."""
 FASTER, SAME, SLOWER = "faster", "within", "slower"
+LESS, MORE = "less", "more"
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Change:
 
     Attributes:
         before, after: the rows of the two runs.
-        ratio: of the times, or of the times relative to a provider of the same run.
-        verdict: one of `FASTER`, `SAME`, `SLOWER`.
+        ratio: of the times, or of the times relative to a provider of the same run; or of the peaks of memory.
+        verdict: of times one of `FASTER`, `SAME`, `SLOWER`, of memory one of `LESS`, `SAME`, `MORE`.
         noisy: whether the ratio alone would have been called a change.
     """
 
@@ -41,6 +44,7 @@ class Comparison:
     """All that there is to say about a run and a baseline."""
 
     changes: list[Change]
+    memory: list[Change]
     not_measured: list[Row]
     without_baseline: list[Row]
     not_compared: dict[str, list[Row]]
@@ -49,10 +53,12 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        """Whether something of ours is slower, or has no time any more: it is wrong, fails or does not fit."""
-        of_ours = (change for change in self.changes if presentation.is_ours(change.after.provider))
-        lost = any(presentation.is_ours(row.provider) for row in self.lost)
-        return lost or any(change.verdict == SLOWER for change in of_ours)
+        """Whether something of ours is slower, takes more memory, or has no time any more.
+
+        Without a time it is wrong, fails or does not fit.
+        """
+        worse = [change.after for change in [*self.changes, *self.memory] if change.verdict in (SLOWER, MORE)]
+        return any(presentation.is_ours(row.provider) for row in [*self.lost, *worse])
 
 
 def _left_out(row: Row) -> bool:
@@ -80,18 +86,24 @@ def again(baseline: Iterable[Row], environment: dict) -> Iterator[Row]:
 
 
 def compare(
-    baseline: Iterable[Row], measured: Iterable[Row], tolerance: float = TOLERANCE, relative_to: str | None = None
+    baseline: Iterable[Row],
+    measured: Iterable[Row],
+    tolerance: float = TOLERANCE,
+    relative_to: str | None = None,
+    memory_tolerance: float = MEMORY_TOLERANCE,
 ) -> Comparison:
     """Compare a run with a baseline, row by row, where device, threads, op, call, N, dtype and provider are the same.
 
     A time has changed if its median has by more than `tolerance` and the quartiles do not overlap. With `relative_to`,
     the name of a provider, its time in the same case and run is the unit, so that a machine that is slower than it was
     changes nothing.
+
+    Peak memory has changed if it has by more than `memory_tolerance` and by more than `MEMORY_NOISE`.
     """
-    old = {_identity(row): row for row in baseline if row.median_ms is not None}
-    new = {_identity(row): row for row in measured}
+    old = {identity(row): row for row in baseline if row.median_ms is not None}
+    new = {identity(row): row for row in measured}
     timed = {key: row for key, row in new.items() if row.median_ms is not None}
-    changes, not_compared = [], {}
+    changes, memory, not_compared = [], [], {}
     for key in old.keys() & timed.keys():
         units = [_unit(rows, key, relative_to) for rows in (old, timed)]
         if _timer(old[key]) != _timer(timed[key]):
@@ -100,8 +112,11 @@ def compare(
             not_compared.setdefault(f"not measured beside {relative_to} in both", []).append(timed[key])
         else:
             changes.append(_change(old[key], timed[key], *units, tolerance))
+        if None not in (old[key].peak_mib, timed[key].peak_mib):
+            memory.append(_memory_change(old[key], timed[key], memory_tolerance))
     return Comparison(
         changes,
+        memory,
         [row for key, row in old.items() if key not in new or (key not in timed and _left_out(new[key]))],
         [row for key, row in timed.items() if key not in old],
         not_compared,
@@ -115,7 +130,7 @@ def difference(baseline: Iterable[Row], measured: Iterable[Row]) -> str:
     baseline, measured = list(baseline), list(measured)
     if not measured:
         return "it has no case that was timed on this machine"
-    sides = [list(zip(*map(_identity, rows), strict=True)) for rows in (baseline, measured)]
+    sides = [list(zip(*map(identity, rows), strict=True)) for rows in (baseline, measured)]
     differing = [
         f"{name} {_listed(old)} and {_listed(new)}"
         for name, old, new in zip(_IDENTITY, *sides, strict=True)
@@ -132,12 +147,13 @@ def _machine(row: Row) -> tuple[str, int]:
     return row.device, row.threads
 
 
-def _identity(row: Row) -> tuple:
+def identity(row: Row) -> tuple:
+    """What two rows must share to be compared."""
     return *_machine(row), *row.key
 
 
 def _timer(row: Row) -> str:
-    return getattr(row, "timer", "") or "wall"
+    return row.timer or "wall"
 
 
 def _unit(rows: dict[tuple, Row], key: tuple, provider: str | None) -> tuple[float, float, float] | None:
@@ -159,48 +175,8 @@ def _change(before: Row, after: Row, old_unit: tuple, new_unit: tuple, tolerance
     return Change(before, after, ratio, SAME if overlap else zone, overlap and zone != SAME)
 
 
-def report(comparison: Comparison, baseline: list[Row], measured: list[Row], tolerance: float) -> Iterator[str]:
-    """A comparison in lines: each change, the slower last, what was not compared, and how many of each."""
-    if comparison.relative_to:
-        yield f"ratios are of times relative to {comparison.relative_to}"
-    order = (SAME, FASTER, SLOWER)
-    for change in sorted(comparison.changes, key=lambda change: (order.index(change.verdict), *change.after.key)):
-        yield f"{change.verdict:6}  {_name(change.after):64}  {_times(change)}{_drift(change, baseline, measured)}"
-    ops = {row.op for row in measured}
-    others = [row for row in comparison.not_measured if row.op not in ops]
-    if others:
-        yield f"in the baseline, of ops that the run does not have ({len(others)})"
-    for title, rows in {
-        "in the baseline, not measured": [row for row in comparison.not_measured if row.op in ops],
-        "measured, not in the baseline": comparison.without_baseline,
-        **comparison.not_compared,
-    }.items():
-        if rows:
-            yield "\n        ".join([f"{title} ({len(rows)}):", *map(_name, rows)])
-    for row in comparison.lost:
-        yield f"lost    {_name(row)}: {row.note.removeprefix(WRONG)}"
-    counts = Counter(change.verdict for change in comparison.changes)
-    yield f"{counts[FASTER]} faster, {counts[SAME]} within {tolerance:.0%} or the noise, {counts[SLOWER]} slower"
-
-
-def _name(row: Row) -> str:
-    return f"{row.op} {row.call} N={row.anchors} {row.dtype} {row.provider}"
-
-
-def _times(change: Change) -> str:
-    noise = " (quartiles overlap)" if change.noisy else ""
-    return f"{change.before.median_ms:.4g} -> {change.after.median_ms:.4g} ms, x{change.ratio:.2f}{noise}"
-
-
-def _drift(change: Change, baseline: list[Row], measured: list[Row]) -> str:
-    """How many times as long a provider that is not ours took in each of the runs: a machine's drift is in both."""
-    row = change.after
-    if not presentation.is_ours(row.provider):
-        return ""
-    here = [[other for other in rows if _identity(other)[:-1] == _identity(row)[:-1]] for rows in (baseline, measured)]
-    peers = [{other.provider for other in rows if other.median_ms is not None} for rows in here]
-    name = presentation.yardstick(other for other in here[1] if other.provider in peers[0] & peers[1])
-    if name is None or presentation.is_ours(name):
-        return ""
-    old, new = (presentation.at(rows, name, row.anchors).median_ms for rows in here)
-    return f"; {name} x{old / change.before.median_ms:.2f} -> x{new / change.after.median_ms:.2f}"
+def _memory_change(before: Row, after: Row, tolerance: float) -> Change:
+    old, new = before.peak_mib, after.peak_mib
+    zone = MORE if new > old * (1 + tolerance) else LESS if new < old * (1 - tolerance) else SAME
+    noisy = zone != SAME and abs(new - old) <= MEMORY_NOISE
+    return Change(before, after, new / old if old else math.inf, SAME if noisy else zone, noisy)

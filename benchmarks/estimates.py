@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hpkernels
-from benchmarks.timing.measure import seconds_of
-from benchmarks.timing.rates import ceilings
+from benchmarks.timing.rates import ceilings, least
 from hpkernels.cost import estimate
 from hpkernels.testing import random_problem
 
 _IMAGES, _SIDE, _DIM, _FEATURES, _POOL, _RATE = 4, 28, 512, 384, 2048, 0.02
-_REPETITIONS = 5  # of which the least counts: the model knows no other processes
+
+
+def add_estimates(commands: Any) -> None:
+    """Enter the command `estimates` into those of ``python -m benchmarks``."""
+    command = commands.add_parser("estimates", help="compare the time of the CPU backend with hpkernels.estimate")
+    command.set_defaults(command=_estimates)
+
+
+def _estimates(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in lines():
+        print(line, flush=True)
+    return 0
 
 
 def lines() -> Iterator[str]:
@@ -21,7 +33,7 @@ def lines() -> Iterator[str]:
         sizes = {"N": _IMAGES * _SIDE**2, "anchors_per_image": _SIDE**2, "M": _POOL, "features_dim": _FEATURES, "k": 1}
         sizes |= {"D": _DIM, "negative_rate": _RATE, "density": density, "within_image_share": 1.0}
         cost = estimate(op, dtype="float32", device=device, **sizes)
-        measured, estimated = 1e3 * _least(call), cost.routes[cost.best].milliseconds
+        measured, estimated = 1e3 * least(call), cost.routes[cost.best].milliseconds
         yield f"{op:28} {measured:9.2f} ms, estimated {estimated:9.2f} ms, {measured / estimated:6.2f} times"
 
 
@@ -41,7 +53,3 @@ def _calls() -> Iterator[tuple[str, Callable[[], object], float]]:
     yield "masked_topk", lambda: hpkernels.masked_topk(features, pool, backend="cpu"), density
     yield "hidden_positives", lambda: hpkernels.hidden_positives(features, threshold, backend="cpu"), density
     yield "multi_positive_contrastive", loss, density
-
-
-def _least(call: Callable[[], object]) -> float:
-    return min(seconds_of(call) for _ in range(_REPETITIONS))

@@ -1,13 +1,15 @@
-"""Rows of results, their files, and where and when they were measured."""
+"""Rows of results, their files, and the columns that say where and when they were measured."""
 
 from __future__ import annotations
 
 import platform
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,13 +26,32 @@ RESOURCES = "resources.csv"
 """What benchmarks/compiled/resources.py writes: no times, and other columns."""
 ERRORS = "errors.csv"
 """What benchmarks/accuracy/errors.py writes: no times either."""
+DISTRIBUTED = "distributed.csv"
+"""What benchmarks/distributed.py writes: times of several processes."""
 
 PART = f"{END_TO_END} "
 """How the call of a row begins that is a part of a whole step of training, timed with it."""
 
 
+@dataclass(kw_only=True)
+class Environment:
+    """Where, when and with what a row was measured: the last columns of every file of measurements."""
+
+    device: str = ""
+    instructions: str = ""
+    threads: int = 0
+    hpkernels: str = ""
+    torch: str = ""
+    python: str = ""
+    driver: str = ""
+    cuda: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+
 @dataclass
-class Row:
+class Row(Environment):
     """One provider in one case; docs/benchmarks.md says what the columns mean. Empty where there is nothing to say."""
 
     op: str
@@ -61,17 +82,6 @@ class Row:
     power_w: float | None = None
     temperature_c: float | None = None
     throttled: str = ""
-    device: str = ""
-    instructions: str = ""
-    threads: int = 0
-    hpkernels: str = ""
-    torch: str = ""
-    python: str = ""
-    driver: str = ""
-    cuda: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
     @property
     def images_per_second(self) -> float | None:
@@ -93,21 +103,27 @@ class Row:
         self.wall_ms = round(1e3 * statistics.median(wall or seconds), 4)
 
 
-def environment(command: str, device: str = "cpu") -> dict[str, str | int]:
-    """The columns that say where, when and with what a row was measured."""
-    return {
-        "device": device_name(device),
-        "instructions": _instructions(device),
-        "threads": torch.get_num_threads(),
-        "hpkernels": hpkernels.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "driver": nvml.card().driver if device == "cuda" else "",
-        "cuda": (torch.version.cuda or "") if device == "cuda" else "",
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-    }
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    """The columns of `Environment` for what is measured now, by the command that runs."""
+    here = Environment(
+        device=device_name(device),
+        instructions=_instructions(device),
+        threads=torch.get_num_threads(),
+        hpkernels=hpkernels.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        driver=nvml.card().driver if device == "cuda" else "",
+        cuda=(torch.version.cuda or "") if device == "cuda" else "",
+        commit=commit(),
+        date=now(),
+        command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    )
+    return asdict(here)
+
+
+def now() -> str:
+    """The date and time in UTC, as files have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _instructions(device: str) -> str:
@@ -143,11 +159,18 @@ def folder_name(device: str, threads: int | None = None) -> str:
     return "-".join(words if threads is None else [*words, str(threads), "thread" if threads == 1 else "threads"])
 
 
+def folder_here(device: str = "cpu", threads: int | None = None) -> Path:
+    """The folder of what is measured on this machine, on a CPU by so many threads (None: PyTorch's)."""
+    threads = None if device == "cuda" else threads or torch.get_num_threads()
+    return RESULTS / folder_name(device_name(device), threads)
+
+
 def commit() -> str:
-    """The commit of the checkout, with "+" if files under version control, other than results, differ from it."""
+    """The commit of the checkout, with "+" if files under version control differ from it, but for results and pages."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else "")
+        places = ":(top)", ":(exclude)results", ":(top,exclude)docs"
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", *places) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -168,8 +191,9 @@ def read(path: Path) -> list[Row]:
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of all CSV files of a folder, but for those that are no times."""
-    return [row for path in sorted(folder.glob("*.csv")) if path.name not in (RESOURCES, ERRORS) for row in read(path)]
+    """The rows of all CSV files of a folder that have an op's."""
+    others = RESOURCES, ERRORS, DISTRIBUTED
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in others for row in read(path)]
 
 
 def write(folder: Path, rows: Iterable[Row]) -> list[Path]:

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import replace
+import subprocess
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import estimates, published
+from benchmarks import csv_files, distributed, estimates, published
 from benchmarks import results as records
 from benchmarks import run as runner
-from benchmarks.accuracy import error_tables
+from benchmarks.accuracy import error_tables, errors
 from benchmarks.accuracy.verify import WrongResultError, verify
 from benchmarks.cases import OPS, Case, cases
 from benchmarks.providers import Provider, known_names, provider, providers
@@ -150,6 +152,32 @@ def test_others_are_timed_where_one_is_wrong(error, monkeypatch):
         list(runner.run([SMALL], None, ENVIRONMENT, lambda row: None))
 
 
+def test_long_calls_are_timed_once(monkeypatch):
+    """In the process that has measured their memory."""
+    monkeypatch.setattr(runner, "providers", lambda case: [provider(SMALL, "reference")])
+    monkeypatch.setattr(measure, "times", lambda calls, *_: {name: pytest.fail("timed again") for name in calls})
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory(2**21, 61.0))
+    for name in ("product", "fill"):
+        monkeypatch.setattr(runner.rates, name, lambda *_: None)
+    (row,) = runner.run([SMALL], None, ENVIRONMENT, lambda row: None)
+    assert (row.median_ms, row.repetitions, row.peak_mib) == (61000.0, 1, 2.0)
+
+
+def test_what_compiles_too_long_is_left_out_from_then_on(monkeypatch):
+    clock = iter([0.0, 61.0, 70.0, 70.5])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    entries = [replace(provider(SMALL, "reference"), name=name, compiles=True) for name in ("slow", "quick")]
+    monkeypatch.setattr(runner, "providers", lambda case: entries)
+    monkeypatch.setattr(runner, "verify", lambda *_: 60)
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory(None, None, "not measured"))
+    both = [SMALL, replace(SMALL, images=1)]
+    notes = [(row.anchors, row.provider, row.note) for row in runner.run(both[:1], None, {}, lambda row: None)]
+    assert notes == [(60, "slow", "not measured"), (60, "quick", "not measured")]
+    clock = iter([0.0, 61.0, 70.0, 70.5, 80.0, 80.5])
+    *_, slow, quick = runner.run(both, None, {}, lambda row: None)
+    assert (slow.note, quick.note) == ("left out: compiling took more than 60 s", "not measured")
+
+
 @pytest.mark.parametrize("all_sizes", [False, True])
 def test_nobody_is_left_out_of_all_sizes(all_sizes, monkeypatch):
     patience = []
@@ -248,6 +276,14 @@ def test_times_take_turns_and_do_not_count_the_first(monkeypatch):
     assert {name: len(times.seconds) for name, times in measured.items()} == {"a": 5, "b": 5}
 
 
+def test_short_calls_are_repeated_until_it_is_enough(monkeypatch):
+    assert len(measure.times({"a": lambda: None})["a"].seconds) == measure.MOST_REPETITIONS
+    monkeypatch.setattr(measure, "MOST_REPETITIONS", 10**9)
+    monkeypatch.setattr(measure, "ENOUGH", 0.01)
+    times = measure.times({"a": lambda: None})["a"]
+    assert times.spent >= 0.01 > times.spent - times.seconds[-1]
+
+
 def test_times_stop_at_the_budget(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
     assert len(measure.times({"a": lambda: None})["a"].seconds) == measure.FEWEST_REPETITIONS
@@ -272,6 +308,33 @@ def test_peak_memory_says_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(measure, "provider", lambda *_: Provider("huge", lambda inputs: torch.empty(2**50)))
     measure._measure(Sender, SMALL, "huge", torch.get_num_threads())
     assert sent == [measure.Memory(error="does not fit into memory")]
+
+
+def sent_by_process(monkeypatch, case: Case, tried: Provider) -> list[measure.Memory]:
+    """What a process that measures memory sends; it is this one, which therefore has no limit."""
+    sent = []
+    monkeypatch.setattr(measure, "_limit_memory", lambda gib=None: sent.append(f"limit {gib}"))
+    monkeypatch.setattr(measure, "provider", lambda *_: tried)
+    measure._measure(SimpleNamespace(send=sent.append), case, tried.name, torch.get_num_threads())
+    return sent
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_call_is_warmed_up_with_a_small_case(compiles, monkeypatch):
+    """But compiled code with the case itself, which it must have seen; the limit of a call begins after that."""
+    case, seen = replace(SMALL, images=60, memory_limit=2.5), []
+    tried = Provider("any", lambda inputs: seen.append(len(inputs["features"])), compiles=compiles)
+    *limits, memory = sent_by_process(monkeypatch, case, tried)
+    assert seen == [1800 if compiles else 1560, 1800]
+    assert limits == ["limit None", "limit 2.5"] and memory.error == "" and memory.seconds > 0
+
+
+@pytest.mark.parametrize(("peak", "error"), [(2**30, ""), (2**30 + 1, "does not fit into 1 GiB")])
+def test_memory_that_was_kept_from_before_counts(peak, error, monkeypatch):
+    """The system does not refuse it: the allocator has it already."""
+    monkeypatch.setattr(measure, "peak_above", lambda before: peak)
+    memory = sent_by_process(monkeypatch, replace(SMALL, memory_limit=1.0), Provider("any", lambda inputs: None))[-1]
+    assert (memory.peak, memory.error) == (None if error else peak, error)
 
 
 def test_errors_of_a_process_that_measures_memory_are_reported():
@@ -314,6 +377,34 @@ def test_csv_with_other_columns_is_refused(tmp_path):
         records.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [records.Row, errors.ErrorRow, distributed.DistributedRow])
+def test_every_file_of_measurements_ends_with_where_they_are_from(kind, tmp_path):
+    csv_files.write_rows(tmp_path / "x.csv", kind, [])
+    columns = (tmp_path / "x.csv").read_text().strip().split(",")
+    own = [field.name for field in fields(records.Environment)]
+    assert columns[-len(own) :] == own == list(records.environment())
+    assert columns[0] in ("op", "call")
+
+
+def test_a_commit_with_changes_says_so(tmp_path, monkeypatch):
+    """But for those of results and pages, which measuring and writing tables make."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "benchmarks" / "results")
+    files = [tmp_path / name for name in ("benchmarks/results/x.csv", "docs/x.md", "benchmarks/x.py", "csrc/x.cu")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("old")
+    assert records.commit() == "unknown"
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    head = records.commit()
+    assert re.fullmatch(r"[0-9a-f]{12}", head)
+    for file, change in zip(files, ["", "", "+", "+"], strict=True):
+        file.write_text("new")
+        assert records.commit() == head + change
+        file.write_text("old")
+
+
 @pytest.mark.parametrize(
     "device, folder",
     [
@@ -321,8 +412,38 @@ def test_csv_with_other_columns_is_refused(tmp_path):
         ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763-2-threads"),
     ],
 )
-def test_folder_of_a_device(device, folder):
+def test_folder_of_a_device(device, folder, monkeypatch):
     assert records.folder_name(device, 2) == folder
+    monkeypatch.setattr(records, "device_name", lambda device: "A CPU" if device == "cpu" else "NVIDIA H100")
+    threads = torch.get_num_threads()
+    assert records.folder_here().name == records.folder_name("A", threads)
+    assert records.folder_here(threads=3).name == "a-3-threads"
+    assert records.folder_here("cuda") == records.RESULTS / "nvidia-h100"
+
+
+def test_processes_are_measured_into_a_file(tmp_path, monkeypatch, capsys):
+    """Medians and quartiles of the repetitions; rows of other sizes stay, those of the same are replaced."""
+    taken = {
+        "one process": ([3.0, 1.0, 2.0, 5.0, 4.0], 2**21),
+        "gather": ([7.0, 7.0], None),
+        "ring": ([8.0, 9.0], 2**20),
+    }
+    monkeypatch.setattr(distributed, "_measured", lambda call, way, *_: taken[way])
+    monkeypatch.setattr(distributed.results, "RESULTS", tmp_path)
+    for anchors in ("64", "32", "64"):
+        assert command.main(["distributed", "--anchors", anchors, "--ranks", "3"]) == 0
+    (file,) = tmp_path.glob("*-3-threads/distributed.csv")
+    rows = distributed.read(file)
+    assert [(row.anchors, row.call) for row in rows[::3]] == [
+        (anchors, call) for anchors in (32, 64) for call in ("both", "keys", "own")
+    ]
+    gather, one, ring = rows[:3]
+    assert (one.q1_ms, one.median_ms, one.q3_ms, one.repetitions, one.peak_mib) == (2.0, 3.0, 4.0, 5, 2.0)
+    assert (gather.q1_ms, gather.median_ms, gather.q3_ms, gather.peak_mib) == (7.0, 7.0, 7.0, None)
+    assert (ring.median_ms, ring.ranks, ring.threads, ring.dim) == (8.5, 3, 3, 512)
+    assert one.device == records.device_name() and one.commit and one.date
+    assert "keys   one process        3.0 ms      2.0 MiB a rank" in capsys.readouterr().out
+    assert records.read_folder(file.parent) == []  # it has no op's rows
 
 
 def test_run_from_end_to_end(tmp_path, capsys):
@@ -335,7 +456,8 @@ def test_run_from_end_to_end(tmp_path, capsys):
         assert 0 < float(line["q1_ms"]) <= float(line["median_ms"]) <= float(line["q3_ms"])
         assert line["verified_anchors"] == line["anchors"] == "784"
         assert line["device"] and line["commit"] and line["date"] and line["torch"] == torch.__version__
-    assert "hidden_positives forward N=784" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "hidden_positives forward N=784" in out and "cannot express" not in out
 
 
 @pytest.mark.parametrize(
@@ -350,7 +472,7 @@ def test_run_from_end_to_end(tmp_path, capsys):
     ],
 )
 def test_counts_must_be_positive(arguments, message, monkeypatch, capsys):
-    for module, name in ((command, "run"), (command.distributed, "lines")):
+    for module, name in ((command, "run"), (distributed, "measure")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured with a bad count"))
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
@@ -370,8 +492,9 @@ def test_an_output_is_refused_before_anything_is_measured(output, message, tmp_p
     (tmp_path / "file").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.csv").write_text("a,b\n1,2\n")
-    monkeypatch.setattr(error_tables, "measure", lambda *_: pytest.fail("measured what could not be written"))
-    for program in (["run", "--quick"], ["errors"]):
+    for module in (error_tables, distributed):
+        monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured what could not be written"))
+    for program in (["run", "--quick"], ["errors"], ["distributed"]):
         with pytest.raises(SystemExit) as stopped:
             command.main([*program, "--output", str(tmp_path / output)])
         assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
@@ -388,10 +511,14 @@ def test_a_row_is_printed_in_the_units_of_the_pages(capsys):
 
 
 def test_errors_go_where_they_are_told_to(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(error_tables, "measure", lambda *_: [])
+    def measured(op, environment, device):
+        return [errors.ErrorRow(op, "values", "float32", "cpu", "usual", 1e-7, None, 5, **environment)]
+
+    monkeypatch.setattr(error_tables, "measure", measured)
     monkeypatch.setattr(error_tables, "write_tables", lambda *_: pytest.fail("the pages are of another machine"))
     assert command.main(["errors", "--op", "masked_topk", "--output", str(tmp_path / "new")]) == 0
-    assert (tmp_path / "new" / records.ERRORS).is_file()
+    (written,) = errors.read(tmp_path / "new" / records.ERRORS)
+    assert (written.op, written.device, written.torch) == ("masked_topk", records.device_name(), torch.__version__)
     with pytest.raises(SystemExit):
         command.main(["errors", "--help"])
     assert "overwrites" in capsys.readouterr().out

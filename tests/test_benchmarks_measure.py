@@ -1,4 +1,4 @@
-"""Timers of a GPU with a fake `torch.cuda`, NVML with a fake package, rates on the CPU."""
+"""Timers and peak memory of a GPU with a fake `torch.cuda`, NVML with a fake package."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import hpkernels
-from benchmarks import estimates
 from benchmarks import results as records
 from benchmarks import run as runner
-from benchmarks.cases import OPS, Case, cases
-from benchmarks.providers import provider
-from benchmarks.timing import measure, nvml, rates, timers
-from hpkernels import _native
-from hpkernels.cost import DEVICES, Device
-from hpkernels.ops import _coarse
+from benchmarks.cases import Case
+from benchmarks.timing import measure, nvml, timers
 
 
 class FakeGpu:
@@ -136,9 +130,14 @@ def test_a_call_that_is_not_made_for_a_graph_is_not_captured(monkeypatch):
     )
 
 
-def test_a_call_that_fails_while_it_is_timed_says_so():
+@pytest.mark.parametrize("right_before", [0, 3])
+def test_a_call_that_fails_while_it_is_timed_says_so(right_before):
+    """Times of before the failure are no result."""
+    left = iter(range(right_before))
+
     def fail():
-        raise RuntimeError("an illegal access\nand more")
+        if next(left, None) is None:
+            raise RuntimeError("an illegal access\nand more")
 
     measured = measure.times({"wrong": fail, "right": lambda: None})
     assert (measured["wrong"].note, measured["wrong"].seconds) == (f"{measure.WRONG}an illegal access", [])
@@ -163,6 +162,23 @@ def test_warm_up_ends_when_it_is_stable():
     series = iter([0.001 * median for median in medians for _ in range(timers.BATCH)])
     assert timers.stable(lambda: next(series))
     assert next(series, None) is None  # of six batches the last three agree
+
+
+@pytest.mark.parametrize(
+    ("medians", "agree"),
+    [
+        ((1.0, 1.015, 1.029), True),
+        ((1.0, 1.0305, 1.0305), False),  # by more than 3 % of the least, if not of the greatest
+        ((1.0305, 1.0305, 1.0), False),
+        ((1.0, 1.05, 1.0), False),  # the first and the last are alike
+    ],
+)
+def test_batches_agree_within_three_per_cent(medians, agree, monkeypatch):
+    """The clock leaves time for three batches and no more."""
+    clock = iter([0, 0, 0, 0, timers.WARM_UP])
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: next(clock))
+    series = iter([0.001 * median for median in medians for _ in range(timers.BATCH)])
+    assert timers.stable(lambda: next(series)) == agree
 
 
 def test_what_events_do_not_resolve_is_stable():
@@ -232,6 +248,70 @@ def test_a_call_that_does_not_fit_beside_others_is_told(monkeypatch):
     measured = measure.times({"large": large, "small": lambda: None}, "cuda")
     assert measured["large"].note == "no graph: no; did not fit into memory beside the other providers"
     assert len(measured["small"].seconds) == measure.REPETITIONS
+
+
+class FakeAllocator:
+    """The memory of a GPU, which keeps its peak until it is forgotten, and refuses what is beyond a limit."""
+
+    TOTAL = 100
+
+    def __init__(self, monkeypatch):
+        self.used, self.peak, self.share, self.log = 10, 90, 1.0, []
+        fakes = {
+            "empty_cache": lambda: self.log.append("empty cache"),
+            "reset_peak_memory_stats": self.reset,
+            "memory_allocated": lambda: self.used,
+            "max_memory_allocated": lambda: self.peak,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=self.TOTAL * 2**30),
+            "set_per_process_memory_fraction": self.limit,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def reset(self):
+        self.log.append("reset")
+        self.peak = self.used
+
+    def limit(self, share):
+        self.share = share
+
+    def take(self, amount):
+        """What a call does: it takes as much, and gives it back."""
+        self.log.append("call")
+        if self.used + amount > self.share * self.TOTAL + 1e-9:
+            raise torch.OutOfMemoryError
+        self.peak = max(self.peak, self.used + amount)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, 30),
+        (30.0, 30),
+        (29.0, "does not fit into 29 GiB"),
+    ],
+)
+def test_peak_memory_of_a_gpu(limit, expected, monkeypatch):
+    """Of the second call alone, above what the inputs take, in GiB here; afterwards there is no limit."""
+    gpu = FakeAllocator(monkeypatch)
+    amounts = iter([60, 30])  # the first use of a library takes more
+    run = SimpleNamespace(run=lambda inputs: gpu.take(next(amounts)))
+    monkeypatch.setattr(measure, "provider", lambda case, name: run)
+    monkeypatch.setattr(measure, "_limit_memory_of_gpu", scaled(measure._limit_memory_of_gpu))
+    case = SimpleNamespace(device="cuda", memory_limit=limit, inputs=dict)
+    found = measure.peak_memory(case, "any")
+    assert gpu.log == ["call", "empty cache", "reset", "call"]
+    assert gpu.share == 1.0
+    if isinstance(expected, str):
+        assert found == measure.Memory(error=expected)
+    else:
+        assert found.peak == expected and found.seconds > 0 and found.error == ""
+
+
+def scaled(limit_memory):
+    """A limit for a GPU whose bytes are GiB."""
+    return lambda case, used: limit_memory(case, used * 2**30)
 
 
 @pytest.mark.parametrize(("l2", "size"), [(50 * 2**20, 100 * 2**20), (0, timers.UNKNOWN_L2)])
@@ -307,6 +387,42 @@ def test_nvml(card):
     }
 
 
+def test_columns_are_medians(card):
+    """Of three samples whose means, first, last and greatest values are others."""
+    three = [
+        nvml.Sample(1980, 2619, 100.0, 50),
+        nvml.Sample(1500, 1593, 690.0, 70),
+        nvml.Sample(1935, 2600, 600.0, 65),
+    ]
+    assert nvml.summary(three) == {"sm_mhz": 1935, "memory_mhz": 2600, "power_w": 600.0, "temperature_c": 70}
+
+
+THROTTLING = {
+    "nvmlClocksThrottleReasonSwPowerCap": "power cap",
+    "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
+    "nvmlClocksThrottleReasonSwThermalSlowdown": "software thermal",
+    "nvmlClocksThrottleReasonHwThermalSlowdown": "hardware thermal",
+    "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power brake",
+}
+
+
+@pytest.mark.parametrize(
+    ("bit", "reason"),
+    [
+        *zip((0x04, 0x08, 0x20, 0x40, 0x80), THROTTLING.values(), strict=True),
+        *((bit, None) for bit in (0x01, 0x02, 0x10, 0x100)),  # idle, clocks that were set, of another GPU, of a display
+    ],
+)
+def test_reasons_for_throttling(bit, reason, card):
+    found = card(fake_nvml(nvmlDeviceGetCurrentClocksEventReasons=lambda handle: bit)).sample().throttled
+    assert found == (() if reason is None else (reason,))
+
+
+def test_reasons_are_those_of_nvml():
+    package = pytest.importorskip("pynvml")
+    assert {getattr(package, name): reason for name, reason in THROTTLING.items()} == nvml._THROTTLING
+
+
 def test_without_the_package_there_is_nothing(card):
     found = card(None)
     assert (found.driver, found.missing) == ("", "nvidia-ml-py is not installed")
@@ -336,172 +452,6 @@ def test_a_run_says_once_that_clocks_are_missing(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def measured_rows(case, mm=2e12):
-    timed, untimed = (records.Row(case.op, case.call, 1, 1, 1, 1, "float32", name) for name in ("cpu", "other"))
-    timed.set_times([0.002, 0.001, 0.004])
-    rates.fill([timed, untimed], case, case.inputs(), mm)
-    return timed, untimed
-
-
-CEILINGS = Device({"float32": 1e12}, 1e12, 1e11, "a test")
-
-
-@pytest.fixture
-def ceilings(monkeypatch):
-    monkeypatch.setattr(rates, "ceilings", lambda device, dtype: CEILINGS)
-
-
-def test_rates_are_those_of_the_cost_model(ceilings):
-    case = Case("masked_topk", "k=8", images=2, grid=(5, 6))
-    row, untimed = measured_rows(case)
-    cost = hpkernels.estimate(
-        "masked_topk", N=60, M=2048, features_dim=384, k=8, anchors_per_image=30, dtype="float32", device=CEILINGS
-    ).routes["product"]
-    assert cost.flops == 2 * 60 * 2048 * 384
-    assert row.tflops == pytest.approx(cost.flops / 0.002 / 1e12, rel=1e-3)
-    assert row.gb_s == pytest.approx(cost.bytes / 0.002 / 1e9, rel=1e-3)
-    assert row.of_roofline == pytest.approx(cost.milliseconds / 2, rel=1e-3)
-    assert (row.mm_tflops, row.of_mm) == (2.0, pytest.approx(row.tflops / 2, rel=1e-3))
-    assert row.roofline == "measured"
-    assert untimed.tflops is untimed.mm_tflops is untimed.of_roofline is None
-
-
-def test_a_known_gpu_is_found_by_name(monkeypatch):
-    for name, known in {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA B200": None}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert rates.known_device("cuda") == known
-    assert rates.known_device("cpu") is None
-
-
-@pytest.mark.parametrize(
-    ("op", "call", "missing"),
-    [
-        ("training_step", "forward+backward", True),
-        ("contrastive", "queue", True),
-        ("local_propagation", "weights", True),
-        ("local_propagation", "apply", True),
-        ("local_propagation", "apply+backward", False),
-        ("contrastive", "own", False),
-        ("hidden_positives", "forward", False),
-    ],
-)
-def test_what_the_cost_model_does_not_know_has_no_rates(op, call, missing, ceilings):
-    case = Case(op, call, images=1, grid=(5, 6))
-    row, _ = measured_rows(case, mm=None)
-    assert (row.of_roofline is None) == (row.gb_s is None) == (row.roofline == "") == missing
-    assert row.mm_tflops is row.of_mm is None
-    assert (row.tflops is None) == (missing or op == "local_propagation")  # which multiplies nothing
-
-
-def density_of(dense, group):
-    image = torch.arange(len(dense)) // group
-    within = (dense & (image[:, None] == image)).sum().item()
-    return {"density": dense.float().mean().item(), "within_image_share": within / dense.sum().item()}
-
-
-def test_density_is_that_of_the_inputs():
-    case = Case("multi_positive_contrastive", "sampled", images=3, grid=(5, 7))
-    inputs = case.inputs()
-    expected = density_of(inputs["positives"].to_dense(), 35)
-    assert 0 < expected["within_image_share"] < 1
-    sizes = rates._SIZES[case.op](case, inputs)
-    assert {name: sizes[name] for name in expected} == pytest.approx(expected)
-    assert (sizes["anchors_per_image"], sizes["negative_rate"], sizes["D"]) == (35, 0.02, 512)
-    labels = replace(case, call="labels")
-    sizes = rates._SIZES[case.op](labels, labels.inputs())
-    assert (sizes["anchors_per_image"], sizes["negative_rate"], sizes["within_image_share"]) == (105, 1.0, 1.0)
-
-
-def test_density_of_both_kinds_of_positives():
-    case = Case("ghp_contrastive", "rate=1", images=2, grid=(5, 6))
-    inputs = case.inputs()
-    dense = torch.zeros(60, 60, dtype=torch.bool)
-    for vectors, pool in (("features", "pool"), ("specific", "specific_pool")):
-        dots = inputs[vectors] @ inputs[vectors].T
-        threshold = (inputs[vectors] @ inputs[pool].T).amax(1)
-        dense |= dots > torch.minimum(threshold[:, None], threshold)
-    expected = density_of(dense.fill_diagonal_(False), 30)
-    sizes = rates._SIZES[case.op](case, inputs)
-    assert {name: sizes[name] for name in expected} == pytest.approx(expected)
-    assert (sizes["negative_rate"], sizes["M"], sizes["features_dim"]) == (1.0, 2048, 384)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_products_have_the_shape_of_the_case(op, monkeypatch):
-    case = replace(cases(op, quick=True)[0], images=2, grid=(5, 6))
-    inputs = case.inputs()
-    product = rates.product(case, inputs)
-    if op in ("local_propagation", "training_step"):
-        assert product is None
-        return
-    shape = {"masked_topk": (60, 384, 2048), "hidden_positives": (60, 384, 60)}.get(op, (60, 512, 60))
-    assert product.flops == 2 * shape[0] * shape[1] * shape[2]
-    whole = product.call()
-    assert whole.shape == (shape[0], shape[2])
-    monkeypatch.setattr(rates, "CHUNK_BYTES_ON_CPU", 4 * shape[2] * 25)  # 25 rows, of which the last chunk has 10
-    last = rates.product(case, inputs).call()
-    torch.testing.assert_close(last[:10], whole[50:])
-    monkeypatch.setattr(rates, "MOST_FLOPS_ON_CPU", 2 * 7 * shape[1] * shape[2])
-    assert rates.product(case, inputs).flops == rates.MOST_FLOPS_ON_CPU
-
-
-def test_ceilings(monkeypatch):
-    monkeypatch.setattr(rates, "_COPIED", 2**20)
-    for name in ("_ON_CPU", "_ON_GPU"):
-        monkeypatch.setattr(rates, name, (64, 64, 64))
-    rates.ceilings.cache_clear()
-    try:
-        found = rates.ceilings("cpu", "bfloat16")
-    finally:
-        rates.ceilings.cache_clear()
-    assert found.matrix["bfloat16"] >= found.matrix["float32"] == found.vector > 0
-    assert found.bandwidth > 0 and found.capability is None and found.source == "measured"
-    assert estimates.ceilings is rates.ceilings
-
-
-def test_rates_without_the_library(monkeypatch):
-    """An installation without the CPU kernels has no operator to ask about int8 products."""
-    missing = _native.Availability(False, "no _C")
-    monkeypatch.setattr(_native, "LIBRARIES", _native.LIBRARIES | {"_C": missing})
-    monkeypatch.setattr(torch.ops, "hpkernels_cpu", SimpleNamespace())
-    monkeypatch.setattr(rates, "_COPIED", 2**20)
-    monkeypatch.setattr(rates, "_ON_CPU", (64, 64, 64))
-    for cached in (rates.ceilings, _coarse.int8_is_fast):
-        cached.cache_clear()
-    try:
-        row, _ = measured_rows(Case("masked_topk", "k=8", images=2, grid=(5, 6)))
-        assert row.roofline == "measured" and rates.ceilings("cpu", "float32").ranking is None
-    finally:
-        for cached in (rates.ceilings, _coarse.int8_is_fast):
-            cached.cache_clear()
-
-
-SMALL = Case("hidden_positives", "forward", images=2, grid=(5, 6))
-
-
-def run_small(monkeypatch):
-    monkeypatch.setattr(runner, "providers", lambda case: [provider(SMALL, "reference")])
-    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory())
-    (row,) = runner.run([SMALL], None, {}, lambda row: None)
-    return row
-
-
-def test_a_run_fills_the_columns(monkeypatch, ceilings):
-    row = run_small(monkeypatch)
-    assert row.timer == "wall" and row.wall_ms == row.median_ms > 0
-    assert row.tflops > 0 and row.mm_tflops > 0 and row.of_roofline > 0 and row.roofline == "measured"
-    assert row.of_mm == pytest.approx(row.tflops / row.mm_tflops, rel=1e-2)
-
-
-def test_times_are_kept_where_rates_fail(monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("out of memory\nmore")
-
-    monkeypatch.setattr(rates, "fill", fail)
-    assert run_small(monkeypatch).median_ms > 0
-    assert "hidden_positives forward N=60: without rates: out of memory\n" in capsys.readouterr().out
-
-
 def test_times_of_a_gpu_in_a_row():
     row = records.Row("masked_topk", "k=1", 1, 28, 28, 784, "float16", "cuda")
     row.set_times([0.001, 0.002, 0.003], [0.002, 0.004, 0.003], "graph")
@@ -520,8 +470,3 @@ def test_files_of_before_are_read(tmp_path, repository):
     assert [(row.provider, row.timer) for row in records.read_folder(tmp_path)] == [("cpu", ""), ("faiss", "wall")]
     for folder in (repository / "benchmarks" / "results").iterdir():
         records.read_folder(folder)
-
-
-def test_devices_have_distinct_names():
-    """The first that is part of the name of a GPU is taken."""
-    assert not [(one, other) for one in DEVICES for other in DEVICES if one != other and one in other]

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import hpkernels
 from benchmarks import __main__ as command
 from benchmarks import registry, sweeps
 from benchmarks import results as records
@@ -23,6 +24,7 @@ from benchmarks.providers import known_names, limits, provider, providers
 from benchmarks.registry import Provider
 from benchmarks.results import Row
 from benchmarks.timing import measure
+from benchmarks.timing.timers import Times
 
 CHUNKED = {
     "masked_topk": ("k=8",),
@@ -59,6 +61,12 @@ def test_the_run_says_what_a_provider_cannot_express():
     for line in limits([case for op in OPS for case in cases(op)], None):
         assert "what these" not in line and "what that" not in line, "a line stands alone"
     assert not any(line.startswith("cuvs") for line in limits([case], None)), "it does not run here"
+
+
+def test_limits_are_printed_when_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    assert command.main(["run", "--limits", "--op", "masked_topk", "--provider", "torch-topk"]) == 0
+    assert capsys.readouterr().out == "masked_topk: torch-topk cannot express masks, groups\n"
 
 
 @pytest.mark.parametrize("compiles", [False, True])
@@ -226,6 +234,22 @@ def test_density_cases():
         sweeps.sweep_cases("density", ["masked_topk"])
 
 
+def test_memory_cases():
+    """N doubles from one image to 512."""
+    swept = sweeps.sweep_cases("memory", memory_limit=2.0)
+    calls = {
+        ("hidden_positives", "forward"),
+        ("multi_positive_contrastive", "sampled"),
+        ("contrastive", "own"),
+        ("ghp_contrastive", "forward+backward"),
+    }
+    assert {(case.op, case.call) for case in swept} == calls
+    for op, call in calls:
+        assert [case.images for case in swept if (case.op, case.call) == (op, call)] == [2**i for i in range(10)]
+    assert max(case.anchors for case in swept if case.op == "ghp_contrastive") == 401408
+    assert {case.memory_limit for case in swept} == {2.0}
+
+
 @pytest.mark.parametrize("density", [0.002, 0.05])
 def test_density_of_the_whole_loss(density):
     """Of both kinds of positives, and every provider finds them."""
@@ -263,10 +287,11 @@ def test_providers_take_part_until_they_do_not_fit(monkeypatch):
         yield from (found[name] for name in sorted(names))
 
     entries = [Provider(name, lambda inputs: inputs) for name in ("small", "slow", "large", "other")]
+    entries.append(Provider("missing", lambda inputs: inputs, missing="it is not installed"))
     monkeypatch.setattr(sweeps, "providers", lambda case: entries)
     growing = sweeps.sweep_cases("memory", ["contrastive"], images=[1, 2, 4], memory_limit=1.0)
     assert {case.memory_limit for case in growing} == {1.0}
-    rows = list(sweeps.until_it_ends(growing, ["small", "slow", "large"], measured))
+    rows = list(sweeps.until_it_ends(growing, ["small", "slow", "large", "missing"], measured))
     assert asked == [(1024, ["large", "slow", "small"]), (2048, ["large", "slow", "small"]), (4096, ["small"])]
     assert sweeps.largest(rows)[4:-1] == [
         "| large | 1024 | 1.0 | N = 2048 does not fit into 1 GiB |",
@@ -341,3 +366,36 @@ def test_a_step_is_the_same_each_time():
     assert any(not torch.equal(published[name], value) for name, value in first.items()), "it is the same code"
     assert seconds_of_parts(inputs, "cpu", 2)["head"] == [step["head"] for step in inputs["parts"]["cpu"]]
     assert seconds_of_parts({}, "cpu", 3) == {}
+    kept = {"parts": {"cpu": [{"head": float(place)} for place in range(7)]}}  # the first call is the warm-up
+    assert seconds_of_parts(kept, "cpu", 6) == {"head": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    assert seconds_of_parts(kept, "cpu", 3, calls_of_each=2) == {"head": [1.0, 3.0, 5.0]}
+
+
+@pytest.mark.parametrize(("timer", "calls_of_each"), [("events", 2), ("wall", 1)])
+def test_parts_of_a_step_that_events_time(timer, calls_of_each, monkeypatch):
+    """Each repetition has one call more, by the wall clock, whose parts are not taken."""
+    case, asked = small("hidden_positives", "forward"), []
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.Memory())
+    monkeypatch.setattr(measure, "times", lambda *_: {"cpu": Times(timer, [0.001, 0.002, 0.003])})
+    monkeypatch.setattr(runner.rates, "fill", lambda *_: None)
+    monkeypatch.setattr(runner, "seconds_of_parts", lambda inputs, *of: asked.append(of) or {})
+    list(runner.run([case], ["cpu"], {}, lambda row: None))
+    assert asked == [("cpu", 3, calls_of_each)]
+
+
+def test_the_published_step_has_nothing_of_ours_but_the_loop(monkeypatch):
+    case = small("training_step", END_TO_END)
+    inputs, published = case.inputs(), provider(case, "published")
+
+    def fail(*_, **__):
+        raise AssertionError("ours")
+
+    for module, name in (
+        (hpkernels, "local_propagation_weights"),
+        (hpkernels, "apply_local_propagation"),
+        (hpkernels.distributed, "ghp_contrastive"),
+    ):
+        monkeypatch.setattr(module, name, fail)
+    assert published.run(inputs)["loss"] > 0
+    with pytest.raises(AssertionError, match="ours"):
+        provider(case, "cpu").run(inputs)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baseline, folders
+from benchmarks import arguments, baseline, compare, distributed
 from benchmarks import results as records
-from benchmarks.pages import plots, presentation, tables
+from benchmarks.cases import Case
+from benchmarks.pages import distributed_table, plots, plotted, presentation, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = {
@@ -52,6 +53,45 @@ def test_zones(milliseconds, spread, verdict):
     assert change.verdict == verdict
     assert change.noisy == (spread == 0.07)
     assert change.ratio == pytest.approx(milliseconds / 10)
+
+
+@pytest.mark.parametrize(
+    "before, after, verdict, noisy",
+    [
+        (100, 124, "within", False),
+        (100, 126, "more", False),
+        (100, 76, "within", False),
+        (100, 74, "less", False),
+        (20, 27.9, "within", True),  # what an allocator keeps
+        (20, 28.1, "more", False),
+        (20, 12.1, "within", True),
+        (20, 11.9, "less", False),
+        (0, 9, "more", False),
+        (0, 0, "within", False),
+    ],
+)
+def test_zones_of_memory(before, after, verdict, noisy):
+    comparison = baseline.compare([row(peak_mib=before)], [row(peak_mib=after)])
+    (change,) = comparison.memory
+    assert (change.verdict, change.noisy) == (verdict, noisy)
+    assert comparison.failed == (verdict == "more")
+    assert [one.verdict for one in comparison.changes] == ["within"]
+    others = [row("faiss", peak_mib=value) for value in (before, after)]
+    assert not baseline.compare(others[:1], others[1:]).failed, "peers do not count"
+
+
+def test_memory_that_was_not_measured_is_not_compared():
+    for before, after in ((None, 20.0), (20.0, None)):
+        comparison = baseline.compare([row(peak_mib=before)], [row(peak_mib=after)])
+        assert not comparison.memory and not comparison.failed and len(comparison.changes) == 1
+
+
+def test_memory_is_compared_whatever_the_timer():
+    before, after = row(), row(peak_mib=40.0)
+    after.timer = "events"
+    comparison = baseline.compare([before], [after])
+    assert not comparison.changes and comparison.failed
+    assert baseline.compare([before], [after], memory_tolerance=1.1).failed is False
 
 
 def test_tolerance():
@@ -105,16 +145,19 @@ def test_only_ours_fail_a_comparison():
 def test_report():
     before = [row("cpu", 10), row("torch-dense", 20), row("compiled", 15)]
     after = [row("cpu", 20), row("torch-dense", 30, spread=0.6), row("faiss", 5)]
-    lines = list(baseline.report(baseline.compare(before, after), before, after, 0.05))
+    lines = list(compare.report(baseline.compare(before, after), before, after))
     assert lines[0].startswith("within  contrastive own N=4096 float32 torch-dense")
     assert lines[0].endswith("20 -> 30 ms, x1.50 (quartiles overlap)")
     assert lines[1].startswith("slower  contrastive own N=4096 float32 cpu")
     assert lines[1].endswith("10 -> 20 ms, x2.00; torch-dense x2.00 -> x1.50")
     assert lines[2].splitlines()[0] == "in the baseline, not measured (1):" and lines[2].endswith("compiled")
     assert lines[3].splitlines()[0] == "measured, not in the baseline (1):" and lines[3].endswith("faiss")
-    assert lines[4] == "0 faster, 1 within 5% or the noise, 1 slower"
+    assert lines[4:] == [
+        "time: 0 faster, 1 within the tolerance or noise, 1 slower",
+        "memory: 0 less, 2 within the tolerance or noise, 0 more",
+    ]
     relative = baseline.compare(before, after, relative_to="torch-dense")
-    first = next(baseline.report(relative, before, after, 0.05))
+    first = next(compare.report(relative, before, after))
     assert first == "ratios are of times relative to torch-dense"
 
 
@@ -127,6 +170,12 @@ def test_compare_by_command(tmp_path, monkeypatch, capsys):
         assert command.main(["compare", str(tmp_path / "run")]) == status
     assert "10 -> 12 ms, x1.20" in capsys.readouterr().out
     assert command.main(["compare", str(tmp_path / "run"), "--tolerance", "0.3"]) == 0
+    records.write(tmp_path / "large", [row(peak_mib=40.0)])
+    assert command.main(["compare", str(tmp_path / "large")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "more    contrastive own N=4096 float32 cpu" in lines[-3] and lines[-3].endswith("20 -> 40 MiB, x2.00")
+    assert lines[-1] == "memory: 0 less, 0 within the tolerance or noise, 1 more"
+    assert command.main(["compare", str(tmp_path / "large"), "--memory-tolerance", "1"]) == 0
     records.write(tmp_path / "elsewhere", [row(milliseconds=12)])
     assert command.main(["compare", str(tmp_path / "run"), "--baseline", str(tmp_path / "elsewhere")]) == 0
 
@@ -140,9 +189,36 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
     records.write(tmp_path, old[:1])
     assert command.main(["compare", "--baseline", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "1 faster, 0 within 5% or the noise, 0 slower" in lines
+    assert "time: 1 faster, 0 within the tolerance or noise, 0 slower" in lines
     assert not [line for line in lines if "reference" in line]
     assert not list(baseline.again(old[1:], here))
+
+
+def test_all_that_a_baseline_has_is_measured_again(monkeypatch):
+    """On the device that it was measured on, whatever its size; what fails keeps no other from being measured."""
+    asked = []
+
+    def run(cases, names, environment, report, keep_going, all_sizes):
+        asked.append((*cases, names, keep_going, all_sizes))
+        return []
+
+    monkeypatch.setattr(baseline, "run", run)
+    gpu = {"instructions": "sm_90, Triton 3.6.0"}
+    rows = [row("cpu"), row("faiss"), replace(row("published"), median_ms=None), row("cuda", **gpu, dtype="float16")]
+    assert not list(baseline.again(rows, MACHINE))
+    case = Case("contrastive", "own", 4, (32, 32))
+    assert asked == [
+        (case, ["cpu", "faiss"], True, True),
+        (replace(case, device="cuda", dtype="float16"), ["cuda"], True, True),
+    ]
+
+
+def test_folder_of_a_baseline(tmp_path, monkeypatch):
+    """Of a GPU it has no number of threads."""
+    monkeypatch.setattr(baseline, "RESULTS", tmp_path)
+    assert baseline.folder_of("NVIDIA H100", 16).name == "nvidia-h100-16-threads"
+    (tmp_path / "nvidia-h100").mkdir()
+    assert baseline.folder_of("NVIDIA H100", 16).name == "nvidia-h100"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +227,7 @@ def test_a_baseline_is_measured_again(tmp_path, capsys):
         (["nowhere"], "there is no folder nowhere, here or in "),
         (["nowhere", "--tolerance", "-1"], "--tolerance must be a share, 0 or more and finite, got -1.0"),
         (["nowhere", "--tolerance", "inf"], "--tolerance must be a share, 0 or more and finite, got inf"),
+        (["nowhere", "--memory-tolerance", "nan"], "--memory-tolerance must be a share, 0 or more and finite, got nan"),
         (["--baseline", "nowhere"], "there is no folder nowhere, here or in "),
         (["nowhere", "--relative-to", "abacus"], "unknown provider abacus; known are"),
     ],
@@ -171,7 +248,7 @@ def test_files_that_are_no_results(program, tmp_path, capsys):
 
 def test_baselines_have_names(tmp_path, monkeypatch, capsys):
     """A folder of benchmarks/results is found by its name; what to do where this machine has none is said."""
-    for module in (folders, baseline):
+    for module in (arguments, baseline):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     records.write(tmp_path / "run", [row()])
@@ -199,7 +276,7 @@ def test_runs_of_another_device_are_refused(tmp_path, capsys):
 
 def test_ops_that_were_not_run_are_counted():
     before = [row(), row("compiled"), *(row(op="masked_topk", anchors=anchors) for anchors in (1, 2, 3))]
-    _, others, missing, _ = baseline.report(baseline.compare(before, [row()]), before, [row()], 0.05)
+    _, others, missing, *_ = compare.report(baseline.compare(before, [row()]), before, [row()])
     assert others == "in the baseline, of ops that the run does not have (3)"
     assert missing.startswith("in the baseline, not measured (1):") and missing.endswith("compiled")
 
@@ -266,14 +343,14 @@ def test_plots_do_not_boast(tmp_path):
 
 
 def test_one_size_is_no_plot():
-    assert plots.selected(measured()[:4]) == []
+    assert plotted.selected(measured()[:4]) == []
 
 
 def committed() -> list[tuple]:
     return [
-        pytest.param(folder / plots.file_name(rows[0]), rows, id=f"{folder.name}/{plots.file_name(rows[0])}")
+        pytest.param(folder / plotted.file_name(rows[0]), rows, id=f"{folder.name}/{plotted.file_name(rows[0])}")
         for folder in sorted(records.RESULTS.iterdir())
-        for rows in plots.selected(records.read_folder(folder))
+        for rows in plotted.selected(records.read_folder(folder))
     ]
 
 
@@ -281,7 +358,7 @@ def committed() -> list[tuple]:
 def test_committed_plots_show_the_committed_rows(path, rows):
     assert path.is_file(), f"python -m benchmarks plot {path.parent}"
     description = drawing(path.read_text()).find(f"{SVG}desc").text
-    assert description == plots.description(rows), f"python -m benchmarks plot {path.parent}"
+    assert description == plotted.description(rows), f"python -m benchmarks plot {path.parent}"
 
 
 @pytest.mark.parametrize("path, rows", committed())
@@ -370,3 +447,42 @@ def test_the_page_is_up_to_date(repository):
     page = repository / "docs" / "benchmarks.md"
     written = page.read_text().partition(tables.BEGIN + "\n")[2].partition(tables.END)[0]
     assert written == tables.measured(page.parent, records.RESULTS), "python -m benchmarks tables"
+
+
+def of_processes(call: str, way: str, milliseconds: float, **values) -> distributed.DistributedRow:
+    sizes = {"anchors": 8192, "dim": 512, "ranks": 2, "peak_mib": 97.4, "repetitions": 5}
+    times = {"median_ms": milliseconds, "q1_ms": milliseconds, "q3_ms": milliseconds}
+    return distributed.DistributedRow(call, way, **(sizes | times | MACHINE | {"command": "measure it"} | values))
+
+
+def test_table_of_processes(tmp_path):
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{distributed_table.BEGIN}\nold\n{distributed_table.END}\nafter\n")
+    distributed_table.write_table(page, tmp_path / "results")
+    assert "No results are committed yet." in page.read_text()
+    rows = [
+        of_processes("own", "gather", 889.0),
+        of_processes("keys", "ring", 1171.0, peak_mib=None),
+        of_processes("keys", "gather", 838.0),
+        of_processes("keys", "gather", 12.0, anchors=1024),
+    ]
+    distributed.write(tmp_path / "results" / "device", rows)
+    for _ in range(2):  # again gives the same
+        distributed_table.write_table(page, tmp_path / "results")
+        text = page.read_text().replace(presentation.NBSP, " ")
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        small, large = text.split("N = K = ")[1:]
+        assert small.startswith("1024, D 512, 2 ranks, on A Processor, 2 threads, AVX2, by `measure it`. ")
+        assert "Measured 2030-01-02 at commit abc. [Quartiles](../results/device/distributed.csv).\n" in small
+        assert "| | gather |\n|---|---|\n| anchors against keys | 12 ms, 97 MiB |\n" in small
+        assert "| | gather | ring |\n|---|---|---|\n" in large
+        assert "| anchors against keys | 838 ms, 97 MiB | 1.2 s |\n" in large
+        assert "| anchors that are their own keys | 889 ms, 97 MiB |  |\n" in large
+
+
+def test_the_page_of_processes_is_up_to_date(repository):
+    """Fails where somebody edits the table or the rows, and not the other."""
+    page = repository / "docs" / "distributed.md"
+    written = page.read_text().partition(distributed_table.BEGIN + "\n")[2].partition(distributed_table.END)[0]
+    assert written == distributed_table.measured(page.parent, records.RESULTS), "python -m benchmarks tables"

@@ -472,10 +472,10 @@ def test_merged_statistics(inside):
     assert_close(found[:, 1], torch.logaddexp(first[:, 1], second[:, 1]) if inside else first[:, 1] + second[:, 1], 0)
 
 
-def test_benchmark(monkeypatch, capsys):
+def test_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "CALLS", ("both",))
     monkeypatch.setattr(benchmark, "WAYS", ("one process", "ring"))
-    assert command.main(["distributed", "--anchors", "64", "--dim", "8"]) == 0
+    assert command.main(["distributed", "--anchors", "64", "--dim", "8", "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ms ")[0].rsplit(maxsplit=1)[0].split(maxsplit=1) for line in lines] == [
         ["both", "one process"],

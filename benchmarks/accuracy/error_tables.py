@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import folders, results
+from benchmarks import arguments, results
 from benchmarks.accuracy.errors import ErrorRow, greater, measure, read, write
 from benchmarks.accuracy.regimes import OPS, USUAL
 from benchmarks.cases import DTYPES
@@ -41,12 +39,10 @@ def add_errors(commands: Any) -> None:
 
 def _errors(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.output is not None:
-        folders.check_output(options.output, parser)
+        arguments.check_output(options.output, parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = options.output or RESULTS / results.folder_name(
-        results.device_name(device), torch.get_num_threads() if device == "cpu" else None
-    )
-    environment = results.environment(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device)
+    folder = options.output or results.folder_here(device)
+    environment = results.environment(device)
     for op in options.op or OPS:
         rows = measure(op, environment, device)
         write(folder, rows)

@@ -22,7 +22,7 @@ from benchmarks.accuracy.verify import _double
 from benchmarks.cases import Case, Inputs
 from benchmarks.csv_files import read_rows, write_rows
 from benchmarks.providers import Outputs, provider
-from benchmarks.results import ERRORS
+from benchmarks.results import ERRORS, Environment
 from hpkernels import backends
 from hpkernels.ops._bits import unpack_bits
 from hpkernels.testing import row_errors
@@ -31,7 +31,7 @@ _SHORTEST = 1e-3  # a row that cancels to less, or underflows, beside the greate
 
 
 @dataclass
-class ErrorRow:
+class ErrorRow(Environment):
     """The greatest error of one output in one regime, and that of plain PyTorch, if it has all operators."""
 
     op: str
@@ -42,15 +42,6 @@ class ErrorRow:
     error: float
     plain: float | None
     rows: int
-    device: str = ""
-    instructions: str = ""
-    threads: int = 0
-    hpkernels: str = ""
-    torch: str = ""
-    python: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:

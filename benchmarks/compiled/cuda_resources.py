@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import results
@@ -137,8 +136,7 @@ def file_of(rows: list[Row], folder: Path = results.RESULTS) -> Path:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write rows with the commit and the date."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_rows(path, Row, rows, commit=results.commit(), date=date)
+    write_rows(path, Row, rows, commit=results.commit(), date=results.now())
 
 
 def read(path: Path) -> list[Row]:

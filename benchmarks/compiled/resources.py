@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -252,8 +251,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write rows with the version of Triton, the commit and the date."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_rows(path, Row, rows, triton=_triton.triton.__version__, commit=results.commit(), date=date)
+    write_rows(path, Row, rows, triton=_triton.triton.__version__, commit=results.commit(), date=results.now())
 
 
 def write_tables(page: Path, results: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each provider is and what it cannot express, in words that the run prints and docs/benchmarks.md has."""
+"""What each provider is and what it cannot express, in words for docs/benchmarks.md and ``run --limits``."""
 
 from __future__ import annotations
 

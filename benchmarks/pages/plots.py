@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from benchmarks.pages import presentation
+from benchmarks.pages.plotted import Gap, description, file_name, gap_of, selected, where
 from benchmarks.pages.presentation import NBSP
 from benchmarks.results import Row
 
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 800, 404
-_MOST_LINES = 4
-_PLOTTED = {
-    "masked_topk": "k=1",
-    "local_propagation": "whole+backward",
-    "contrastive": "own",
-    "training_step": "end-to-end",
-}
-"""The call of an op that is plotted; else the first that was measured at more than one size."""
 _SUBJECTS = {
     "masked_topk": "The best match of each patch in a pool",
     "hidden_positives": "Which patches are positives of which",
@@ -69,13 +62,6 @@ DARK = {
 _FONTS = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
 
-class _Gap(NamedTuple):
-    """Where ours and what it is compared with are farthest along: the largest size at which both were measured."""
-
-    ours: Row
-    other: Row
-
-
 def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Draw each op that was measured at more than one size, a file for each dtype; returns the files."""
     written = []
@@ -84,69 +70,6 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
         path.write_text(_draw(drawn))
         written.append(path)
     return written
-
-
-def selected(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each plot: one call of an op in one dtype, by the providers that matter most."""
-    calls: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        if row.median_ms is not None:
-            calls.setdefault((row.op, row.dtype), {}).setdefault(row.call, []).append(row)
-    drawn = []
-    for (op, _), by_call in calls.items():
-        growing = [call for call, own in by_call.items() if len({row.anchors for row in own}) > 1]
-        if not growing:
-            continue
-        own = by_call[_PLOTTED[op] if _PLOTTED.get(op) in growing else growing[0]]
-        names = presentation.shown(own, _MOST_LINES)
-        drawn.append(sorted((row for row in own if row.provider in names), key=lambda row: names.index(row.provider)))
-    return drawn
-
-
-def file_name(row: Row) -> str:
-    """The name of the plot that shows a row."""
-    return row.op + ("" if row.dtype == "float32" else f"-{row.dtype}") + ".svg"
-
-
-def description(rows: list[Row]) -> str:
-    """All that a plot shows, in words: for who cannot see it, and to know whether it shows its CSV file's numbers."""
-    lines = [f"{rows[0].op}, {rows[0].call}: {_where(rows)}."]
-    for row in rows:
-        peak = "" if row.peak_mib is None else f", {row.peak_mib:g} MiB"
-        lines.append(f"{row.provider}, N = {row.anchors}: {row.q1_ms:g}, {row.median_ms:g}, {row.q3_ms:g} ms{peak}.")
-    return "\n".join(lines)
-
-
-def summary(rows: list[Row]) -> str:
-    """What a plot shows in a sentence."""
-    gap = _gap(rows, "median_ms")
-    if gap is None:
-        return f"Time and peak memory of {rows[0].op} against the number of anchors."
-    cells = [
-        f"{row.provider} takes {presentation.duration(row.median_ms)}"
-        + ("" if row.peak_mib is None else f" and {presentation.memory(row.peak_mib)}")
-        for row in gap
-    ]
-    return f"Time and peak memory of {rows[0].op} against N: at {presentation.count(gap.ours.anchors)}, " + ", ".join(
-        cells
-    )
-
-
-def _where(rows: list[Row]) -> str:
-    dates = sorted({row.date[:10] for row in rows})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{presentation.machine(rows[0])}, {rows[0].dtype}, {when}"
-
-
-def _gap(rows: list[Row], column: str) -> _Gap | None:
-    against = presentation.yardstick(rows)
-    for anchors in sorted({row.anchors for row in rows}, reverse=True):
-        here = [row for row in rows if row.anchors == anchors and getattr(row, column)]
-        ours = [row for row in here if presentation.is_best_of_ours(row.provider)]
-        other = presentation.at(here, against, anchors)
-        if ours and other is not None:
-            return _Gap(min(ours, key=lambda row: row.median_ms), other)
-    return None
 
 
 def _draw(rows: list[Row]) -> str:
@@ -167,7 +90,7 @@ def _draw(rows: list[Row]) -> str:
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, facecolor=_PAPER)
         subject = _SUBJECTS.get(rows[0].op, rows[0].op)
         _text(figure, 20, 30, subject, size=19, weight="bold")
-        _text(figure, 20, 52, f"{rows[0].op}, {rows[0].call.replace('+', ' + ')} · {_where(rows)}", color=_MUTED)
+        _text(figure, 20, 52, f"{rows[0].op}, {rows[0].call.replace('+', ' + ')} · {where(rows)}", color=_MUTED)
         _key(figure, rows)
         for left, column in ((74, "median_ms"), (474, "peak_mib")):
             _panel(figure, left, rows, column)
@@ -190,17 +113,17 @@ def _panel(figure: Figure, left: float, rows: list[Row], column: str) -> None:
     points = [row for row in rows if getattr(row, column)]  # nothing has no place on a logarithmic axis
     _lines(axes, points, column)
     _axes(axes, points, column)
-    gap = _gap(rows, column)
+    gap = gap_of(rows, column)
     what, less, more = ("Time", "faster", "slower") if column == "median_ms" else ("Memory", "less", "more")
-    where = "of a call; less is better"
+    than = "of a call; less is better"
     if gap is not None:
         ratio = getattr(gap.other, column) / getattr(gap.ours, column)
         factor = presentation.times(max(ratio, 1 / ratio))
         what += f": {factor} {less if ratio >= 1 else more}"
-        where = f"than {_name(gap.other.provider)}, at N = {presentation.count(gap.ours.anchors)}"
+        than = f"than {_name(gap.other.provider)}, at N = {presentation.count(gap.ours.anchors)}"
         _arrow(axes, gap, column, factor)
     _text(figure, left - 54, 116, what, size=16, weight="bold")
-    _text(figure, left - 54, 134, where, color=_MUTED, size=12)
+    _text(figure, left - 54, 134, than, color=_MUTED, size=12)
 
 
 def _lines(axes: Axes, rows: list[Row], column: str) -> None:
@@ -255,7 +178,7 @@ def _ticks(low: float, high: float, column: str) -> dict[float, str]:
     return inside
 
 
-def _arrow(axes: Axes, gap: _Gap, column: str, factor: str) -> None:
+def _arrow(axes: Axes, gap: Gap, column: str, factor: str) -> None:
     low, high = sorted(getattr(row, column) for row in gap)
     bottom, top = axes.get_ylim()
     if log(high / low) < 0.2 * log(top / bottom):  # too short to be seen

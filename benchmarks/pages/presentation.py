@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.results import Row
+from benchmarks.results import Environment, Row
 from hpkernels import backends
 
 _VARIANTS = ("reference", "cpu-float32")
@@ -56,7 +56,7 @@ def at(rows: Iterable[Row], provider: str | None, anchors: int) -> Row | None:
     return next(found, None)
 
 
-def machine(row: Row) -> str:
+def machine(row: Environment) -> str:
     """Where a row was measured."""
     threads = "" if row.instructions.startswith("sm_") else f", {row.threads} threads"
     return row.device.replace("(R)", "") + threads

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.pages import plots, presentation
-from benchmarks.results import Row, read_folder
+from benchmarks.pages import plotted, presentation
+from benchmarks.results import Environment, Row, read_folder
 
 BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"
 
@@ -63,22 +64,23 @@ def measured(folder_of_page: Path, results: Path) -> str:
 
 
 def _device(rows: list[Row], folder: Path) -> list[str]:
-    of_all = f"Instructions: {rows[0].instructions}. {_measured(rows)}"
+    of_all = f"Instructions: {rows[0].instructions}. {versions_and_dates(rows)}"
     lines = ["", f"### {presentation.machine(rows[0])}", "", of_all, ""]
-    drawn = {plots.file_name(shown[0]): shown for shown in plots.selected(rows)}
+    drawn = {plotted.file_name(shown[0]): shown for shown in plotted.selected(rows)}
     timed = [row for row in rows if row.median_ms is not None]
     for op in dict.fromkeys(row.op for row in timed):
         lines += [f"#### {op}", ""]
         for name, shown in drawn.items():
             if shown[0].op == op:
-                lines += [f"![{plots.summary(shown)}]({(folder / name).as_posix()})", ""]
+                lines += [f"![{plotted.summary(shown)}]({(folder / name).as_posix()})", ""]
         for dtype in dict.fromkeys(row.dtype for row in timed if row.op == op):
             own = [row for row in rows if (row.op, row.dtype) == (op, dtype)]
             lines += [f"{dtype}; [quartiles and all providers]({(folder / op).as_posix()}.csv)", "", *_table(own), ""]
     return lines
 
 
-def _measured(rows: list[Row]) -> str:
+def versions_and_dates(rows: Sequence[Environment]) -> str:
+    """With what, when and at which commits rows were measured, in two sentences."""
     commits: dict[str, set[str]] = {}
     for row in rows:
         commits.setdefault(row.date[:10], set()).add(row.commit)

@@ -147,10 +147,10 @@ def _measure(sender: Connection, case: Case, provider_name: str, threads: int) -
     try:
         run(warm_up.inputs())
         inputs = case.inputs()
-        before = _reset_peak()
+        before = reset_peak()
         _limit_memory(case.memory_limit)
         seconds = seconds_of(lambda: run(inputs))
-        peak = None if before is None else max(0, _status("VmHWM") - before)
+        peak = peak_above(before)
         # The limit of the system does not count memory that the allocator has kept from before.
         fits = peak is None or case.memory_limit is None or peak <= case.memory_limit * 2**30
         sender.send(Memory(peak, seconds) if fits else Memory(error=_too_large(case)))
@@ -184,7 +184,7 @@ def _limit_memory(gib: float | None = None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + int(more), hard))
 
 
-def _reset_peak() -> int | None:
+def reset_peak() -> int | None:
     """Forget the peak so far and return the bytes that are resident now; None where the system has no such peak.
 
     The peak of ``getrusage`` cannot be used: it is that of the process's whole life, in which making the inputs may
@@ -196,6 +196,11 @@ def _reset_peak() -> int | None:
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def peak_above(before: int | None) -> int | None:
+    """The bytes by which the peak since `reset_peak` exceeds what that has returned."""
+    return None if before is None else max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:

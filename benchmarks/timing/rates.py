@@ -25,7 +25,7 @@ from hpkernels.ops._bits import bits_of_columns, population_count
 
 MOST_FLOPS_ON_CPU = 2**36
 """Of the product that `torch.mm` is timed with there: of a larger one the first rows, which have the same rate."""
-_REPETITIONS = 5  # of which the least is a ceiling
+_REPETITIONS = 5  # of which the least counts
 _COPIED = 2**28  # bytes
 _ON_CPU, _ON_GPU = (512, 512, 2048), (8192, 8192, 8192)  # rows, inner and columns of the product that is a ceiling
 
@@ -198,7 +198,7 @@ def ceilings(device: str, dtype: str) -> Device:
     ranking = _product_rate(device, torch.int8) if not on_gpu and _coarse.int8_is_fast() else None
     capability = torch.cuda.get_device_capability() if on_gpu and not torch.version.hip else None
     source, target = torch.ones(2, _COPIED // 4, device=device)
-    bandwidth = 2 * _COPIED / _least(lambda: target.copy_(source))
+    bandwidth = 2 * _COPIED / least(lambda: target.copy_(source))
     return Device(matrix, single, bandwidth, "measured", ranking=ranking, capability=capability)
 
 
@@ -207,12 +207,13 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
     left, right = (torch.rand(shape, device=device) for shape in ((rows, inner), (columns, inner)))
     if dtype == torch.int8:
         codes, other_codes = (127 * left).to(dtype), (127 * right).to(dtype)
-        seconds = _least(lambda: torch._int_mm(codes, other_codes.T))
+        seconds = least(lambda: torch._int_mm(codes, other_codes.T))
     else:
         left, right = left.to(dtype), right.to(dtype)
-        seconds = _least(lambda: left @ right.T)
+        seconds = least(lambda: left @ right.T)
     return 2.0 * rows * inner * columns / seconds
 
 
-def _least(call: Callable[[], object]) -> float:
+def least(call: Callable[[], object]) -> float:
+    """The least seconds of some calls, for a model that knows no other processes."""
     return min(seconds_of(call) for _ in range(_REPETITIONS))

@@ -1,4 +1,4 @@
-"""Folders of results that a command names: found, read, or refused in one sentence."""
+"""Arguments of the commands: counts, and folders of results; refused in one sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import RESULTS, Row
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
+    return int(text)
 
 
 def check_output(folder: Path, parser: argparse.ArgumentParser) -> None:
