@@ -1,7 +1,7 @@
-"""What only the instructions show of the kernels with wgmma, and no emulator: what the compiler has made of their order.
+"""What only the instructions show of the kernels with wgmma, and no emulator.
 
-ptxas may make every wgmma wait for the one before, keep a register of a product in use while it is written, or give a
-thread that loads more registers than it keeps; of the last two a GPU says nothing.
+ptxas may make every wgmma wait for the one before, use a register of a product while it is written, give a thread that
+loads more registers than it keeps, or move a fence. Nothing says so but wrong numbers, or the time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def test_registers_of_loads_are_seen():
 
 
 def test_writes_without_a_fence_are_seen():
-    write, arrival, fence = "STS [R16+UR25+0x30000], R185", "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR24], RZ", "FENCE.VIEW.ASYNC.S"
+    write, arrival = "STS [R16+UR25+0x30000], R185", "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR24], RZ"
+    fence = "FENCE.VIEW.ASYNC.S"
     assert not unfenced(lines_of(write, write, "MEMBAR.ALL.CTA", fence, arrival))
     assert unfenced(lines_of(write, fence, write, arrival)) == ["0030"]
     assert unfenced(lines_of("LDGSTS.E.BYPASS.128 [R23], desc[UR38][R6.64], P1", arrival)) == ["0010"]
