@@ -24,20 +24,23 @@
 
 namespace hpk {
 
+// Lets the blocks of a kernel have more shared memory than every kernel may. That is one number a kernel and device for
+// all threads of the process. It depends on no launch, so none takes back what another is about to use.
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  const size_t most = bytes <= kSharedBytesAnywhere ? kSharedBytesAnywhere : most_shared_bytes();
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+}
+
 // Runs kernel(arguments...) on `stream`; an empty grid is nothing to do.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-    error = cudaGetLastError();
-  }
+  cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error == cudaSuccess) kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  const cudaError_t last = cudaGetLastError();  // and no later launch is told of it
+  if (error == cudaSuccess) error = last;
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("hpkernels: a CUDA kernel did not start: ") + cudaGetErrorString(error));
   }

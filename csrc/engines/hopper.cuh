@@ -48,8 +48,9 @@ using Barrier = cutlass::arch::ClusterTransactionBarrier;
 // Before others, TMA among them, use the barriers that this thread has initialised.
 __device__ __forceinline__ void fence_barriers() { cutlass::arch::fence_barrier_init(); }
 
-// Before wgmma reads what this thread has written to shared memory: it does so through another proxy.
-__device__ __forceinline__ void fence_writes() { cutlass::arch::fence_view_async_shared(); }
+// Before wgmma reads what this thread has written to shared memory, or TMA writes where it has read: they do so through
+// another proxy. That of CUTLASS lets the compiler move loads and stores across it.
+__device__ __forceinline__ void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The threads of a team hand registers back, or get more, until each has kCount.
 template <int kCount>
