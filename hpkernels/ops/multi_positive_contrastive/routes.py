@@ -277,7 +277,8 @@ def sampled_capacity(positions: int, anchors: int, rate: float) -> int:
     """What the negatives drawn at some positions take, ten standard deviations above their expected number."""
     expected = rate * positions * anchors
     # Not math.sqrt, which would make a symbolic number of anchors a constant of a compiled graph.
-    return math.ceil(min(expected + 10 * expected**0.5 + 64, positions * anchors))
+    deviation: float = expected**0.5
+    return math.ceil(min(expected + 10 * deviation + 64, positions * anchors))
 
 
 def prepare(
