@@ -129,19 +129,18 @@ def supports_cuda(device: torch.device, dtype: torch.dtype) -> Availability:
 
 def incapable(kernels: str, device: torch.device) -> str:
     """Why an NVIDIA GPU is too old for the kernels of this name, or ""."""
-    capability = _capability(_index(device))
-    if capability >= _LEAST_CAPABILITY:
+    if capability(device) >= _LEAST_CAPABILITY:
         return ""
-    found, needed = _dotted(capability), _dotted(_LEAST_CAPABILITY)
+    found, needed = _dotted(capability(device)), _dotted(_LEAST_CAPABILITY)
     return f"the {kernels} kernels need compute capability {needed}, {_named(device)} has {found}"
 
 
 def _without_code(device: torch.device) -> str:
     """Why the CUDA kernels do not run on a GPU that is new enough for them, or ""."""
-    compiled, capability = _compiled_for(), _capability(_index(device))
-    if has_code_for(compiled, capability):
+    compiled = _compiled_for()
+    if has_code_for(compiled, capability(device)):
         return ""
-    found = _dotted(capability)
+    found = _dotted(capability(device))
     return (
         f"the CUDA kernels are compiled for {compiled}, {_named(device)} has {found}; "
         f"reinstall with TORCH_CUDA_ARCH_LIST={found}"
@@ -175,6 +174,11 @@ def driver_version() -> tuple[int, int] | None:
 def _compiled_for() -> str:
     file = _file("_C_cuda")
     return architectures(file) if file else ""
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU."""
+    return _capability(_index(device))
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -139,6 +140,49 @@ def test_resources_with_the_oldest_triton(repository, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "oldest", oldest]
     subprocess.run(command, check=True, capture_output=True)
     check_resources(repository, tmp_path, PYTHONPATH=str(tmp_path / "oldest"))
+
+
+COMPILE = """
+import json, sys, triton
+from benchmarks.compiled import resources
+found = {}
+for job in resources.jobs(["float16"], ["contrastive", "multi_positive_contrastive"], ["sm_90"]):
+    if job.row.kernel in sys.argv[1:] and job.row.kernel not in found:
+        found[job.row.kernel] = triton.compile(job.source, target=job.target, options=job.options).asm["ptx"]
+json.dump(found, sys.stdout)
+"""
+WITH_LOGITS = (
+    "contrastive_blocks_fwd_kernel", "contrastive_blocks_bwd_kernel", "sampled_rows_fwd_kernel",
+    "sampled_rows_bwd_kernel", "sampled_columns_bwd_kernel", "contrastive_rows_fwd_kernel",
+    "contrastive_rows_bwd_kernel", "tile_rows_kernel", "tile_columns_kernel", "tile_gradient_kernel",
+)  # fmt: skip
+
+
+def contracted(ptx):
+    """How many exponentials are of a difference with a product that is not rounded, or that ptxas need not round."""
+    definition = r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.]*)\s+(%\w+), ([^;]*);"
+    made = {register: (name, given.split(", ")) for name, register, given in re.findall(definition, ptx, re.M)}
+    exponents = re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", ptx)
+    assert exponents
+    found = 0
+    for register in exponents:
+        name, given = made[register]
+        while name in ("mul.f32", "mov.b32", "min.NaN.f32"):  # times log2(e), which ends the chain that is looked at
+            name, given = made.get(given[0], ("", []))
+        found += name.startswith("fma") or any(made.get(operand, ("",))[0] == "mul.f32" for operand in given)
+    return found
+
+
+@pytest.mark.deep
+def test_logits_are_rounded_before_anything_is_subtracted(repository, tmp_path):
+    """In the kernels of both passes alike: the interpreter rounds everything, a GPU what it is told to."""
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")} | os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, *WITH_LOGITS]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-10000:]
+    compiled = json.loads(done.stdout)
+    assert set(compiled) == set(WITH_LOGITS)
+    assert {kernel: contracted(ptx) for kernel, ptx in compiled.items()} == dict.fromkeys(WITH_LOGITS, 0)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +401,28 @@ def test_gpus_that_are_supported(monkeypatch, gpus, capability, hip, reason):
     ok, said = _triton.supports(torch.device("cuda", 1), torch.float16)
     assert ok == (reason is None)
     assert reason is None or said.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "ok"),
+    [
+        ("3.6.0", (10, 0), False),
+        ("3.7.1", (10, 3), False),
+        ("3.8.0", (10, 0), True),
+        ("3.10.0+git1234", (10, 3), True),
+        ("3.6.0", (9, 0), True),
+        ("3.6.0", (12, 0), True),
+    ],
+)
+def test_data_centre_blackwell_needs_a_newer_triton(monkeypatch, version, capability, ok):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_native, "_capability", {0: capability}.get)
+    monkeypatch.setattr(triton, "__version__", version)
+    found, said = _triton.supports(torch.device("cuda", 0), torch.float16)
+    assert found == ok
+    assert ok or f"the Triton kernels need Triton 3.8, this is {version}" in said
 
 
 @pytest.mark.parametrize("capturing", [True, False])

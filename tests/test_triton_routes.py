@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from benchmarks.compiled import resources
 from hpkernels import backends
@@ -116,6 +119,18 @@ def test_launches_of_two_branches(kernels, route, density, count):
         losses, rows = kernels.forward([z, z], masks, masks, scalar, *drawn, pairs, 16, 0.3, 1.0, RATE, *weighting)
         kernels.backward(losses, [z, z], masks, masks, *drawn, pairs, rows, 16, 0.3, RATE, True)
     assert len(launches) == count
+
+
+def test_a_compiled_graph_has_lists_for_any_number_of_anchors():
+    """What holds of the sizes it was traced with are inequalities."""
+    shapes = ShapeEnv()
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    bits = torch.empty((64 * 196, 64 * 196 // 32), dtype=torch.int32, device="meta")
+    with FakeTensorMode(shape_env=shapes) as mode:
+        masks = mode.from_tensor(bits, symbolic_context=dynamic)
+        found = routes.empty(masks, None, 196, 0.02, True, 1024)
+    assert len(found) == 3 + len(routes.Lists._fields)
+    assert shapes.guards and not [guard.expr for guard in shapes.guards if isinstance(guard.expr, sympy.Eq)]
 
 
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.deep), "sm_90"])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import backends
-from hpkernels._native import Availability, incapable
+from hpkernels._native import Availability, capability, incapable
 from hpkernels.ops import _kernels
 
 try:
@@ -36,6 +36,8 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """Whether kernels run on the CPU, one program after another; decided when they are imported."""
 
 _LEAST_VERSION = (3, 6)
+_LEAST_ON_SM100 = (3, 8)
+"""Earlier versions lack barriers around tcgen05: loops of products of other projects gave other bits at each launch."""
 
 
 def register(op: str) -> None:
@@ -59,7 +61,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     if device.type == "cuda" and not INTERPRETED:
         if torch.cuda.device_count() == 0:
             return Availability(False, "PyTorch sees no GPU to run the Triton kernels on")
-        if torch.version.hip is None and (reason := incapable("Triton", device)):
+        if torch.version.hip is None and (reason := incapable("Triton", device) or _racy(device, version)):
             return Availability(False, reason)
         return Availability(True, f"compiled by Triton {triton.__version__} when first used")
     if device.type == "cpu" and INTERPRETED:
@@ -67,6 +69,16 @@ def supports(device: torch.device, dtype: torch.dtype) -> Availability:
     if INTERPRETED:
         return Availability(False, "TRITON_INTERPRET=1 is set, so the Triton kernels take tensors on the CPU only")
     return Availability(False, f"the Triton kernels take tensors on a GPU, not on {device.type}")
+
+
+def _racy(device: torch.device, version: tuple[int, ...]) -> str:
+    """Why this version of Triton is too old for an NVIDIA GPU, though not for others, or ""."""
+    if version >= _LEAST_ON_SM100 or architecture_of(capability(device)) != "sm_100":
+        return ""
+    return (
+        f"on GPUs of compute capability 10 the Triton kernels need Triton 3.8, this is {triton.__version__}, whose code"
+        " for them can race"
+    )
 
 
 class Recorder(Protocol):
@@ -160,13 +172,13 @@ def _architecture_at(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    return architecture_of(torch.cuda.get_device_capability(device))
+    return architecture_of(capability(device))
 
 
-def architecture_of(capability: tuple[int, int]) -> str:
+def architecture_of(compute_capability: tuple[int, int]) -> str:
     """The column of NVIDIA GPUs of a compute capability."""
     # Others, like consumer Blackwell, have no more shared memory than the smallest of Ampere.
-    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(compute_capability[0], "sm_80")
 
 
 @functools.cache

@@ -125,6 +125,16 @@ def products_and_tile(
 
 
 @triton.jit
+def scaled(products, scale):
+    """`products` times `scale`, rounded, whatever is subtracted from it.
+
+    Compilers contract a product and a difference to one instruction, which does not round the product: in one kernel
+    and not in the next, and then exp(l - log sum) of long rows is not what it is of the other.
+    """
+    return tl.fma(products, scale, 0.0)
+
+
+@triton.jit
 def short_exp(x):
     """exp(x) in fewer instructions than ``tl.exp``, which keeps subnormal numbers."""
     return tl.exp2(x * _LOG2_E)

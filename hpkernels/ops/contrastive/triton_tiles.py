@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton_functions import short_exp
+from hpkernels.ops._triton_functions import scaled, short_exp
 from hpkernels.ops.contrastive.triton_pairs import pairs_of
 
 
@@ -23,7 +23,7 @@ def load_logits(products, scale, key_bias, row, column, rows, columns, first_col
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = products + row.to(tl.int64)[:, None] * columns + column[None, :]
     factor = tl.load(scale)
-    logits = tl.load(at, mask=inside, other=-1e30 / factor) * factor
+    logits = scaled(tl.load(at, mask=inside, other=-1e30 / factor), factor)
     if key_bias is not None:
         logits += tl.load(key_bias + first_column + column, mask=column < columns, other=0.0)[None, :]
     return logits

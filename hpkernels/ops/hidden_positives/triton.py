@@ -46,11 +46,13 @@ def tile_of_triangle(program, tiles, GROUP: tl.constexpr):
 def _sums(bits):
     """Bytes of 8 columns each of a tile of 0 and 1, float16, by tensor cores: sums of powers of 2 are exact.
 
-    Of numbers up to 257, 256 counts in a second byte above the first.
+    Of numbers up to 257, 256 counts in a second byte above the first. There are at least 16 bytes, and those beyond the
+    tile are 0: wgmma takes 8, but Triton may lay out so narrow a factor otherwise than it is read (its issue 10629).
     """
-    places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, bits.shape[1] // 8)[None, :]
+    COUNT: tl.constexpr = bits.shape[1] // 8 if bits.shape[1] >= 128 else 16
+    places, word_bytes = tl.arange(0, bits.shape[1])[:, None], tl.arange(0, COUNT)[None, :]
     powers = tl.where(places // 8 == word_bytes, 1 << (places % 8), 0).to(tl.float16)
-    return multiply(bits, powers, tl.zeros((bits.shape[0], bits.shape[1] // 8), tl.float32), "ieee").to(tl.int32)
+    return multiply(bits, powers, tl.zeros((bits.shape[0], COUNT), tl.float32), "ieee").to(tl.int32)
 
 
 @triton.jit
@@ -61,9 +63,12 @@ def _words(packed):
 
 
 @triton.jit
-def _store_words(bits, rows, columns, values, anchors, words):
-    at = bits + rows.to(tl.int64)[:, None] * words + columns[None, :]
-    tl.store(at, values, mask=(rows < anchors)[:, None] & (columns < words)[None, :])
+def _store_words(bits, rows, tile, values, anchors, words, BLOCK_N: tl.constexpr):
+    """Put the words of a tile of BLOCK_N columns to bits (anchors, words); `values` may have more."""
+    word = tl.arange(0, values.shape[1])
+    column = tile * (BLOCK_N // 32) + word
+    at = bits + rows.to(tl.int64)[:, None] * words + column[None, :]
+    tl.store(at, values, mask=(rows < anchors)[:, None] & ((word < BLOCK_N // 32) & (column < words))[None, :])
 
 
 @triton.jit(do_not_specialize=["anchors", "words", "tiles"])
@@ -101,8 +106,8 @@ def hidden_positives_fwd_kernel(
     if row == column:  # each holds the half that the other lacks
         right = right | left
         left = right
-    _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), right, anchors, words)
-    _store_words(bits, columns, row * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), left, anchors, words)
+    _store_words(bits, rows, column, right, anchors, words, BLOCK_N)
+    _store_words(bits, columns, row, left, anchors, words, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["anchors", "count", "words", "first"])
@@ -133,7 +138,7 @@ def hidden_positives_between_fwd_kernel(
     else:
         limit = tl.maximum(of_rows, of_columns, propagate_nan=tl.PropagateNan.ALL)
     found = _words(_sums(tl.where(products > limit, 1.0, 0.0).to(tl.float16)))
-    _store_words(bits, rows, column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), found, anchors, words)
+    _store_words(bits, rows, column, found, anchors, words, BLOCK_N)
 
 
 def forward(features: Tensor, threshold: Tensor, symmetric: bool = True) -> Tensor:

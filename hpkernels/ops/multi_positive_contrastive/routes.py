@@ -276,7 +276,9 @@ def capacity(anchors: int) -> int:
 def sampled_capacity(positions: int, anchors: int, rate: float) -> int:
     """What the negatives drawn at some positions take, ten standard deviations above their expected number."""
     expected = rate * positions * anchors
-    return math.ceil(min(expected + 10 * math.sqrt(expected) + 64, positions * anchors))
+    # Not math.sqrt, which would make a symbolic number of anchors a constant of a compiled graph.
+    deviation: float = expected**0.5
+    return math.ceil(min(expected + 10 * deviation + 64, positions * anchors))
 
 
 def prepare(

@@ -18,6 +18,7 @@ from hpkernels.ops._triton_functions import (
     low_bits,
     multiply,
     products_and_tile,
+    scaled,
     short_exp,
     words_from,
 )
@@ -181,7 +182,7 @@ def contrastive_blocks_fwd_kernel(
         if HAS_SPECIFIC:
             task = words_from(specific, of_rows, words, start, COUNT) & inside
         logits, _ = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits *= scale
+        logits = scaled(logits, scale)
         if running:
             base, total = raise_base(base, total, logits, bits_of(denominator))
         total += sum_of_terms(base, logits, bits_of(denominator))
@@ -239,7 +240,7 @@ def contrastive_blocks_bwd_kernel(
                 task_i = words_to(specific, words, specific_t, words_t, columns, row_start, own_first, PART, ROW_COUNT)
         base_j, push_j, pull_j, specific_j = load_numbers(numbers, columns)
         logits, tile = products_and_tile(z, rows, own, columns, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        logits *= scale
+        logits = scaled(logits, scale)
         are_in_j = tl.trans(bits_of(in_j))
         if SYMMETRIC:
             are_in_j |= bits_of(to_j & in_i)

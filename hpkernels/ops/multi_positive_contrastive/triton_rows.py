@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton_functions import bits_at
+from hpkernels.ops._triton_functions import bits_at, scaled
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import (
     load_numbers,
     log_sum_of,
@@ -82,7 +82,7 @@ def contrastive_rows_fwd_kernel(
         for start in range(tl.load(ranges + 2 * row), end, BLOCK_COLUMNS):
             column, tile = listed_rows(z, columns, start + tl.arange(0, BLOCK_COLUMNS), end, dim, features)
             inside = column >= 0
-            logits = scale * tl.sum(tile * own[None, :], axis=1)
+            logits = scaled(tl.sum(tile * own[None, :], axis=1), scale)
             agnostic = bits_at(positives, row, words, column, inside)
             denominator = agnostic & (bits_at(negatives, row % group, words, column, inside) == 0)
             base, total = add_to_log_sum(base, total, logits, denominator)
@@ -138,7 +138,7 @@ def contrastive_rows_bwd_kernel(
             agnostic = bits_at(positives, row, words, column, inside)
             in_i = agnostic & (bits_at(negatives, row % group, words, column, inside) == 0)
             in_j = agnostic & (bits_at(negatives, column % group, words, row, inside) == 0)
-            logits = scale * tl.sum(tile * own[None, :], axis=1)
+            logits = scaled(tl.sum(tile * own[None, :], axis=1), scale)
             g = tl.where(in_i, push_i * tl.exp(logits - base_i), 0.0)
             g += tl.where(in_j, push_j * tl.exp(logits - base_j), 0.0)
             g -= tl.where(agnostic, pull_i + pull_j, 0.0)

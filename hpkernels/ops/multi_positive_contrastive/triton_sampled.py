@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpkernels.ops._triton_functions import load_rows, multiply, products_and_tile, short_exp
+from hpkernels.ops._triton_functions import load_rows, multiply, products_and_tile, scaled, short_exp
 from hpkernels.ops.multi_positive_contrastive.triton_blocks import load_numbers, log_sum_of, raise_base, sum_of_terms
 
 
@@ -74,7 +74,7 @@ def sampled_rows_fwd_kernel(
         column = tl.load(columns + at, mask=at < end, other=-1)
         logits, _ = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         across = are_across(first_of_image, column, group)
-        logits *= scale
+        logits = scaled(logits, scale)
         base, total = raise_base(base, total, logits, across)
         total += sum_of_terms(base, logits, across)
     tl.store(log_sums + rows, log_sum_of(base, total), mask=rows >= 0)
@@ -106,7 +106,7 @@ def sampled_rows_bwd_kernel(
         at = start + tl.arange(0, BLOCK_COLUMNS)
         column = tl.load(columns + at, mask=at < end, other=-1)
         products, tile = products_and_tile(z, rows, own, column, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
-        terms = push[:, None] * short_exp(scale * products - base[:, None])
+        terms = push[:, None] * short_exp(scaled(products, scale) - base[:, None])
         # Always. Where Triton sees that the second product takes the first, all groups of four warps compute all of it.
         g = terms
         if start < end:
@@ -142,7 +142,7 @@ def sampled_columns_bwd_kernel(
         rows, first_of_image = rows_at(position, block, anchors // group, group, BLOCK_ROWS)
         products, tile = products_and_tile(z, column, own, rows, features, anchors, dim, WHOLE, PRECISION, BLOCK_D)
         base, push, _, _ = load_numbers(numbers, rows)
-        terms = push[None, :] * short_exp(scale * products - base[None, :])
+        terms = push[None, :] * short_exp(scaled(products, scale) - base[None, :])
         g = terms
         if block < blocks:  # as in the kernel above
             g = tl.where(tl.trans(are_across(first_of_image, column, group)) & (rows >= 0)[None, :], terms, 0.0)
