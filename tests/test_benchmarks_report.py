@@ -13,6 +13,7 @@ from benchmarks import baseline, folders
 from benchmarks import results as records
 from benchmarks.pages import plots, presentation, tables
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = {
     "device": "A Processor",
