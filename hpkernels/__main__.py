@@ -106,7 +106,9 @@ def self_checks(device: str) -> list[dict[str, Any]]:
 
 def _checkable(backend: str, device: str, dtype: torch.dtype) -> tuple[str, torch.device, torch.dtype] | None:
     """What to ask `hpkernels.selfcheck` about a backend that can run on `device`, and is not the reference itself."""
-    able = all(backends.availability(op, backend, device, dtype).ok for op in backends.registered_ops())
+    # `contrastive` has no CUDA kernels of its own.
+    ops = [op for op in backends.registered_ops() if backends.is_registered(op, backend)]
+    able = ops and all(backends.availability(op, backend, device, dtype).ok for op in ops)
     return (backend, torch.device(device), dtype) if able and backend != "reference" else None
 
 

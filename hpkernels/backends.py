@@ -125,7 +125,7 @@ def select(op: str, backend: Backend, tensor: torch.Tensor, caller: str | None =
 def requested(backend: Backend, caller: str) -> Backend:
     """What a call of `caller` asks for: its own `backend`, else that of the context, else of the environment."""
     source = f"{caller}: `backend`"
-    in_context = _context.get()
+    in_context = _in_context()
     if backend == "auto" and in_context is not None:
         backend, source = in_context, "use_backend: `backend`"
     if backend == "auto":
@@ -142,6 +142,12 @@ def _constant_for_dynamo(function: Callable[..., _T]) -> Callable[..., _T]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@_constant_for_dynamo
+def _in_context() -> Backend | None:
+    """What the innermost `use_backend` asks for; the Dynamo of PyTorch 2.11 cannot trace this."""
+    return _context.get()
 
 
 @_constant_for_dynamo

@@ -175,6 +175,16 @@ def compile_afresh() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def without_gpu() -> Iterator[None]:
+    """As on a machine without a GPU, in this process and in those that it starts: programs choose the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
 @pytest.fixture
 def cuda_graph() -> Callable[..., None]:
     """``cuda_graph(function, *inputs)``: a captured call of `function` gives, replayed, what a call gives.

@@ -8,6 +8,10 @@ from doctest import ELLIPSIS
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+pytest.importorskip("sybil", reason="sybil is not installed: pip install sybil")
+
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 

@@ -23,6 +23,7 @@ from hpkernels.ops.local_propagation.reference import apply_forward, weights_for
 from hpkernels.ops.multi_positive_contrastive.reference import contrastive_loss
 from hpkernels.testing import random_problem
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 SMALL = Case("hidden_positives", "forward", images=2, grid=(5, 6))
 ENVIRONMENT = {"device": "a processor", "threads": 2, "commit": "abc", "date": "2030-01-02T03:04:05+00:00"}
 

@@ -14,6 +14,7 @@ from benchmarks import results as records
 from benchmarks.cases import Case
 from benchmarks.pages import distributed_table, plots, plotted, presentation, tables
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = {
     "device": "A Processor",

@@ -248,9 +248,11 @@ FITTING = {"positives": Labels(ROWS), "temperature": 0.2}
 )
 def test_fused(dtype, positives):
     """What the kernels of `multi_positive_contrastive` can take is the same by them."""
-    if not backends.availability("multi_positive_contrastive", "cuda", "cpu", dtype).ok:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not backends.availability("multi_positive_contrastive", "cuda", device, dtype).ok:
         pytest.skip("needs the CUDA kernels, on a GPU or emulated")
-    anchors = normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    anchors = normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0))).to(device)
+    positives = moved(positives, device)
     results = []
     for backend, kind in (("cuda", dtype), ("reference", torch.float32), ("reference", torch.float64)):
         leaf = anchors.to(dtype).to(kind, copy=True).requires_grad_()

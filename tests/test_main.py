@@ -26,8 +26,15 @@ def run(repository, *arguments, **variables):
 
 @pytest.fixture(scope="module")
 def told(repository):
+    """The report, on a GPU after the self-checks, whose verdicts it reads."""
+
     def no(constant):
         raise ValueError(f"{constant} is not JSON")
+
+    if torch.cuda.is_available():
+        for op in backends.registered_ops():
+            for dtype in report.DTYPES:
+                backends.select(op, "auto", torch.empty(0, dtype=dtype, device="cuda"))
 
     return json.loads(run(repository, "--json"), parse_constant=no)
 

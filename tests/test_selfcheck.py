@@ -620,6 +620,7 @@ def test_a_process_of_the_command(script, expected, executable, tmp_path):
 
 def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(program, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(program, "_gpus", list)
     verdicts = {"cpu": backends.Availability(True, "checked on this device")}
     monkeypatch.setattr(program, "_in_a_process", lambda backend, *of: verdicts[backend])
     assert program.main(["check"]) == 0
@@ -632,6 +633,14 @@ def test_the_command(capsys, monkeypatch):
     verdicts["cpu"] = backends.Availability(False, "loss: 1 of 36 rows")
     assert program.main(["check"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_backend_that_lacks_an_op_is_checked(pretend, monkeypatch):
+    """As the CUDA backend, of which `contrastive` has no kernels."""
+    pretend("cuda")
+    del backends._modules["contrastive", "cuda"]
+    assert program._checkable("cuda", "cpu", torch.float32) == ("cuda", CPU, torch.float32)
+    assert {entry["backend"] for entry in program.self_checks("cpu")} == {"cuda", "cpu"}
 
 
 def test_a_wrong_mode_is_a_sentence(monkeypatch):

@@ -109,7 +109,8 @@ class Batch:
         if options.get("reduction") != "none" and not own:
             self.options["anchor_weight"] = random(anchors).to(case.device, accumulate)
         self.temperature = torch.tensor(self.options.pop("temperature"), device=case.device, dtype=accumulate)
-        self.cotangent = random(anchors).to(accumulate) if options.get("reduction") == "none" else torch.tensor(1.5)
+        cotangent = random(anchors).to(accumulate) if options.get("reduction") == "none" else torch.tensor(1.5)
+        self.cotangent = cotangent.to(case.device)  # while a CUDA graph is captured nothing can be copied there
 
     def _mask(self, own):
         return PositiveMask.from_dense(self.excluded) if own else PositiveMask.from_dense(self.excluded, keys=True)

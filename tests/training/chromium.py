@@ -4,6 +4,10 @@ import shutil
 import time
 
 import numpy as np
+import pytest
+
+pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
+
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.service import Service

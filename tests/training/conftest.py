@@ -11,6 +11,11 @@ from training.config_file import config_from_dict
 from training.data.procedural import CLASSES, ProceduralData
 
 
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu(without_gpu):
+    """What runs are compared with was computed there."""
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     """Make the checked configuration of a tiny run; arguments replace top-level entries."""
