@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import statistics
@@ -144,12 +145,15 @@ def folder_name(device: str, threads: int | None = None) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+" if files under version control, other than results, differ from it."""
+    """The commit of the checkout, with "+" if files under version control, other than results, differ from it.
+
+    A copy without its history cannot say: there HPKERNELS_COMMIT does.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("HPKERNELS_COMMIT") or "unknown"
 
 
 def _git(*arguments: str) -> str:
