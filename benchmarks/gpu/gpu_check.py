@@ -91,13 +91,17 @@ Plan = list[tuple[Step, ...]]
 """Steps that are taken one after another, some of them several at once."""
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def check(
     output: Path,
     plans: Iterable[tuple[str, Plan]],
     minutes: float,
     device: str,
     archive: Path | None = None,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = _say,
 ) -> bool:
     """Take the steps of all parts, write logs and results, and report; whether all steps passed.
 
