@@ -104,16 +104,16 @@ def _sanitize(tool: str, backend: str, engine: str) -> Step:
 
 
 def _suite() -> Step:
-    """All tests, those that use a GPU first; several at a time where pytest-xdist is."""
+    """All tests, several at a time where pytest-xdist is; those of kernels and ops come first, by their names."""
     lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    first = ("tests/ops", "tests/native", "tests/test_triton_routes.py")
     at_once = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    # Whose conftest.py is of the training loop, without which pytest would take no test at all.
+    # Whose conftest.py is of the training loop: it fails to import without.
     without = () if importlib.util.find_spec("pydantic") else ("--ignore", "tests/training")
     options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *at_once, *without)
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command = (_PYTHON, "-m", "pytest", *first, "tests", "hpkernels", *options)
-    return Step("suite", command, 240, f"needs {lacking[0]}" if lacking else "", environment)
+    return Step(
+        "suite", (_PYTHON, "-m", "pytest", *options), 240, f"needs {lacking[0]}" if lacking else "", environment
+    )
 
 
 def measure(results: Path) -> Plan:
