@@ -87,23 +87,22 @@ except KeyboardInterrupt:
 
 
 def test_a_step_that_is_cut_off_leaves_no_process(tmp_path, monkeypatch):
-    """Not one that takes no notice of an interrupt either."""
+    """Though neither takes notice of an interrupt; what was printed is kept."""
     monkeypatch.setattr(gpu_check, "_LAST_WORDS", 0.2)
     started = tmp_path / "started"
-    grandchild = f"""
-import os, signal, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-open({str(started)!r}, "w").write(str(os.getpid()))
-time.sleep(600)
-"""
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    deaf = "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    grandchild = f"{deaf}; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    child = f"{deaf}; print('begun'); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     for seconds in (1, 10, 100):  # the first in which a machine, however busy, has started both
         assert run(tmp_path, python("one", child, seconds=seconds), minutes=5.0) == (False, [["one", "out"]])
         if started.exists() and started.read_text():
             break
+    assert log(tmp_path, "one").endswith("begun\n")
     process = Path("/proc") / started.read_text() / "stat"
+    end = time.monotonic() + 60
     with suppress(OSError):  # once it is gone
         while process.read_text().rpartition(")")[2].split()[0] not in "ZX":  # killed, and not yet waited for
+            assert time.monotonic() < end
             time.sleep(0.01)
 
 
