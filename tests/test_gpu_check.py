@@ -89,6 +89,7 @@ except KeyboardInterrupt:
 def test_a_step_that_is_cut_off_leaves_no_process(tmp_path, monkeypatch):
     """Though neither takes notice of an interrupt; what was printed is kept."""
     monkeypatch.setattr(gpu_check, "_LAST_WORDS", 0.2)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     started = tmp_path / "started"
     deaf = "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     grandchild = f"{deaf}; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
