@@ -6,6 +6,7 @@ built elsewhere may be carried along: hpkernels/_C.so, hpkernels/_C_cuda.so, and
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -88,6 +89,12 @@ def _load(checkout: Path, capability: tuple[int, int] | None) -> bool:
     return capability is None or subprocess.run([sys.executable, "-c", _TRY], cwd=checkout, check=False).returncode == 0
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Build for the GPU of this machine, or, if it has none, for those of TORCH_CUDA_ARCH_LIST; the exit status."""
+    argparse.ArgumentParser(prog="python -m benchmarks.gpu.build", description=__doc__).parse_args(arguments)
     found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    sys.exit(0 if build(_CHECKOUT, found) else 1)
+    return 0 if build(_CHECKOUT, found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
