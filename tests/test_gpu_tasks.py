@@ -38,6 +38,7 @@ def test_verification_tells_right_from_wrong(monkeypatch):
     assert "12 of 12 rows" in lines[-1]
     monkeypatch.setattr(tasks, "cases", lambda *_, **__: [])
     assert not tasks.verify_op("cpu", "reference", "hidden_positives", lines.append)  # nothing is not all
+    assert lines[-1] == "reference runs no call of hidden_positives here"
 
 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="kernels are not interpreted here")
