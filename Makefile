@@ -70,8 +70,8 @@ $(VENV)/release: pyproject.toml | install
 test-packaging: $(VENV)/release  ## Try the wheel with the oldest and newest PyTorch, the kernels with the oldest Triton; slow
 	$(RUN) -m pytest -m packaging tests
 
-gpu-check:      ## On a GPU: build, test, sanitize, verify and measure with $(PYTHON), without network, in 9 minutes
-	$(PYTHON) -m benchmarks gpu-check
+gpu-check:      ## On a GPU: build, prove, test and measure with $(PYTHON), without network; 9 minutes a PART (right, measure, sweeps)
+	$(PYTHON) -m benchmarks gpu-check $(addprefix --part ,$(PART))
 
 lint: $(LINT)/installed  ## Check style and types; needs neither PyTorch nor a compiler
 	$(LINT)/bin/ruff check .

@@ -22,7 +22,8 @@ from benchmarks.compiled.clock_budget import add_clock_budget
 from benchmarks.compiled.commands import add_resources
 from benchmarks.distributed import add_distributed
 from benchmarks.estimates import add_estimates
-from benchmarks.gpu import gpu_check
+from benchmarks.gpu import aims
+from benchmarks.gpu.command import add_gpu_check
 from benchmarks.pages import catalogue, distributed_table, plots, presentation, tables
 from benchmarks.providers import known_names, limits
 from benchmarks.results import RESULTS, Row
@@ -77,11 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_resources(commands)
     add_clock_budget(commands)
     add_errors(commands)
-
-    command = commands.add_parser("gpu-check", help="build, test, sanitize and measure on a GPU, within minutes")
-    command.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of logs and results")
-    command.add_argument("--minutes", type=float, default=9.0, help="what there is of time (default: 9)")
-    command.set_defaults(command=_gpu_check)
+    add_gpu_check(commands)
     return parser
 
 
@@ -185,15 +182,10 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     tables.replace_between(_DOCS / "benchmarks.md", catalogue.BEGIN, catalogue.END, catalogue.table())
+    tables.replace_between(_DOCS / "benchmarks.md", aims.BEGIN, aims.END, aims.table())
     tables.write_tables(_DOCS / "benchmarks.md", RESULTS)
     distributed_table.write_table(_DOCS / "distributed.md", RESULTS)
     return 0
-
-
-def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not torch.cuda.is_available():
-        parser.error("gpu-check needs a GPU, and PyTorch sees none on this machine")
-    return 0 if gpu_check.check(options.output, options.minutes) else 1
 
 
 if __name__ == "__main__":

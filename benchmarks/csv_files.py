@@ -44,9 +44,11 @@ def _parse(kind: str, text: str) -> str | int | float | None:
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row], **same: Any) -> None:
-    """Write a file, and the folder that it is in; `same` are columns that all rows share."""
+    """Write a file, at once, and the folder that it is in; `same` are columns that all rows share."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    unfinished = path.with_name(f"{path.name}.part")  # whoever is stopped leaves the rows that there were
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in _columns(kind)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) | same for row in rows)
+    unfinished.replace(path)

@@ -21,7 +21,7 @@ from training.model import to_map, to_rows
 Outputs = dict[str, Tensor]
 Run = Callable[[Inputs], Outputs]
 
-_STEPS = {
+STEPS = {
     "ghp_contrastive": ("masked_topk", "hidden_positives", "multi_positive_contrastive"),
     "training_step": ("masked_topk", "hidden_positives", "multi_positive_contrastive", "local_propagation"),
 }
@@ -76,7 +76,7 @@ class Provider:
             return f"a whole step needs the extra training: {package} is not installed"
         if self.backend is not None:
             arguments = self.backend, case.device, getattr(torch, case.dtype)
-            states = [backends.availability(step, *arguments) for step in _STEPS.get(case.op, (case.op,))]
+            states = [backends.availability(step, *arguments) for step in STEPS.get(case.op, (case.op,))]
             return next((state.reason for state in states if not state.ok), self.missing)
         return self.missing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -166,13 +167,16 @@ def folder_here(device: str = "cpu", threads: int | None = None) -> Path:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+" if files under version control differ from it, but for results and pages."""
+    """The commit of the checkout, with "+" if files under version control differ from it, but for results and pages.
+
+    A copy without its history cannot say: there HPKERNELS_COMMIT does.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         places = ":(top)", ":(exclude)results", ":(top,exclude)docs"
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", *places) else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("HPKERNELS_COMMIT") or "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -1,41 +1,32 @@
-"""Build, test, sanitize and measure on a GPU, one step after another within a given time; a short table comes last.
+"""Build, test, sanitize and measure on a GPU, in parts that each take their steps within a given time.
 
-Needs no network, and of packages PyTorch and NumPy; Triton for its backend; CMake, Ninja and nvcc to build. A wheel of
-nvidia-cutlass that HPKERNELS_CUTLASS names is built with. The tests are left out where pytest or hypothesis is missing:
-what is measured is verified anyway. Each step runs in a process of its own with its own limit, and leaves its output in
-a log; a step that fails keeps none of the others from running but those whose results would mean nothing. Steps that
-measure no time are taken some at once.
+Each step runs in processes of its own with its own limit, and leaves its output in a log; a step that fails keeps none
+of the others from running. What is done in which order is in ``plan.py``. Everything is written to one folder, which
+is packed into one file after each step, so that whoever is cut off has what was found until then.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
+import shlex
 import signal
 import subprocess
-import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
-import torch
-
-from benchmarks.accuracy.verify import WrongResultError, verify
-from benchmarks.cases import OPS, Case, cases
-from benchmarks.compiled import resources
-from benchmarks.providers import provider
+from benchmarks.gpu import aims
 from benchmarks.results import Row, read_folder
-from hpkernels import __main__ as installed
-from hpkernels import _native, backends
-from hpkernels.launches import Sizes, kernel_calls
 
 _CHECKOUT = Path(__file__).parents[2]
-SMALL = Sizes(images=3, grid=(7, 9), dim=45, feature_dim=37, pool_size=150, heads=2, head_dim=23, large_grid=(6, 11))
-"""What the sanitizers see, which make kernels a hundred times slower: more than a tile, and no multiple of anything."""
+_AT_ONCE = 12
+"""Processes on one GPU, of which each takes half a GiB of its memory before it computes anything."""
+_LAST_WORDS = 5.0
+"""Seconds that a step which is out of time has to say what it found."""
 KERNELS = ("cuda", "triton")
 FASTEST_KNOWN = (
     "published",
@@ -53,30 +44,38 @@ FASTEST_KNOWN = (
 class Step:
     """One command and its limit in seconds.
 
-    `needs` names a step that must have succeeded, `missing` says why this one cannot be taken, `environment` are
-    variables that are set unless the caller has set them, and `words` are added to the command, those of each step
-    that has succeeded. One that is `only_told` counts for nothing: its tool reports what is no fault. One
-    that `measures` and is out of time has kept what it had.
+    Attributes:
+        name: of the step and of its log.
+        command: what is run, in the root of the checkout.
+        seconds: after which it is ended.
+        missing: why it cannot be taken here, or "".
+        environment: variables that are set unless the caller has set them.
+        words: added to the command, each if all the steps that it is kept under have passed; a step that is to have
+            some and gets none is left out.
+        hopper: steps without which the engine for Hopper is not used.
+        only_told: counts for nothing: the tool reports what is no fault.
+        measures: if out of time, it has kept what it had, which is no fault.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: float
-    needs: str | None = None
     missing: str = ""
     environment: dict[str, str] = field(default_factory=dict)
-    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    words: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    hopper: tuple[str, ...] = ()
     only_told: bool = False
     measures: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: "passed", "failed", "out of time" or "left out", and after how many seconds."""
+    """How a step ended: "passed", "failed", "out of time" or "left out", after how long, and what else to say."""
 
     step: Step
     result: str
-    seconds: float
+    seconds: float = 0.0
+    remark: str = ""
 
     @property
     def good(self) -> bool:
@@ -85,134 +84,150 @@ class Outcome:
         return self.result == "passed" or late or bool(self.step.missing) or self.step.only_told
 
     def __str__(self) -> str:
-        return f"{self.step.name:16} {self.result:12} {self.seconds:6.0f} s"
+        return f"{self.step.name:36} {self.result:12} {self.seconds:5.0f} s  {self.remark}".rstrip()
 
 
 Plan = list[tuple[Step, ...]]
 """Steps that are taken one after another, some of them several at once."""
 
 
-def steps(output: Path) -> Plan:
-    """What is done, in this order: whoever is cut off misses what matters least."""
-    python = sys.executable
-    own = (python, "-m", "benchmarks.gpu.gpu_check")
-    tests = ("tests/ops", "tests/native", "tests/test_triton_routes.py", "-k", "cuda", "-v", "-p", "no:cacheprovider")
-    lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
-    places = os.pathsep.join((os.environ.get("PATH", ""), str(toolkit)))
-    sanitizer = shutil.which("compute-sanitizer", path=places) or ""
-
-    def sanitize(tool: str, backend: str, engine: str = "", needs: str | None = None) -> Step:
-        # What PyTorch asks of the driver in vain, to see what there is, is no error.
-        under = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
-        command = (*under, *own, "exercise", backend, *engine)
-        # Barriers in shared memory that TMA completes are not modelled in full.
-        only_told = (tool, engine) == ("racecheck", "1")
-        missing = "" if engine in ("", *_engines(backend, "cuda")) else "this GPU has no such engine"
-        missing = missing if sanitizer else "no compute-sanitizer"
-        name = "-".join(filter(None, (tool, backend, engine)))
-        return Step(name, command, 70, needs, missing, only_told=only_told)
-
-    def measure(name: str, seconds: float, ops: Iterable[str], others: Iterable[str], *options: str) -> tuple[Step]:
-        chosen = [word for op in ops for word in ("--op", op)] + [word for p in others for word in ("--provider", p)]
-        run = (python, "-m", "benchmarks", "run", "--keep-going", "--output", str(output / "results"))
-        # Kernels that crash take with them what is measured after them in the process.
-        ours = {f"exercise-{backend}": ("--provider", backend) for backend in KERNELS}
-        return (Step(name, (*run, *chosen, *options), seconds, words=ours, measures=True),)
-
-    apart = ["ghp_contrastive", "contrastive"]
-    loss, parts = apart[:1], [op for op in OPS if op not in apart]
-    paper, small = ("--images", "16", "--images", "64"), ("--images", "1", "--images", "4")
-
-    def of_both(task: str, seconds: float, *command: str) -> list[Step]:
-        return [Step(f"{task}-{backend}", (*command, backend), seconds) for backend in KERNELS]
-
-    compiling = Step("compile", (*own, "compile"), 75, missing=resources.reason_to_skip() or "")
-    checking = Step("self-check", (python, "-m", "hpkernels", "check", "--device", "cuda:0", "--limit", "60"), 85)
-    testing = Step("tests", (python, "-m", "pytest", *tests), 70, missing=f"needs {lacking[0]}" if lacking else "")
-    return [
-        # For this GPU alone, which takes a third of the time.
-        (Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, environment=_for_this_gpu()),),
-        (Step("report", (*own, "report"), 20), compiling),
-        (checking, *of_both("exercise", 30, *own, "exercise")),
-        (*of_both("prove", 60, python, "-m", "benchmarks.gpu.prove"), *of_both("verify", 50, *own, "verify")),
-        measure("loss", 60, loss, FASTEST_KNOWN, *paper),
-        (
-            sanitize("memcheck", "cuda"),  # all the more where kernels have crashed
-            sanitize("initcheck", "cuda", "", "exercise-cuda"),
-            sanitize("racecheck", "cuda", "0", "exercise-cuda"),
-            sanitize("racecheck", "cuda", "1", "exercise-cuda"),
-            sanitize("memcheck", "triton", "", "exercise-triton"),
-            testing,
-        ),
-        measure("ops", 70, parts, FASTEST_KNOWN, *paper),
-        measure("contrastive", 60, ["contrastive"], FASTEST_KNOWN, "--images", "64", "--dtype", "bfloat16"),
-        measure("small", 30, loss, ["published"], *small),
-        measure("bfloat16", 60, OPS, ["published"], "--images", "16", "--dtype", "bfloat16"),
-        measure("float32", 60, OPS, ["published"], "--images", "16", "--dtype", "float32"),
-        (sanitize("synccheck", "cuda", "", "exercise-cuda"),),
-    ]
-
-
-def _for_this_gpu() -> dict[str, str]:
-    if not torch.cuda.is_available():
-        return {}
-    major, minor = torch.cuda.get_device_capability()
-    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}{'a' if major == 9 else ''}"}
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def check(
-    output: Path, minutes: float, plan: Callable[[Path], Plan] = steps, report: Callable[[str], None] = print
+    output: Path,
+    plans: Iterable[tuple[str, Plan]],
+    minutes: float,
+    device: str,
+    archive: Path | None = None,
+    report: Callable[[str], None] = _say,
 ) -> bool:
-    """Take all steps that the time allows, write their logs into `output`, and report; whether all passed."""
-    output = output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes
+    """Take the steps of all parts, write logs and results, and report; whether all steps passed.
+
+    Args:
+        output: folder of all that is written; what is there of earlier parts stays.
+        plans: the steps of each part, by its name.
+        minutes: that each part may take.
+        device: name of the folder in which `output` has the results of this GPU.
+        archive: file that the folder is packed into; None: none.
+        report: is given each line.
+    """
+    results = output.resolve() / "results" / device
     outcomes: dict[str, Outcome] = {}
-
-    def take(step: Step) -> Outcome:
-        left = deadline - time.monotonic()
-        if step.missing:
-            return Outcome(step, f"left out: {step.missing}", 0)
-        if left <= 0 or (step.needs is not None and outcomes[step.needs].result != "passed"):
-            return Outcome(step, "left out", 0)
-        words = [word for name, own in step.words.items() if outcomes[name].result == "passed" for word in own]
-        step = replace(step, command=(*step.command, *words))
-        return _take(step, min(step.seconds, left), output / f"{step.name}.log")
-
-    for together in plan(output):
-        with ThreadPoolExecutor(len(together)) as threads:
-            for outcome in threads.map(take, together):
+    good = True
+    for part, plan in plans:
+        report(f"part {part}, at most {minutes:g} minutes")
+        runner = _Runner(results / "logs" / part, time.monotonic() + 60 * minutes, outcomes)
+        for together in plan:
+            for outcome in runner.take(together):
                 outcomes[outcome.step.name] = outcome
+                good = good and outcome.good
                 report(str(outcome))
-    for line in summary(read_folder(output / "results")):
+            _pack(output, archive)
+    lines = [*summary(read_folder(results)), "", *aims.compared(aims.read(results))]
+    if outcomes:
+        failed = [name for name, outcome in outcomes.items() if not outcome.good]
+        lines += ["", f"{len(outcomes)} steps, not passed: {', '.join(failed) or 'none'}"]
+    (results / "logs").mkdir(parents=True, exist_ok=True)
+    (results / "logs" / "summary.txt").write_text("\n".join([*map(str, outcomes.values()), *lines, ""]))
+    _pack(output, archive)
+    for line in lines:
         report(line)
-    return all(outcome.good for outcome in outcomes.values())
+    return good
 
 
-def _take(step: Step, limit: float, log: Path) -> Outcome:
-    start = time.monotonic()
+class _Runner:
+    """Takes steps until a deadline, with what is known of those before."""
+
+    def __init__(self, logs: Path, deadline: float, outcomes: dict[str, Outcome]) -> None:
+        self._logs, self._deadline, self._outcomes = logs, deadline, outcomes
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def take(self, together: tuple[Step, ...]) -> Iterable[Outcome]:
+        """Take steps at once, as many as a GPU has room for."""
+        workers = min(len(together), _AT_ONCE)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        shared = {"OMP_NUM_THREADS": str(threads)} if workers > 1 else {}
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(lambda step: self._take(step, shared), together)
+
+    def _take(self, step: Step, shared: dict[str, str]) -> Outcome:
+        left = self._deadline - time.monotonic()
+        if step.missing:
+            return Outcome(step, "left out", remark=step.missing)
+        if left <= 0:
+            return Outcome(step, "left out", remark="no time")
+        words = [word for names, own in step.words.items() if all(map(self._passed, names)) for word in own]
+        if step.words and not words:
+            return Outcome(step, "left out", remark=f"has not passed: {', '.join(self._not_passed(step))}")
+        given = {"PYTHONUNBUFFERED": "1"} | shared | step.environment | os.environ
+        remark = ""
+        if failed := [name for name in step.hopper if not self._passed(name)]:
+            given["HPKERNELS_SM90"] = "0"
+            remark = f"with HPKERNELS_SM90=0: {failed[0]} has not passed"
+        command, limit = [*step.command, *words], min(step.seconds, left)
+        start = time.monotonic()
+        log = self._logs / f"{step.name}.log"
+        result = _run(command, given, limit, log)
+        if result == "failed":
+            remark = "; ".join(filter(None, (remark, _last_line(log))))
+        return Outcome(step, result, time.monotonic() - start, remark)
+
+    def _not_passed(self, step: Step) -> list[str]:
+        return [name for names in step.words for name in names if not self._passed(name)]
+
+    def _passed(self, name: str) -> bool:
+        return name in self._outcomes and self._outcomes[name].result == "passed"
+
+
+def _run(command: list[str], environment: dict[str, str], limit: float, log: Path) -> str:
     with log.open("w") as file:
-        file.write(f"$ {' '.join(step.command)}\n")
+        said = f"HPKERNELS_SM90={environment['HPKERNELS_SM90']} " if "HPKERNELS_SM90" in environment else ""
+        file.write(f"$ {said}{shlex.join(command)}\n")
         file.flush()
         try:
             process = subprocess.Popen(
-                step.command,
-                cwd=_CHECKOUT,
-                env=step.environment | os.environ,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=_CHECKOUT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-            result = "failed" if process.wait(limit) else "passed"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which would go on
-            process.wait()
-            result = "out of time"
         except OSError as error:
             file.write(f"{error}\n")
-            result = "failed"
-    return Outcome(step, result, time.monotonic() - start)
+            return "failed"
+        try:
+            return "failed" if process.wait(limit) else "passed"
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started, which would go on; one that the driver holds is not waited for."""
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        if sent == signal.SIGKILL or process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, sent)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n", 1)[-1].split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def _pack(output: Path, archive: Path | None) -> None:
+    """Pack the folder into one file, which is never there in part."""
+    if archive is not None:
+        unfinished = archive.with_name(f"{archive.name}.part")
+        with tarfile.open(unfinished, "w:gz") as file:
+            file.add(output, arcname=".", filter=lambda entry: None if _is(entry.name, archive, output) else entry)
+        unfinished.replace(archive)
+
+
+def _is(name: str, archive: Path, output: Path) -> bool:
+    """Whether a file of the folder is the archive of it."""
+    return (output / name).resolve() in (archive.resolve(), archive.resolve().with_name(f"{archive.name}.part"))
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -233,88 +248,3 @@ def summary(rows: list[Row]) -> list[str]:
         lines.append(f"{op:26} {call:16} {dtype:8} {anchors:6} {' '.join(times)} {fastest}{ratio}".rstrip())
     times = " ".join(f"{name:>10}" for name in (*KERNELS, "published", "fastest"))
     return [f"{'median ms':52} {'N':>6} {times} known", *lines] if lines else []
-
-
-def _engines(backend: str, device: str) -> tuple[str, ...]:
-    """The settings of HPKERNELS_SM90, which the library reads at each call, that make a difference."""
-    on_gpu = device == "cuda" and torch.cuda.is_available()
-    hopper = _native.EMULATED or (on_gpu and torch.cuda.get_device_capability()[0] == 9)
-    return ("1", "0") if backend == "cuda" and hopper else ("0",)
-
-
-def compile_ahead() -> list[str]:
-    """Compile the Triton kernels on all processors, so that none is waited for later; one sentence for each failure."""
-    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    if target not in resources.TARGETS:  # the column that this GPU takes is of another, and compiled for that
-        return []
-    jobs = [
-        job
-        for sizes in (None, Sizes(images=2), SMALL)
-        for job in resources.jobs(resources.DTYPES[:3], None, [target], sizes)
-    ]
-    return resources.compile_all(jobs, lambda line: None)[1]
-
-
-def exercise(device: str, backend: str, engine: str = "") -> int:
-    """Make every call that launches a backend's kernels on small inputs, in two dtypes; returns how many there were.
-
-    By each of the engines that there are, or one.
-    """
-    calls = 0
-    for op in backends.registered_ops():
-        for dtype in (torch.float16, torch.float32):
-            if not backends.availability(op, backend, device, dtype).ok:
-                continue
-            for chosen in (engine,) if engine else _engines(backend, device):
-                with patch.dict(os.environ, HPKERNELS_SM90=chosen):
-                    for call in kernel_calls(op, dtype, device, SMALL, backend).values():
-                        call()
-                        calls += 1
-    return calls
-
-
-def verify_all(device: str, backend: str, report: Callable[[str], None] = print) -> bool:
-    """Compare each call of each op with the reference in float64, in two dtypes; whether there are some, all right."""
-    states = []
-    for op in OPS:
-        for dtype in ("float16", "float32"):
-            for case in cases(op, device=device, dtype=dtype, images=(2,)):
-                if provider(case, backend).reason_to_skip(case):
-                    continue
-                for engine in _engines(backend, device):
-                    wrong = _verified(case, backend, engine)
-                    states.append(not wrong)
-                    report(f"{case} {backend} HPKERNELS_SM90={engine}: {wrong or 'right'}")
-    return bool(states) and all(states)
-
-
-def _verified(case: Case, backend: str, engine: str) -> str:
-    """What is wrong with a backend in a case, or ""."""
-    try:
-        with patch.dict(os.environ, HPKERNELS_SM90=engine):
-            verify(case, provider(case, backend))
-    except (WrongResultError, RuntimeError) as error:
-        return str(error)
-    return ""
-
-
-def print_report() -> bool:
-    """Print what ``python -m hpkernels`` prints; whether the CUDA library is loaded."""
-    installed.main([])
-    return _native.LIBRARIES["_C_cuda"].ok
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor its own memory, for the sanitizers
-    task, *rest = sys.argv[1:]
-    if task == "compile":
-        failures = compile_ahead()
-        sys.exit("\n".join(failures) if failures else 0)
-    elif task == "report":
-        sys.exit(0 if print_report() else 1)
-    elif task == "verify":
-        sys.exit(0 if verify_all("cuda", *rest) else 1)
-    made = exercise("cuda", *rest)
-    torch.cuda.synchronize()
-    print(f"{made} calls")
-    sys.exit(0 if made else 1)

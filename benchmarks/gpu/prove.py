@@ -1,4 +1,4 @@
-"""What gpu-check proves of a GPU backend beyond single calls: threads, a second GPU, sizes, engines, graphs.
+"""What gpu-check proves of a GPU backend beyond single calls: threads, a second GPU, sizes, engines, graphs, repeats.
 
 Each proof returns what is wrong, a sentence each; none is all right. Features are multiples of 2^-8, whose inner
 products are exact in whatever order summed, so that indices and packed bits must be equal.
@@ -9,29 +9,34 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.gpu.goldens import DTYPES, goldens
+from benchmarks.gpu.tasks import engines as engines_of
 from benchmarks.timing.timers import captured
 from hpkernels import PositiveMask, _native, backends, examination, ghp_contrastive, multi_positive_contrastive
 from hpkernels.examination import Sizes
-from hpkernels.launches import Inputs
+from hpkernels.launches import Calls, Inputs, kernel_calls
+from hpkernels.launches import Sizes as CallSizes
 from hpkernels.ops._bits import unpack_bits
 from hpkernels.ops._philox import bernoulli
 from hpkernels.ops.multi_positive_contrastive.reference import anchor_coefficients
 from hpkernels.testing import row_errors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DIMENSIONS = (8, 90, 384, 512, 520)
 _FEW = Sizes(images=5, grid=(6, 7), pool_size=96, attention=(1, 6, 7, 2, 24))
 _PAPER = Sizes(images=64, grid=(28, 28), pool_size=2048)
 _TEMPERATURE = 0.6
+_SCRATCH = 2**24  # bytes
 
 
 def threads(backend: str, device: torch.device, sizes: Sizes = _FEW) -> list[str]:
@@ -194,6 +199,35 @@ def _counts(bits: Tensor) -> Tensor:
     return torch.cat([unpack_bits(part, columns).sum(dim=1) for part in bits.split(1024)])
 
 
+def repeats(backend: str, device: torch.device, sizes: CallSizes | None = None) -> list[str]:
+    """Each call of each op at the paper's size, three times: the same bits, whatever memory held before."""
+    wrong, tried = [], 0
+    for engine in engines_of(backend, device.type):
+        for op in backends.registered_ops():
+            for dtype in DTYPES:
+                if backends.availability(op, backend, device, dtype).ok:
+                    with patch.dict(os.environ, HPKERNELS_SM90=engine):
+                        differ = _differ(partial(kernel_calls, op, dtype, device, sizes, backend), device)
+                    wrong += [f"{op}, {name}, {dtype}, HPKERNELS_SM90={engine}: other bits" for name in differ]
+                    tried += 1
+    return wrong if tried else ["no op has this backend here"]
+
+
+def _differ(calls: Callable[[], Calls], device: torch.device) -> list[str]:
+    """The names of those that give other bits when all are made, and called, again."""
+    first: dict[str, list[Tensor]] = {}
+    differ = {}
+    for filling in (0, 85, 255):
+        for name, call in calls().items():
+            torch.full((_SCRATCH,), filling, dtype=torch.uint8, device=device)  # freed: a call may be given it
+            tensors = [value for value in tree_leaves(call()) if isinstance(value, Tensor)]
+            # As bits, of which NaN has the same as itself.
+            bits = [value.detach().contiguous().flatten().view(torch.uint8) for value in tensors]
+            if not all(torch.equal(*pair) for pair in zip(first.setdefault(name, bits), bits, strict=True)):
+                differ[name] = True
+    return list(differ)
+
+
 Replay = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[tuple[Tensor, ...], Callable[[], None]]]
 
 
@@ -232,7 +266,9 @@ def _exact(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 PROOFS: dict[str, Callable[[str, torch.device], list[str]]] = {
     "threads": threads,
+    "goldens": goldens,
     "sampled_rows": sampled_rows,
+    "repeats": repeats,
     "uneven": uneven,
     "dimensions": dimensions,
     "graphs": graphs,
@@ -242,12 +278,12 @@ PROOFS: dict[str, Callable[[str, torch.device], list[str]]] = {
 """By name, what matters most first; `threads` before anything else has used CUDA."""
 
 
-def prove(backend: str, device: torch.device, report: Callable[[str], None] = print) -> bool:
-    """Make all proofs, go on after one that fails, and report each; whether all hold."""
+def prove(backend: str, device: torch.device, names: Iterable[str] = (), report: Callable[[str], None] = print) -> bool:
+    """Make the proofs of these names (none: all), go on after one that fails, and report each; whether all hold."""
     right = True
-    for name, proof in PROOFS.items():
+    for name in names or PROOFS:
         try:
-            wrong = proof(backend, device)
+            wrong = PROOFS[name](backend, device)
         except Exception as error:  # whatever it is, the others are worth knowing
             wrong = [f"{type(error).__name__}: {error}"]
         right = right and not wrong
@@ -256,4 +292,4 @@ def prove(backend: str, device: torch.device, report: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
-    sys.exit(0 if prove(sys.argv[1], torch.device("cuda", 0)) else 1)
+    sys.exit(0 if prove(sys.argv[1], torch.device("cuda", 0), sys.argv[2:]) else 1)
