@@ -57,7 +57,7 @@ class FolderData:
         _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
-        files = list_images(folder, besides=labels)
+        files = list_images(folder, besides=root / "labels")
         names = [file.relative_to(folder).with_suffix("") for file in files]
         self._files, self._names = files[:limit], names[:limit]
         unused = names[len(self._names) :]

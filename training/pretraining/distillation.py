@@ -111,19 +111,17 @@ def health(tokens: Tensor, scores: Tensor, temperature: float) -> dict[str, floa
         by_position: the share of their variance that the place in the crop explains; 1 is a collapse to position.
         prototypes_used: exp of the entropy of the student's mean softmax, from 1 (collapsed to one) to K.
     """
+    used = F.softmax(scores / temperature, dim=1).double().mean(dim=0)
     directions = F.normalize(tokens.double(), dim=2)
     centred = directions - directions.mean(dim=(0, 1))
-    flat = centred.flatten(0, 1)
-    total = flat.square().sum()
-    if not total > 0:
-        return {"effective_rank": 1.0, "by_position": 1.0, "prototypes_used": 1.0}
-    share = torch.linalg.eigvalsh(flat.mT @ flat / total).clamp(min=0)
-    used = F.softmax(scores / temperature, dim=1).double().mean(dim=0)
-    return {
-        "effective_rank": _exp_entropy(share / share.sum()),
-        "by_position": (len(tokens) * centred.mean(dim=0).square().sum() / total).item(),
-        "prototypes_used": _exp_entropy(used),
-    }
+    variance = centred.square().sum(dim=2).mean()
+    rank = by_position = 1.0
+    if variance > 1e-12:  # else rounding alone is left
+        covariance = torch.einsum("vgi,vgj->ij", centred, centred)
+        share = torch.linalg.eigvalsh(covariance).clamp(min=0)
+        rank = _exp_entropy(share / share.sum())
+        by_position = (centred.mean(dim=0).square().sum(dim=1).mean() / variance).item()
+    return {"effective_rank": rank, "by_position": by_position, "prototypes_used": _exp_entropy(used)}
 
 
 def _exp_entropy(share: Tensor) -> float:

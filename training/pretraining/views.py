@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
+from torch.nn import functional as F
 
 from training.features.views import Photometric, photometric, photometric_parameters
 
@@ -58,16 +58,13 @@ def _hidden(views: int, grid: tuple[int, int], most: float, generator: torch.Gen
 
 def render(photographs: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
     """The views (V, 3, h, w) in [0, 1] of photographs (B, 3, H, W) uint8, on their device."""
-    photographs = photographs.float() / 255
-    height, width = photographs.shape[2:]
-    left, top, across, down = drawn.boxes.unbind(dim=1)
-    image = torch.arange(len(photographs)).repeat(2)
-    corners = torch.stack([image, left * width, top * height, (left + across) * width, (top + down) * height], dim=1)
-    device = photographs.device
+    boxes, mirrored = (of_views.to(photographs.device, non_blocking=True) for of_views in drawn[:2])
     # Each pixel is the mean of 2 x 2 samples, so that a crop that is shrunk to half does not alias.
-    crops = roi_align(photographs, corners.to(device, non_blocking=True), size, sampling_ratio=2, aligned=True)
-    mirrored = drawn.mirrored.to(device, non_blocking=True)[:, None, None, None]
-    return photometric(torch.where(mirrored, crops.flip(3), crops), drawn.colours)
+    places = _in_photograph(boxes, mirrored, (2 * size[0], 2 * size[1]))
+    sampled = F.grid_sample(
+        photographs.repeat(2, 1, 1, 1).float() / 255, 2 * places - 1, padding_mode="border", align_corners=False
+    )
+    return photometric(F.avg_pool2d(sampled, 2), drawn.colours)
 
 
 def matches(drawn: Drawn, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -77,13 +74,18 @@ def matches(drawn: Drawn, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         places (V, H, W, 2), x and y in [-1, 1] as `torch.nn.functional.grid_sample` takes them, and whether the middle
         of the patch is inside the other view, (V, H, W) bool; on the CPU.
     """
-    down, across = ((torch.arange(side) + 0.5) / side for side in grid)
-    middles = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=2)  # (H, W, 2)
-    boxes, mirrored = drawn.boxes[:, None, None], drawn.mirrored[:, None, None]
-    other_boxes, other_mirrored = (of_views.roll(len(drawn.boxes) // 2, 0) for of_views in (boxes, mirrored))
-    in_photograph = boxes[..., :2] + boxes[..., 2:] * _mirrored(middles.expand(len(boxes), -1, -1, -1), mirrored)
-    places = _mirrored((in_photograph - other_boxes[..., :2]) / other_boxes[..., 2:], other_mirrored)
+    middles = _in_photograph(drawn.boxes, drawn.mirrored, grid)
+    boxes, mirrored = (of_views.roll(len(of_views) // 2, 0)[:, None, None] for of_views in drawn[:2])
+    places = _mirrored((middles - boxes[..., :2]) / boxes[..., 2:], mirrored)
     return 2 * places - 1, ((places >= 0) & (places <= 1)).all(dim=3)
+
+
+def _in_photograph(boxes: Tensor, mirrored: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The middles (V, H, W, 2) of the cells of a grid over each view, x and y as shares of the photograph."""
+    down, across = ((torch.arange(side, device=boxes.device) + 0.5) / side for side in grid)
+    middles = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=2).expand(len(boxes), -1, -1, -1)
+    boxes = boxes[:, None, None]
+    return boxes[..., :2] + boxes[..., 2:] * _mirrored(middles, mirrored[:, None, None])
 
 
 def _mirrored(places: Tensor, where: Tensor) -> Tensor:
