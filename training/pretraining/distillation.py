@@ -38,9 +38,8 @@ class Distilled(nn.Module):
         super().__init__()
         self.layer = backbone.layer
         self.vit = backbone.vit.requires_grad_(True).train()
-        self.projection = nn.Sequential(
-            nn.Linear(backbone.features_dim, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, _PROJECTED)
-        )
+        self.first = nn.Linear(backbone.features_dim, _HIDDEN)
+        self.second = nn.Linear(_HIDDEN, _PROJECTED)
         self.prototypes = nn.Parameter(torch.randn(prototypes, _PROJECTED))
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -57,9 +56,19 @@ class Distilled(nn.Module):
 
     def cosines(self, tokens: Tensor) -> Tensor:
         """Of projected tokens (N, Df) with the prototypes, (N, K) float32."""
-        projected = F.normalize(self.projection(tokens).float(), dim=1)
+        hidden = F.gelu(_standardised(self.first(tokens)))
+        projected = F.normalize(_standardised(self.second(hidden)), dim=1)
         with torch.autocast(tokens.device.type, enabled=False):
             return projected @ F.normalize(self.prototypes, dim=1).mT
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Channels (N, D) of mean 0 and variance 1 over these rows, float32.
+
+    The patches of a ViT have a large part in common, in which all would be equally near to every prototype: the
+    assignments would be nearly uniform, and there would be nothing to learn from.
+    """
+    return F.batch_norm(rows.float(), None, None, training=True) if len(rows) > 1 else rows.float()
 
 
 def distillation_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
