@@ -247,7 +247,7 @@ class PretrainingConfig(Section):
     temperature: float = Field(0.1, ge=1e-3, description="of the student")
     teacher_temperature: float = Field(0.03, ge=1e-3, description="of the teacher's assignments")
     ema: float = Field(0.99, ge=0, le=1, description="momentum of the teacher at the start; it rises to 1")
-    lr: float = Field(1e-3, ge=0, description="AdamW, at the end of the warm-up; it falls to 0")
+    peak_lr: float = Field(1e-3, ge=0, description="AdamW, at the end of the warm-up; it falls to 0")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.05, ge=0, description="AdamW")
     clip_grad_norm: float = Field(1.0, ge=0, description="0: not clipped")

@@ -50,7 +50,7 @@ def pretrain_step(run: Pretraining, state: PretrainingState, steps: int, *, logg
         scores = state.student.cosines(tokens.flatten(0, 1)[rows])
     loss = distillation_loss(scores, targets, settings.temperature)
 
-    rate = learning_rate(done, settings.lr, settings.warmup)
+    rate = learning_rate(done, settings.peak_lr, settings.warmup)
     optimize(state, loss, rate, settings.clip_grad_norm)
     update_ema(state.teacher, state.student, momentum(done, settings.ema))
     state.step += 1
@@ -88,7 +88,7 @@ def pretrain(run: Pretraining) -> None:
                 if not math.isfinite(figures["loss"]):
                     raise ValueError(
                         f"the loss of step {step} is {figures['loss']}: start anew with --fresh and a smaller"
-                        f" `pretraining.lr` than {config.pretraining.lr}"
+                        f" `pretraining.peak_lr` than {config.pretraining.peak_lr}"
                     )
                 log.write(step, figures)
             if state.step % config.checkpoint_every == 0 or last or stopping.number:

@@ -59,7 +59,7 @@ def figures(folder):
 
 def test_learns_to_know_a_place_again(run, capsys):
     """In the other view of a photograph: a student that cannot has the loss log K, or a greater one."""
-    settings = {"crop": [64, 64], "prototypes": 64, "least_scale": 0.3, "lr": 3e-3}
+    settings = {"crop": [64, 64], "prototypes": 64, "least_scale": 0.3, "peak_lr": 3e-3}
     data = {"name": "procedural", "size": [96, 96], "train_images": 64}
     options = {"batch_size": 8, "log_every": 4, "checkpoint_every": 100, "data": data, "steps": 60}
     folder = run(pretraining=settings, **options, backbone={"name": VIT, "layer": 3})
@@ -212,8 +212,8 @@ def test_mistakes(run, arguments, message, tmp_path):
 
 def test_folders_of_others(run, tmp_path):
     folder = run()
-    with pytest.raises(SystemExit, match="holds a run that differs in pretraining.lr; choose another `output`"):
-        run("run", "pretraining.lr=0.1")
+    with pytest.raises(SystemExit, match="holds a run that differs in pretraining.peak_lr; choose another `output`"):
+        run("run", "pretraining.peak_lr=0.1")
     with pytest.raises(SystemExit, match="4 steps are fewer than the 6 that the run in .* has done"):
         run("run", "steps=4")
     (folder / "backbone.safetensors").unlink()
