@@ -234,6 +234,25 @@ class QuirksConfig(Section):
         return self
 
 
+class PretrainingConfig(Section):
+    """Self-supervised training of a ViT by training.pretrain, see docs/pretraining.md; other programs ignore them."""
+
+    minutes: float | None = Field(
+        None, gt=0, le=10**5, description="in the place of `steps`: as many as the device takes in so many minutes"
+    )
+    crop: Size = Field((224, 224), description="in pixels, of the two crops of each photograph")
+    least_scale: float = Field(0.25, gt=0, le=1, description="share of the photograph that a crop has at least")
+    mask: float = Field(0.5, ge=0, lt=1, description="share of the patches of a crop that are hidden at most")
+    prototypes: int = Field(1024, ge=2, le=65536, description="K, which patches are assigned to")
+    temperature: float = Field(0.1, ge=1e-3, description="of the student")
+    teacher_temperature: float = Field(0.03, ge=1e-3, description="of the teacher's assignments")
+    ema: float = Field(0.99, ge=0, le=1, description="momentum of the teacher at the start; it rises to 1")
+    peak_lr: float = Field(1e-3, ge=0, description="AdamW, at the end of the warm-up; it falls to 0")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW")
+    clip_grad_norm: float = Field(1.0, ge=0, description="0: not clipped")
+
+
 class Config(Section):
     """One run."""
 
@@ -259,6 +278,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     quirks: QuirksConfig = QuirksConfig()
+    pretraining: PretrainingConfig = PretrainingConfig()
 
     @model_validator(mode="after")
     def _one_length(self) -> Config:

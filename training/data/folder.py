@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from training.data.base import hash_of_files
 from training.data.frame import IGNORE, Frame
-from training.data.photographs import display_name, list_images, opened, read_rgb, real, size_of, visible_files
+from training.data.photographs import display_name, list_images, opened, read_rgb, size_of, visible_files
 
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Formats that keep the value of every pixel."""
@@ -31,6 +31,7 @@ class FolderData:
         limit: use the first `limit` images, by name. None: all.
         crop: shrink and crop the centre (see `Frame`), or squash.
         nearest: resize images by nearest neighbour, as labels are.
+        labelled: use labels if there are any; or open none.
 
     Raises:
         ValueError: there are no images, labels and images do not fit together, or the header of a file is not that of
@@ -47,6 +48,7 @@ class FolderData:
         *,
         crop: bool = False,
         nearest: bool = False,
+        labelled: bool = True,
     ) -> None:
         self.classes = classes
         self.size = size
@@ -55,11 +57,11 @@ class FolderData:
         _check_layout(root)
         folder = _folder(root, "imgs", split)
         labels = _folder(root, "labels", split)
-        inside = real(labels)
-        files = [file for file in list_images(folder) if inside not in real(file).parents]
+        files = list_images(folder, besides=root / "labels")
         names = [file.relative_to(folder).with_suffix("") for file in files]
         self._files, self._names = files[:limit], names[:limit]
-        self._labels = _labels(labels, self._names, self._files, unused=names[len(self._names) :])
+        unused = names[len(self._names) :]
+        self._labels = _labels(labels, self._names, self._files, unused) if labelled else None
         if self._labels is not None and not classes:
             raise ValueError(f"data: {display_name(labels)} has labels, so `data.classes` must name their classes")
         self._check_headers(split)

@@ -46,10 +46,11 @@ def natural(path: Path) -> list[str | int]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, besides: Path | None = None) -> list[Path]:
     """The image files of `folder` and of the folders in it, by name.
 
-    Those that begin with a dot are left out, and so is what `training.predict` wrote.
+    Those that begin with a dot are left out, and so are what `training.predict` wrote and, unopened, what is in the
+    folder `besides`.
 
     Raises:
         ValueError: there is no such folder, or it holds no image.
@@ -59,6 +60,8 @@ def list_images(folder: str | Path) -> list[Path]:
         kind = "not a folder" if folder.exists() else "not there"
         raise ValueError(f"data: the folder of images {display_name(folder)} is {kind}")
     files = [file for file in visible_files(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if besides is not None:
+        files = [file for file in files if real(besides) not in real(file).parents]
     photographs = [file for file in files if not is_prediction(file)]
     if not photographs:
         besides = "; what is there was written by training.predict" if files else ""

@@ -111,7 +111,7 @@ def device_of_rank(name: str) -> str:
     Raises:
         ValueError: there are fewer GPUs than ranks on this machine, or `name` is one of them.
     """
-    if not _launched() or not name.startswith("cuda"):
+    if not launched() or not name.startswith("cuda"):
         return name
     if name != "cuda":
         raise ValueError(f"config: `device` must be auto, cuda or cpu for the ranks of torchrun, got {name!r}")
@@ -135,7 +135,7 @@ def joined(device: torch.device, minutes: float) -> Iterator[bool]:
     Yields:
         whether this is the first rank. What the others print is lost.
     """
-    if not _launched():
+    if not launched():
         yield True
         return
     backend = "gloo"
@@ -157,7 +157,7 @@ def joined(device: torch.device, minutes: float) -> Iterator[bool]:
 
 def end() -> None:
     """End this process with success if torchrun has started it, and else go on."""
-    if _launched():
+    if launched():
         sys.stdout.flush()
         os._exit(0)  # threads of gloo may outlive the interpreter, and abort the process while it ends
 
@@ -168,7 +168,7 @@ def may_speak(consequence: bool = False) -> bool:
     Args:
         consequence: what went wrong may come of what another rank is about to say, which goes first.
     """
-    if not _launched():
+    if not launched():
         return True
     if consequence:
         time.sleep(1)
@@ -182,13 +182,13 @@ def lost_rank(error: Exception) -> str | None:
 
     A rank that had something to say has said it before it ended. torchrun is about to end this one, so say it at once.
     """
-    if not _launched() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+    if not launched() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
     reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0])  # without the line of C++ that raised it
     return f"another rank has ended, or does not answer: {reason}; the same command goes on from the last checkpoint"
 
 
-def _launched() -> bool:
+def launched() -> bool:
     """Whether torchrun has started this process as one of several ranks."""
     return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 

@@ -46,7 +46,7 @@ class Progress:
     def __enter__(self) -> Progress:
         step, output = self.run.state.step, Path(self.run.config.output)
         if is_first():  # of several ranks
-            _cut(output / LOG, step)
+            cut_log(output / LOG, step)
             self.log_file = open(output / LOG, "a", encoding="utf-8")  # noqa: SIM115
             self.writer = SummaryWriter(f"{output}/tensorboard", purge_step=step)
         self.bar = tqdm(
@@ -138,18 +138,18 @@ class Progress:
             "anchors_per_second": round(rate * self.anchors, 1),
             "loss_share": round(self._parts.get("loss", 0.0) / step, 4),
             "data_share": round(self._parts.get("data", 0.0) / step, 4),
-            "memory_gb": round(_peak_memory(self.run.device) / 1e9, 3),
+            "memory_gb": round(peak_memory(self.run.device) / 1e9, 3),
         }
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """The most bytes so far: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _cut(log: Path, step: int) -> None:
+def cut_log(log: Path, step: int) -> None:
     """Keep the lines of steps before `step`, which a resumed run takes again; the last may be cut off."""
     if not log.exists():
         return
