@@ -122,13 +122,13 @@ def check_resources(repository, tmp_path, *arguments, **variables):
 
 
 @pytest.mark.deep
-@pytest.mark.repeated
 def test_resources(repository, tmp_path):
     """Every kernel for Hopper in float16: no spills in loops, no more than before, within the limits."""
     check_resources(repository, tmp_path, "--quick")
 
 
 @pytest.mark.deep
+@pytest.mark.repeated
 def test_resources_of_all_targets(repository, tmp_path):
     """Every configuration of every kernel for every target."""
     check_resources(repository, tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import folders, results
+from benchmarks import arguments, results
 from benchmarks.gpu import gpu_check, plan
 
 MINUTES, MOST_MINUTES = 9.0, 24 * 60.0
@@ -43,7 +43,7 @@ def _minutes(text: str) -> float:
 def _gpu_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not torch.cuda.is_available():
         parser.error("gpu-check needs a GPU, and PyTorch sees none on this machine")
-    folders.check_output(options.output, parser)
+    arguments.check_output(options.output, parser)
     archive = options.archive
     if archive is not None and (archive.is_dir() or not os.access(archive.resolve().parent, os.W_OK)):
         parser.error(f"--archive must be a file in a folder that can be written to, got {archive}")

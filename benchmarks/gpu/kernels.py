@@ -116,7 +116,8 @@ def print_kernels(backend: str, case: Case) -> None:
 
 def main(folder: Path, backend: str) -> bool:
     """Time all calls of a backend, then print the kernels of the whole loss; whether all could be timed."""
-    environment = results.environment(shlex.join(["python", "-m", "benchmarks.gpu.kernels", *sys.argv[1:]]), "cuda")
+    command = shlex.join(["python", "-m", "benchmarks.gpu.kernels", *sys.argv[1:]])
+    environment = results.environment("cuda") | {"command": command}
     timed = []
     for row in rows_of(backend, "float16", "cuda", environment):
         results.write(folder, [row])

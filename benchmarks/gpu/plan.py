@@ -61,7 +61,7 @@ def _lacks_engine() -> str:
 
 def right(results: Path) -> Plan:
     """Whether the kernels are right: step 1 of the hardware pass."""
-    checking = Step("self-check", (_PYTHON, "-m", "hpkernels", "check", "--device", "cuda:0", "--limit", "60"), 90)
+    checking = Step("self-check", (_PYTHON, "-m", "hpkernels", "check", "--device", "cuda:0", "--limit", "60"), 180)
     proofs = [
         Step(
             f"prove-{backend}-{proof}",

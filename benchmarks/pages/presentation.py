@@ -119,6 +119,16 @@ def amount(value: float) -> str:
     return count(round(value)) if value >= 9.95 else _two_digits(value)
 
 
+def flop_rate(tflops: float) -> str:
+    """A rate that is told in TFLOP/s, in a unit that gives it digits.
+
+    Example:
+        >>> [flop_rate(value) for value in (0.184, 412.3)]
+        ['184 GFLOP/s', '412 TFLOP/s']
+    """
+    return f"{amount(tflops)} TFLOP/s" if tflops >= 1 else f"{amount(1e3 * tflops)} GFLOP/s"
+
+
 def count(number: int) -> str:
     """A whole number with its thousands apart.
 

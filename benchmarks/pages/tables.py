@@ -15,7 +15,7 @@ BEGIN, END = "<!-- begin measured tables -->", "<!-- end measured tables -->"
 
 _RATES = {
     "images_per_second": lambda value: f"{presentation.amount(value)} images/s",
-    "tflops": lambda value: f"{presentation.amount(value)} TFLOP/s",
+    "tflops": presentation.flop_rate,
     "of_mm": lambda value: f"{value:.0%} of `mm`",
     "of_roofline": lambda value: f"{value:.0%} of the roofline",
 }
