@@ -277,6 +277,7 @@ def planned(part, folder, monkeypatch):
         return []
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(Provider, "reason_missing", lambda *_: "")
     monkeypatch.setattr(command, "run", take)
     monkeypatch.setattr(command.results, "environment", lambda *_: {})
@@ -315,9 +316,20 @@ def test_what_is_proved(tmp_path):
     names = {step.name for step in steps("right", tmp_path)}
     backends = ("cuda", "triton")
     kinds = {f"prove-{backend}-{proof}" for backend in backends for proof in ("goldens", "sampled_rows", "repeats")}
-    kinds |= {f"verify-{backend}-{op}" for backend in backends for op in OPS}
+    kinds |= {f"verify-{backend}-{op}" for backend in backends for op in OPS} - {"verify-cuda-contrastive"}
     kinds |= {f"{tool}-cuda{engine}" for tool in ("memcheck", "initcheck") for engine in ("", "-hopper")}
     assert kinds | {"build", "report", "self-check", "suite", "racecheck-cuda"} < names
+
+
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_no_step_is_of_kernels_that_there_are_none_of(part, tmp_path, monkeypatch):
+    """Nor waits for such a step, as `contrastive` has no CUDA kernels: it would fail, and take others with it."""
+    monkeypatch.setattr(plan, "_lacks_engine", str)
+    taken = steps(part, tmp_path)
+    names = {step.name for step in taken}
+    assert not {name for name in names if "cuda" in name and name.endswith("-contrastive")}
+    awaited = {name for step in taken for names in (*step.words, step.hopper) for name in names}
+    assert awaited <= names and "exercise-cuda-hopper-masked_topk" in awaited | names
 
 
 def test_what_is_measured(tmp_path, monkeypatch):

@@ -37,14 +37,20 @@ def _common() -> Plan:
     compiling = Step("compile", (*_TASKS, "compile"), 75, missing=resources.reason_to_skip() or "")
     exercised = []
     for op in backends.registered_ops():
-        exercised += [Step(_exercise("cuda", op), (*_TASKS, "exercise", "cuda", "0", op), 45)]
-        exercised += [Step(_hopper(op), (*_TASKS, "exercise", "cuda", "1", op), 45, missing=_lacks_engine())]
-        exercised += [Step(_exercise("triton", op), (*_TASKS, "exercise", "triton", "0", op), 45)]
+        for backend in _backends_of(op):
+            exercised += [Step(_exercise(backend, op), (*_TASKS, "exercise", backend, "0", op), 45)]
+        if "cuda" in _backends_of(op):
+            exercised += [Step(_hopper(op), (*_TASKS, "exercise", "cuda", "1", op), 45, missing=_lacks_engine())]
     return [
         (Step("build", (_PYTHON, "-m", "benchmarks.gpu.build"), 150),),
         (Step("report", (*_TASKS, "report"), 30), compiling),
         tuple(exercised),
     ]
+
+
+def _backends_of(op: str) -> list[str]:
+    """The backends that have kernels of a registered op: `contrastive` has none in CUDA."""
+    return [backend for backend in KERNELS if backends.is_registered(op, backend)]
 
 
 def _exercise(backend: str, op: str) -> str:
@@ -76,6 +82,7 @@ def right(results: Path) -> Plan:
         Step(f"verify-{backend}-{op}", (*_TASKS, "verify", backend, op), 45, hopper=_hopper_of(backend, _made_of([op])))
         for op in OPS
         for backend in KERNELS
+        if any(backend in _backends_of(each) for each in _made_of([op]))
     ]
     sanitized = [
         _sanitize("memcheck", "cuda", "0"),
@@ -175,7 +182,9 @@ def _measure(
     made_of = _made_of(ops)
     # Kernels that crash take with them what is measured after them in the process.
     words = {
-        tuple(_exercise(backend, op) for op in made_of): ("--provider", backend) for backend in KERNELS if with_ours
+        tuple(_exercise(backend, op) for op in made_of if backend in _backends_of(op)): ("--provider", backend)
+        for backend in KERNELS
+        if with_ours
     }
     hopper = _hopper_of("cuda", made_of) if with_ours else ()
     return Step(name, (*command, *chosen, *options), seconds, words=words, hopper=hopper, measures=True)
@@ -188,7 +197,9 @@ def _made_of(ops: Iterable[str]) -> list[str]:
 
 def _hopper_of(backend: str, ops: Iterable[str]) -> tuple[str, ...]:
     """The steps that have exercised the engine for Hopper in these ops."""
-    return tuple(map(_hopper, ops)) if backend == "cuda" and not _lacks_engine() else ()
+    if backend != "cuda" or _lacks_engine():
+        return ()
+    return tuple(_hopper(op) for op in ops if "cuda" in _backends_of(op))
 
 
 PARTS: dict[str, Callable[[Path], Plan]] = {"right": right, "measure": measure, "sweeps": sweeps}
