@@ -122,12 +122,12 @@ def overview() -> str:
     """The presets and the sections of keys, for ``--help``."""
     lines = [f"presets (in {PRESETS}):"]
     for file in sorted(PRESETS.glob("*.yaml")):
-        lines.append(f"  {file.stem:14}{file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
+        lines.append(f"  {file.stem:20}{file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
     lines.append("\nvariants, joined to a preset by commas (--config camvid,row_b):")
     lines.append(textwrap.fill(", ".join(_variants()), 76, initial_indent="  ", subsequent_indent="  "))
     lines.append("\nsections of keys, which --keys lists with their meaning:")
     for name, section in _sections().items():
-        lines.append(f"  {name:14}{(section.__doc__ or '').partition(chr(10))[0]}")
+        lines.append(f"  {name:20}{(section.__doc__ or '').partition(chr(10))[0]}")
     return "\n".join(lines)
 
 

@@ -245,8 +245,8 @@ def test_settings_that_were_left_alone_are_their_defaults():
 
 def test_help_names_presets_and_sections():
     text = overview()
-    assert "  quickstart    What `make train` runs" in text
-    assert "  loss          The multi-positive contrastive loss" in text and "optim" in text
+    assert "  quickstart          What `make train` runs" in text
+    assert "  loss                The multi-positive contrastive loss" in text and "optim" in text
 
 
 def test_missing_file_elsewhere_names_the_folder_of_presets(tmp_path):
