@@ -116,6 +116,8 @@ def check(
     results = output.resolve() / "results" / device
     outcomes: dict[str, Outcome] = {}
     good = True
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; steps would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for part, plan in plans:
         report(f"part {part}, at most {minutes:g} minutes")
         runner = _Runner(results / "logs" / part, time.monotonic() + 60 * minutes, outcomes)

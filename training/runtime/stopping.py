@@ -7,6 +7,8 @@ import threading
 import time
 from types import FrameType, TracebackType
 
+from training.runtime import parallel
+
 _AGAIN = 1.0  # seconds; a launcher repeats the Ctrl-C of its terminal at once, and means the same one
 
 
@@ -37,9 +39,14 @@ class Stopping:
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before and isinstance(error, Exception) and parallel.lost_rank(error):
+            # torchrun is about to send it, and may send it before this rank has said why it ends.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def requested(self) -> bool:
         """Whether a signal asked to stop."""
