@@ -147,7 +147,7 @@ class _Runner:
         logs.mkdir(parents=True, exist_ok=True)
 
     def take(self, together: tuple[Step, ...]) -> Iterable[Outcome]:
-        """Take steps at once, as many as a GPU has room for."""
+        """Take steps at once, as many as fit into the memory of a GPU."""
         workers = min(len(together), _AT_ONCE)
         threads = max(1, (os.cpu_count() or 1) // workers)
         shared = {"OMP_NUM_THREADS": str(threads)} if workers > 1 else {}
